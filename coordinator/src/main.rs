@@ -1,0 +1,3 @@
+//! `arcface-coordinator`: parse, run, exit code.
+
+fn main() {}

@@ -1,0 +1,57 @@
+//! Compiles the `.proto` files without a `protoc` command and derives serde for the messages that also live
+//! in files: the job file (TOML) and what agents hand to ranks (JSON).
+
+use prost::Message;
+use std::{env, fs, path::PathBuf};
+
+const PROTOS: [&str; 4] = [
+    "arcface/v1/job.proto",
+    "arcface/v1/cluster.proto",
+    "arcface/v1/worker.proto",
+    "arcface/v1/rank.proto",
+];
+
+/// Sections of the job file: unknown keys are errors there.
+const JOB_FILE: [&str; 8] = [
+    "JobSpec",
+    "JobSection",
+    "ModelSection",
+    "HeadSection",
+    "DataSection",
+    "TrainSection",
+    "EvalSection",
+    "CheckpointSection",
+];
+
+/// Messages written as JSON, by us and for us.
+const JSON: [&str; 3] = ["RankAssignment", "CheckpointManifest", "CheckpointPart"];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let descriptors = protox::compile(PROTOS, ["."])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("arcface_descriptor.bin"), descriptors.encode_to_vec())?;
+
+    let mut config = tonic_prost_build::configure().build_transport(false);
+    for message in JOB_FILE {
+        let path = format!(".arcface.v1.{message}");
+        config = config
+            .type_attribute(&path, "#[derive(serde::Serialize, serde::Deserialize)]")
+            .type_attribute(&path, "#[serde(default, deny_unknown_fields)]")
+            .field_attribute(&path, "#[serde(skip_serializing_if = \"crate::skip::unset\")]");
+    }
+    for message in JSON {
+        config = config.type_attribute(
+            format!(".arcface.v1.{message}"),
+            "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]",
+        );
+    }
+    config = config.field_attribute(
+        ".arcface.v1.CheckpointManifest.committed_at",
+        "#[serde(with = \"crate::timestamp\")]",
+    );
+    config.compile_fds(descriptors)?;
+    for proto in PROTOS {
+        println!("cargo:rerun-if-changed={proto}");
+    }
+    Ok(())
+}

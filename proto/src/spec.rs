@@ -1,0 +1,231 @@
+//! A valid training job. [`JobSpec`] exists only as the result of [`crate::convert::job_spec`], which has checked
+//! every range and relation; the fields' meaning and units are written in `arcface/v1/job.proto`.
+
+/// Backbones by registry name, as `arcface-worker networks` lists them.
+pub const NETWORKS: [&str; 7] = ["tiny", "r18", "r34", "r50", "r100", "r200", "mbf"];
+
+/// A validated job with every default filled in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobSpec {
+    /// Output directory as the user wrote it.
+    pub output: String,
+    /// Name for people.
+    pub name: String,
+    /// Ranks wanted; with `train.batch_size` it fixes the global batch.
+    pub world_size: u32,
+    /// Fewest ranks to train with.
+    pub min_world_size: u32,
+    /// Most ranks to train with.
+    pub max_world_size: u32,
+    /// How the world may change.
+    pub elastic: Elastic,
+    /// Seed of every random draw.
+    pub seed: u64,
+    /// Restarts after failures before giving up.
+    pub max_restarts: u32,
+    /// The backbone.
+    pub model: ModelSpec,
+    /// The classifier.
+    pub head: HeadSpec,
+    /// The training set.
+    pub data: DataSpec,
+    /// Batch, schedule, optimizer.
+    pub train: TrainSpec,
+    /// Verification during training.
+    pub eval: EvalSpec,
+    /// Checkpoints.
+    pub checkpoint: CheckpointSpec,
+}
+
+impl JobSpec {
+    /// Samples of one optimizer micro-step over all ranks: fixed for the life of the job, whatever the world size.
+    pub fn global_batch(&self) -> u64 {
+        u64::from(self.train.batch_size) * u64::from(self.world_size)
+    }
+}
+
+/// `[model]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// One of [`NETWORKS`].
+    pub network: String,
+    /// Embedding length D.
+    pub embedding_size: u32,
+    /// Dropout probability before the last linear layer.
+    pub dropout: f64,
+    /// Weights file to start from.
+    pub init: Option<String>,
+    /// Batch norm in evaluation mode, statistics and affine parameters fixed.
+    pub freeze_batch_norm: bool,
+}
+
+/// `[head]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadSpec {
+    /// Identities, if given; else the data set's.
+    pub num_classes: Option<u32>,
+    /// (m1, m2, m3).
+    pub margin: [f64; 3],
+    /// Logit scale s.
+    pub scale: f64,
+    /// Share of a shard's classes used each step.
+    pub sample_rate: f64,
+    /// Non-target cosines above it become logit 0; `None` is off.
+    pub interclass_filtering_threshold: Option<f64>,
+    /// How the target's logit is differentiated.
+    pub margin_gradient: MarginGradient,
+    /// Which head computes it.
+    pub implementation: HeadImplementation,
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataSpec {
+    /// Folder, or `"synthetic"`.
+    pub rec: String,
+    /// Images, if given; else the data set's.
+    pub num_image: Option<u64>,
+    /// Decoding threads a rank.
+    pub num_workers: u32,
+    /// Random changes of the images.
+    pub augment: Augment,
+}
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainSpec {
+    /// Samples per rank and step at `world_size`.
+    pub batch_size: u32,
+    /// Epochs.
+    pub num_epoch: u32,
+    /// Epochs of warm-up.
+    pub warmup_epoch: u32,
+    /// Update rule of backbone and head.
+    pub optimizer: Optimizer,
+    /// Base learning rate.
+    pub lr: f64,
+    /// SGD momentum.
+    pub momentum: f64,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// Micro-steps averaged into one update.
+    pub gradient_acc: u32,
+    /// Largest norm of the backbone's gradient; `None` is no clipping.
+    pub clip_grad_norm: Option<f64>,
+    /// Arithmetic of the backbone.
+    pub precision: Precision,
+    /// Steps between log lines.
+    pub frequent: u32,
+    /// Stop after this many steps; `None` is at the last epoch's end.
+    pub max_steps: Option<u64>,
+}
+
+/// `[eval]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvalSpec {
+    /// Steps between evaluations; `None`: at the end of every epoch only.
+    pub every_steps: Option<u64>,
+    /// Names or paths of `.bin` files.
+    pub val_targets: Vec<String>,
+}
+
+/// `[checkpoint]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointSpec {
+    /// Steps between checkpoints; `None`: at the end of every epoch only.
+    pub every_steps: Option<u64>,
+    /// Committed checkpoints kept.
+    pub keep: u32,
+}
+
+/// A closed set of names in the job file.
+pub trait Choice: Copy + Sized + 'static {
+    /// Every value with its name.
+    const ALL: &'static [(&'static str, Self)];
+
+    /// Value of a name.
+    fn parse(name: &str) -> Option<Self> {
+        Self::ALL
+            .iter()
+            .find(|(candidate, _)| *candidate == name)
+            .map(|(_, value)| *value)
+    }
+}
+
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident { $($(#[$value_doc:meta])* $value:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$value_doc])* $value),+ }
+
+        impl Choice for $name {
+            const ALL: &'static [(&'static str, Self)] = &[$(($text, Self::$value)),+];
+        }
+
+        impl $name {
+            /// Its name in the job file.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$value => $text),+ }
+            }
+        }
+    };
+}
+
+choice! {
+    /// How a job's world may change after failures and arrivals.
+    Elastic {
+        /// Always `world_size` ranks.
+        Off = "off",
+        /// Fewer after a loss.
+        Shrink = "shrink",
+        /// More when nodes come.
+        Grow = "grow",
+        /// Both.
+        Both = "both",
+    }
+}
+choice! {
+    /// Derivative of the target's logit by its cosine.
+    MarginGradient {
+        /// `s`, as the reference trains.
+        Reference = "reference",
+        /// The true one.
+        Exact = "exact",
+    }
+}
+choice! {
+    /// Which head computes loss and gradients.
+    HeadImplementation {
+        /// Materialises the logits: the oracle.
+        Plain = "plain",
+    }
+}
+choice! {
+    /// Random changes of training images.
+    Augment {
+        /// None.
+        None = "none",
+        /// Horizontal flip with probability 1/2.
+        Flip = "flip",
+    }
+}
+choice! {
+    /// Update rule.
+    Optimizer {
+        /// Stochastic gradient descent with momentum (torch's form).
+        Sgd = "sgd",
+        /// Adam with decoupled weight decay.
+        AdamW = "adamw",
+    }
+}
+choice! {
+    /// Arithmetic of the backbone.
+    Precision {
+        /// 32-bit floats.
+        Fp32 = "fp32",
+        /// bfloat16 with fp32 master weights.
+        Bf16 = "bf16",
+        /// float16 with fp32 master weights and a dynamic loss scale.
+        Fp16 = "fp16",
+    }
+}

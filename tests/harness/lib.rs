@@ -1,0 +1,1 @@
+//! Starts the real binaries in scratch directories, waits for states with deadlines, prints every log on failure.

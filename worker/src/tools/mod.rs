@@ -1,0 +1,10 @@
+//! The subcommands of `arcface-worker`, thin: arguments in, library call, text or JSON out.
+
+pub mod bench;
+pub mod data;
+pub mod export;
+pub mod import;
+pub mod infer;
+pub mod networks;
+pub mod rank;
+pub mod verify;
