@@ -1,0 +1,40 @@
+# Every target first fetches what is missing (scripts/setup.sh) and builds against the libtorch that it put into the
+# cache. Variables: ARCFACE_CACHE, ARCFACE_LIBTORCH (scripts/env.sh), ARCFACE_GOLDEN (golden data), CARGO_FLAGS.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+CARGO ?= cargo
+CARGO_FLAGS ?=
+# The paths are evaluated per recipe, after the set-up has run: Python itself may be among what it installs.
+ENV := . scripts/env.sh;
+
+.PHONY: help setup build test golden lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: ## Fetch what the build needs: compiler, pip, libtorch
+	@scripts/setup.sh libtorch
+
+build: setup ## Build target/release/arcface-coordinator and arcface-worker
+	@$(ENV) $(CARGO) build --release --locked $(CARGO_FLAGS)
+
+test: setup ## Run all tests: unit, property, golden and cluster
+	@scripts/setup.sh python
+	@# The cluster tests start the binaries of this profile, so these come first.
+	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
+	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)
+
+golden: setup ## Run the golden tests alone, on the data in ARCFACE_GOLDEN
+	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS) golden -- --nocapture
+
+lint: setup ## Check format, clippy, docs, lock file, protocol, scripts and spelling
+	@scripts/setup.sh lint
+	@scripts/lint.sh
+
+clean: ## Remove build outputs and the demo's work; the cache stays
+	@$(CARGO) clean
+	@rm -rf work_dirs/demo

@@ -1,0 +1,16 @@
+# shellcheck shell=sh
+# Where the build finds libtorch and where the tests find their Python packages. Source it to call cargo by hand:
+#     . scripts/env.sh && cargo test -p arcface-worker
+# It only sets variables; `scripts/setup.sh` fetches what they name.
+#
+#   ARCFACE_CACHE     where downloads are unpacked; default $XDG_CACHE_HOME/arcface, else ~/.cache/arcface
+#   ARCFACE_LIBTORCH  another libtorch 2.11 (with lib/ and include/) instead of the fetched one
+
+ARCFACE_CACHE="${ARCFACE_CACHE:-${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/arcface}"
+# torch-sys reads LIBTORCH at build time; the worker's build script makes LIBTORCH/lib its run path.
+LIBTORCH="${ARCFACE_LIBTORCH:-$ARCFACE_CACHE/libtorch-2.11.0}"
+# Compiled Python packages fit one minor version of Python, so each has a folder of its own.
+ARCFACE_PYTHON_PACKAGES="$ARCFACE_CACHE/python-$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)"
+# Command-line tools of `make lint`, which ship as Python wheels.
+ARCFACE_LINT_TOOLS="$ARCFACE_CACHE/lint-tools"
+export ARCFACE_CACHE LIBTORCH ARCFACE_PYTHON_PACKAGES ARCFACE_LINT_TOOLS
