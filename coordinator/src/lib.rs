@@ -1,1 +1,8 @@
-//! Coordinator.
+//! The coordinator of an ArcFace cluster: rendezvous, job state, class shards and checkpoint manifests. It has no
+//! tensor type and installs on a laptop.
+//!
+//! Pure logic (`plan`, `job`, `membership`) has no I/O, no clock and no async; `control` is the one task that owns
+//! state and the only reader of the clock; `store` keeps what must survive; `api` is the gRPC rim.
+
+pub mod api;
+pub mod server;
