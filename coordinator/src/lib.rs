@@ -2,7 +2,10 @@
 //! tensor type and installs on a laptop.
 //!
 //! Pure logic (`plan`, `job`, `membership`) has no I/O, no clock and no async; `control` is the one task that owns
-//! state and the only reader of the clock; `store` keeps what must survive; `api` is the gRPC rim.
+//! state and the only reader of the clock; `store` keeps what must survive; `api` is the gRPC rim; `spec` reads job
+//! files, `cli` is the command line.
 
 pub mod api;
 pub mod server;
+pub mod spec;
+pub mod telemetry;

@@ -1,0 +1,262 @@
+//! What the coordinator tells its operators: log lines on standard error, and the one list of metric names, kinds
+//! and labels behind `/metrics`. Knows nothing of who records what, and opens no socket.
+
+use std::io::IsTerminal;
+use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people: one line an event.
+    Text,
+    /// For machines: one JSON object an event.
+    Json,
+}
+
+impl LogFormat {
+    /// Text on a terminal, JSON elsewhere: what is not read by a person is collected by a program.
+    pub fn of_stderr() -> Self {
+        if std::io::stderr().is_terminal() {
+            Self::Text
+        } else {
+            Self::Json
+        }
+    }
+}
+
+/// What is logged when nothing else was asked for: state changes of our own, warnings of the libraries.
+pub const DEFAULT_FILTER: &str = "info,h2=warn,hyper=warn,tonic=warn,tower=warn";
+
+/// Starts logging for the whole process. `filter` is in the language of `ARCFACE_LOG`: `info`,
+/// `arcface_coordinator::control=debug,info`.
+///
+/// # Errors
+/// If the filter is malformed or logging was already started.
+pub fn start_logging<W>(format: LogFormat, filter: &str, writer: W) -> anyhow::Result<()>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let filter = EnvFilter::try_new(filter).map_err(|e| anyhow::anyhow!("log filter {filter:?}: {e}"))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer);
+    let started = match format {
+        LogFormat::Json => builder
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false)
+            .try_init(),
+        LogFormat::Text => {
+            let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+            builder.with_ansi(colours).with_target(false).try_init()
+        }
+    };
+    started.map_err(|e| anyhow::anyhow!("start logging: {e}"))
+}
+
+/// What a metric's value does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MetricKind {
+    /// Only grows; its name ends in `_total`.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Observations in the buckets given, in seconds.
+    Histogram(&'static [f64]),
+}
+
+/// A metric as Prometheus sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// Name; base units, after <https://prometheus.io/docs/practices/naming/>.
+    pub name: &'static str,
+    /// What its value does.
+    pub kind: MetricKind,
+    /// Labels. Never `job` or `instance`, which belong to the scrape; never free text.
+    pub labels: &'static [&'static str],
+    /// One sentence.
+    pub help: &'static str,
+}
+
+/// From a cache hit to a slow disk: request handling.
+const REQUEST_BUCKETS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+];
+/// From a tiny network on one GPU to r200 on a CPU: one training step.
+const STEP_BUCKETS: &[f64] = &[
+    0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+];
+/// From a restarted process to a replaced machine: recovery and rendezvous.
+const RECOVERY_BUCKETS: &[f64] = &[
+    0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+];
+
+macro_rules! metrics {
+    ($($constant:ident = $name:literal, $kind:expr, [$($label:literal),*], $help:literal;)+) => {
+        $(#[doc = $help] pub const $constant: &str = $name;)+
+
+        /// Every metric of the coordinator.
+        pub const METRICS: &[Metric] = &[
+            $(Metric { name: $name, kind: $kind, labels: &[$($label),*], help: $help }),+
+        ];
+    };
+}
+
+metrics! {
+    BUILD_INFO =
+        "arcface_build_info", MetricKind::Gauge, ["version"],
+        "Always 1; the labels tell the version.";
+    COORDINATOR_IS_LEADER =
+        "arcface_coordinator_is_leader", MetricKind::Gauge, [],
+        "1 while this process serves and owns the store.";
+    COORDINATOR_NODES =
+        "arcface_coordinator_nodes", MetricKind::Gauge, ["state"],
+        "Nodes that have joined, by state.";
+    COORDINATOR_SLOTS =
+        "arcface_coordinator_slots", MetricKind::Gauge, ["use"],
+        "Slots of healthy nodes: free or used.";
+    HEARTBEAT_AGE_SECONDS =
+        "arcface_coordinator_heartbeat_age_seconds", MetricKind::Gauge, ["node"],
+        "Age of the newest heartbeat of a node, in seconds.";
+    JOB_INFO =
+        "arcface_job_info", MetricKind::Gauge, ["job_id", "backbone", "head"],
+        "Always 1; the labels tell what a job trains.";
+    JOB_STATE =
+        "arcface_job_state", MetricKind::Gauge, ["job_id", "state"],
+        "1 for the state that a job is in, 0 for the others.";
+    JOB_WORLD_SIZE =
+        "arcface_job_world_size", MetricKind::Gauge, ["job_id"],
+        "Ranks of the newest generation of a job.";
+    JOB_WORLD_SIZE_TARGET =
+        "arcface_job_world_size_target", MetricKind::Gauge, ["job_id"],
+        "Ranks that a job asked for.";
+    RENDEZVOUS_GENERATION =
+        "arcface_rendezvous_generation", MetricKind::Gauge, ["job_id"],
+        "Newest generation of a job.";
+    RENDEZVOUS_DURATION_SECONDS =
+        "arcface_rendezvous_duration_seconds", MetricKind::Histogram(RECOVERY_BUCKETS), ["job_id"],
+        "Seconds from the launch of a generation until all its ranks had met.";
+    TRAIN_STEPS_TOTAL =
+        "arcface_train_steps_total", MetricKind::Counter, ["job_id"],
+        "Steps that a job has finished, steps done again after a recovery counted again.";
+    TRAIN_SAMPLES_TOTAL =
+        "arcface_train_samples_total", MetricKind::Counter, ["job_id"],
+        "Samples that a job has trained on.";
+    TRAIN_SAMPLES_PER_SECOND =
+        "arcface_train_samples_per_second", MetricKind::Gauge, ["job_id"],
+        "Samples a second over all ranks, mean of the last log interval.";
+    TRAIN_STEP_DURATION_SECONDS =
+        "arcface_train_step_duration_seconds", MetricKind::Histogram(STEP_BUCKETS), ["job_id", "rank"],
+        "Seconds that a training step takes.";
+    TRAIN_PHASE_SECONDS_TOTAL =
+        "arcface_train_phase_seconds_total", MetricKind::Counter, ["job_id", "rank", "phase"],
+        "Seconds spent by phase: data_wait, forward, head, backward, comm, optimizer, checkpoint, eval.";
+    TRAIN_LOSS =
+        "arcface_train_loss", MetricKind::Gauge, ["job_id"],
+        "Loss, mean of the last log interval.";
+    TRAIN_LEARNING_RATE =
+        "arcface_train_learning_rate", MetricKind::Gauge, ["job_id"],
+        "Learning rate of the last step.";
+    TRAIN_GRAD_NORM =
+        "arcface_train_grad_norm", MetricKind::Gauge, ["job_id"],
+        "Norm of the gradient of the backbone before clipping.";
+    TRAIN_PROGRESS_RATIO =
+        "arcface_train_progress_ratio", MetricKind::Gauge, ["job_id"],
+        "Share of the steps of a job that are done, 0 to 1.";
+    TRAIN_ETA_SECONDS =
+        "arcface_train_eta_seconds", MetricKind::Gauge, ["job_id"],
+        "Seconds to the end of a job at its present speed.";
+    WORKER_FAILURES_TOTAL =
+        "arcface_worker_failures_total", MetricKind::Counter, ["job_id", "reason"],
+        "Failures that ended a generation, by kind.";
+    WORKER_RESTARTS_TOTAL =
+        "arcface_worker_restarts_total", MetricKind::Counter, ["job_id"],
+        "Generations that were opened after a failure.";
+    RECOVERY_DURATION_SECONDS =
+        "arcface_recovery_duration_seconds", MetricKind::Histogram(RECOVERY_BUCKETS), ["job_id", "stage"],
+        "Seconds from the last sign of life: stage detect until the failure was seen, total until the next new step.";
+    CHECKPOINT_BYTES =
+        "arcface_checkpoint_bytes", MetricKind::Gauge, ["job_id"],
+        "Bytes of the newest committed checkpoint.";
+    CHECKPOINT_LAST_COMMITTED_TIMESTAMP_SECONDS =
+        "arcface_checkpoint_last_committed_timestamp_seconds", MetricKind::Gauge, ["job_id"],
+        "When the newest checkpoint was committed, in seconds since the Unix epoch.";
+    CHECKPOINT_LAST_COMMITTED_STEP =
+        "arcface_checkpoint_last_committed_step", MetricKind::Gauge, ["job_id"],
+        "Step of the newest committed checkpoint.";
+    EVAL_ACCURACY_RATIO =
+        "arcface_eval_accuracy_ratio", MetricKind::Gauge, ["job_id", "dataset"],
+        "Newest verification accuracy of a data set, 0 to 1.";
+    EVAL_TAR_RATIO =
+        "arcface_eval_tar_ratio", MetricKind::Gauge, ["job_id", "dataset", "far"],
+        "Newest true accept rate of a data set at a false accept rate, 0 to 1.";
+    EVAL_DURATION_SECONDS =
+        "arcface_eval_duration_seconds", MetricKind::Gauge, ["job_id", "dataset"],
+        "Seconds that the newest evaluation of a data set took.";
+    GRPC_REQUESTS_TOTAL =
+        "arcface_grpc_requests_total", MetricKind::Counter, ["service", "method", "code"],
+        "Calls answered, by canonical status code.";
+    GRPC_REQUEST_DURATION_SECONDS =
+        "arcface_grpc_request_duration_seconds", MetricKind::Histogram(REQUEST_BUCKETS), ["service", "method"],
+        "Seconds until a call was answered; for streams, until the first answer.";
+}
+
+/// Tells the installed metrics recorder what every metric means. Call once, after it was installed; the buckets
+/// have to be set on the exporter before: see [`buckets`].
+pub fn describe() {
+    for metric in METRICS {
+        match metric.kind {
+            MetricKind::Counter => metrics::describe_counter!(metric.name, metric.help),
+            MetricKind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
+            MetricKind::Histogram(_) => metrics::describe_histogram!(metric.name, metric.help),
+        }
+    }
+}
+
+/// Histograms with the upper bounds of their buckets in seconds. Without them the exporter makes summaries, which
+/// cannot be added over ranks.
+pub fn buckets() -> impl Iterator<Item = (&'static str, &'static [f64])> {
+    METRICS.iter().filter_map(|metric| match metric.kind {
+        MetricKind::Histogram(bounds) => Some((metric.name, bounds)),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn metrics_are_named_as_prometheus_advises() {
+        let names: BTreeSet<_> = METRICS.iter().map(|m| m.name).collect();
+        assert_eq!(names.len(), METRICS.len(), "a name occurs twice");
+        for Metric {
+            name,
+            kind,
+            labels,
+            help,
+        } in METRICS
+        {
+            assert!(name.starts_with("arcface_") && !name.ends_with("_ms"), "{name}");
+            assert_eq!(name.ends_with("_total"), *kind == MetricKind::Counter, "{name}");
+            assert!(
+                help.ends_with('.') && help.len() > 10 && !help.contains('"'),
+                "{name}: {help:?}"
+            );
+            assert!(
+                !labels.contains(&"job") && !labels.contains(&"instance"),
+                "{name}: {labels:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn buckets_rise() {
+        assert!(buckets().count() >= 4);
+        for (name, bounds) in buckets() {
+            assert!(bounds.windows(2).all(|w| w[0] < w[1]), "{name}");
+        }
+    }
+}
