@@ -1,1 +1,13 @@
-//! eval.
+//! Measuring a backbone: verification sets and the numbers that the reference reports for them.
+//!
+//! Knows images and embeddings; it must not know networks (the caller embeds), ranks or the coordinator.
+
+mod error;
+pub mod metrics;
+pub mod report;
+pub mod verification;
+pub mod verification_set;
+
+pub use error::EvalError;
+pub use verification::{Verification, evaluate};
+pub use verification_set::VerificationSet;
