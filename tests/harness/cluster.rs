@@ -1,0 +1,383 @@
+//! A coordinator and its workers on this machine, for the time of one test.
+
+use crate::{
+    Finished, JobFile, Process, command, process,
+    wait::{self, Seen},
+};
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use std::{
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+/// Clusters of one test executable run one after the other: each wants the whole (small) machine.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// For commands that only ask the coordinator something.
+const ANSWER: Duration = Duration::from_secs(20);
+/// For a process to come up on a machine that compiles beside it.
+const START: Duration = Duration::from_secs(30);
+
+/// What to start.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Workers.
+    pub workers: usize,
+    /// Slots of each, that is, ranks it can run.
+    pub slots: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { workers: 2, slots: 1 }
+    }
+}
+
+/// A coordinator and its workers.
+pub struct Cluster {
+    scratch: tempfile::TempDir,
+    coordinator: Option<Process>,
+    workers: Vec<Process>,
+    /// Ended on purpose; their logs are still of interest.
+    past: Vec<Process>,
+    address: String,
+    slots: usize,
+}
+
+impl Cluster {
+    /// Starts a cluster, waits until its workers are there, and gives it to a test. If the test fails, every log of
+    /// every process is printed.
+    ///
+    /// # Errors
+    /// What the test or the start failed with.
+    pub fn run(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cluster = Self {
+            scratch: tempfile::tempdir()?,
+            coordinator: None,
+            workers: Vec::new(),
+            past: Vec::new(),
+            address: "127.0.0.1:0".into(),
+            slots: options.slots,
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            cluster.start_coordinator()?;
+            for _ in 0..options.workers {
+                cluster.start_worker()?;
+            }
+            cluster.wait_for_nodes(options.workers)?;
+            test(&mut cluster)
+        }));
+        if !matches!(outcome, Ok(Ok(()))) {
+            cluster.print_logs();
+        }
+        outcome.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// Where everything lies: the working directory of all processes.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// `HOST:PORT` of the coordinator.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// `HOST:PORT` of the coordinator's metrics.
+    ///
+    /// # Errors
+    /// If it serves none.
+    pub fn metrics_address(&self) -> Result<String> {
+        self.served("metrics")?
+            .context("the coordinator serves no metrics")
+    }
+
+    /// Starts the coordinator, on the address that it had before if it had one, with the same store.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_coordinator(&mut self) -> Result<()> {
+        let file = self.address_file();
+        if file.exists() {
+            fs::remove_file(&file)?; // written again when it serves
+        }
+        let mut command = command("arcface-coordinator", self.scratch())?;
+        command
+            .args(["serve", "--listen", &self.address, "--metrics", "127.0.0.1:0"])
+            .arg("--store")
+            .arg(format!("embedded:{}", self.scratch().join("store").display()))
+            .arg("--address-file")
+            .arg(&file);
+        let mut process = Process::start("coordinator", &self.logs(), command)?;
+        self.address = wait::until("the coordinator's address file", START, || {
+            if let Some(status) = process.ended()? {
+                anyhow::bail!("the coordinator ended ({status}): {}", process.output());
+            }
+            Ok(match self.served("grpc")? {
+                Some(address) => Seen::Yes(address),
+                None => Seen::NotYet("no file".into()),
+            })
+        })?;
+        self.coordinator = Some(process);
+        Ok(())
+    }
+
+    /// Starts one more worker.
+    ///
+    /// # Errors
+    /// If it cannot be started. It may join later: see [`Self::wait_for_nodes`].
+    pub fn start_worker(&mut self) -> Result<()> {
+        let name = format!("worker-{}", self.workers.len() + self.past.len());
+        let mut command = command("arcface-worker", self.scratch())?;
+        command
+            .args(["--join", &self.address, "--device", "cpu"])
+            .args(["--slots", &self.slots.to_string()]);
+        self.workers.push(Process::start(&name, &self.logs(), command)?);
+        Ok(())
+    }
+
+    /// Kills the coordinator at once.
+    ///
+    /// # Errors
+    /// If it has ended before.
+    pub fn kill_coordinator(&mut self) -> Result<()> {
+        let mut process = self.coordinator.take().context("no coordinator runs")?;
+        process.signal(Signal::SIGKILL)?;
+        process.wait(ANSWER)?;
+        self.past.push(process);
+        Ok(())
+    }
+
+    /// Kills the newest worker at once; its ranks must end by themselves.
+    ///
+    /// # Errors
+    /// If there is none, or it has ended before.
+    pub fn kill_worker(&mut self) -> Result<()> {
+        let mut process = self.workers.pop().context("no worker runs")?;
+        process.signal(Signal::SIGKILL)?;
+        process.wait(ANSWER)?;
+        self.past.push(process);
+        Ok(())
+    }
+
+    /// Sends a signal to a process that `nodes` named.
+    ///
+    /// # Errors
+    /// If there is no such process, or it does not belong to this cluster.
+    pub fn signal(&self, pid: u32, signal: Signal) -> Result<()> {
+        ensure!(
+            process::marked(self.scratch()).contains(&pid),
+            "process {pid} is not one of this cluster"
+        );
+        process::signal_pid(pid, signal)
+    }
+
+    /// Processes of this cluster that live, whoever started them.
+    pub fn living(&self) -> Vec<u32> {
+        process::marked(self.scratch())
+    }
+
+    /// A command line of `arcface-coordinator` that talks to this cluster, not yet run.
+    ///
+    /// # Errors
+    /// If the binary has not been built.
+    pub fn client(&self, arguments: &[&str]) -> Result<std::process::Command> {
+        let mut command = command("arcface-coordinator", self.scratch())?;
+        command.args(arguments).env("ARCFACE_COORDINATOR", &self.address);
+        Ok(command)
+    }
+
+    /// Runs such a command to its end.
+    ///
+    /// # Errors
+    /// If it does not end in time.
+    pub fn cli(&self, arguments: &[&str], deadline: Duration) -> Result<Finished> {
+        Finished::of(self.client(arguments)?, deadline)
+    }
+
+    /// Runs it with `--output json` and reads what it prints.
+    ///
+    /// # Errors
+    /// If it fails or prints no JSON.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let arguments = [arguments, &["--output", "json"]].concat();
+        let finished = self.cli(&arguments, ANSWER)?.expect(0)?;
+        serde_json::from_str(&finished.stdout)
+            .with_context(|| format!("{} printed no JSON: {}", finished.line, finished.stdout))
+    }
+
+    /// Submits a job and gives its id.
+    ///
+    /// # Errors
+    /// If it is not accepted.
+    pub fn submit(&self, job: &JobFile) -> Result<String> {
+        let file = job.write(self.scratch())?;
+        let before = self.job_ids()?;
+        self.cli(&["submit", &file.to_string_lossy()], ANSWER)?
+            .expect(0)?;
+        let mut new = self.job_ids()?;
+        new.retain(|id| !before.contains(id));
+        ensure!(new.len() == 1, "one new job was expected, not {new:?}");
+        new.pop().context("one id")
+    }
+
+    fn job_ids(&self) -> Result<Vec<String>> {
+        let jobs = self.json(&["jobs"])?;
+        let jobs = jobs.as_array().context("jobs prints a list")?;
+        Ok(jobs
+            .iter()
+            .filter_map(|job| Some(job.get("id")?.as_str()?.to_owned()))
+            .collect())
+    }
+
+    /// `job ID --output json`.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn job(&self, id: &str) -> Result<Value> {
+        self.json(&["job", id])
+    }
+
+    /// Waits until `arrived` says yes to the job as it stands. `wanted` says in words what for.
+    ///
+    /// # Errors
+    /// At the deadline, and at once when the job has ended otherwise.
+    pub fn wait_for_job(
+        &mut self,
+        id: &str,
+        wanted: &str,
+        deadline: Duration,
+        arrived: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        wait::until(&format!("job {id} {wanted}"), deadline, || {
+            self.check_alive()?;
+            let job = self.job(id)?;
+            if arrived(&job) {
+                return Ok(Seen::Yes(job));
+            }
+            ensure!(
+                !matches!(state(&job), "succeeded" | "failed" | "cancelled"),
+                "it has ended: {job}"
+            );
+            Ok(Seen::NotYet(job.to_string()))
+        })
+    }
+
+    /// Waits until the job has a state by name.
+    ///
+    /// # Errors
+    /// As [`Self::wait_for_job`].
+    pub fn wait_for_state(&mut self, id: &str, wanted: &str, deadline: Duration) -> Result<Value> {
+        self.wait_for_job(id, &format!("to be {wanted}"), deadline, |job| {
+            state(job) == wanted
+        })
+    }
+
+    /// Waits until as many nodes are ready.
+    ///
+    /// # Errors
+    /// At the deadline.
+    pub fn wait_for_nodes(&mut self, count: usize) -> Result<Value> {
+        wait::until(&format!("{count} nodes"), START, || {
+            self.check_alive()?;
+            let nodes = self.json(&["nodes"])?;
+            let ready = nodes
+                .as_array()
+                .context("nodes prints a list")?
+                .iter()
+                .filter(|node| state(node) == "ready")
+                .count();
+            Ok(if ready == count {
+                Seen::Yes(nodes)
+            } else {
+                Seen::NotYet(nodes.to_string())
+            })
+        })
+    }
+
+    /// Process ids of a job's ranks, by rank.
+    ///
+    /// # Errors
+    /// If `nodes` does not say.
+    pub fn rank_pids(&self, job: &str) -> Result<Vec<(u64, u32)>> {
+        let nodes = self.json(&["nodes"])?;
+        let mut ranks = Vec::new();
+        for node in nodes.as_array().context("nodes prints a list")? {
+            for rank in node["ranks"].as_array().context("a node has a list of ranks")? {
+                if rank["job"].as_str() == Some(job) {
+                    let pid = rank["pid"].as_u64().context("a rank has a process id")?;
+                    ranks.push((
+                        rank["rank"].as_u64().context("a rank has a number")?,
+                        u32::try_from(pid)?,
+                    ));
+                }
+            }
+        }
+        ranks.sort_unstable();
+        Ok(ranks)
+    }
+
+    /// Fails if a process that should run has ended: waiting on is in vain then.
+    fn check_alive(&mut self) -> Result<()> {
+        for process in self.coordinator.iter_mut().chain(&mut self.workers) {
+            if let Some(status) = process.ended()? {
+                anyhow::bail!("{} ended by itself ({status})", process.name);
+            }
+        }
+        Ok(())
+    }
+
+    fn served(&self, key: &str) -> Result<Option<String>> {
+        let Ok(text) = fs::read_to_string(self.address_file()) else {
+            return Ok(None);
+        };
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        Ok(line.map(str::to_owned))
+    }
+
+    fn address_file(&self) -> PathBuf {
+        self.scratch().join("address")
+    }
+
+    fn logs(&self) -> PathBuf {
+        self.scratch().join("logs")
+    }
+
+    /// Prints what every process wrote, and the training logs.
+    fn print_logs(&self) {
+        for process in self.past.iter().chain(&self.coordinator).chain(&self.workers) {
+            eprintln!("---- {}\n{}", process.name, process.output());
+        }
+        let outputs = fs::read_dir(self.scratch().join("out"));
+        for job in outputs.into_iter().flatten().flatten() {
+            let log = job.path().join("training.log");
+            if let Ok(text) = fs::read_to_string(&log) {
+                eprintln!("---- {}\n{text}", log.display());
+            }
+        }
+    }
+}
+
+/// `state` of a node or a job.
+fn state(value: &Value) -> &str {
+    value["state"].as_str().unwrap_or_default()
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.workers.clear();
+        self.coordinator = None;
+        // Ranks have process groups of their own; a test that failed may leave them behind.
+        for pid in process::marked(self.scratch()) {
+            let _gone = process::signal_pid(pid, Signal::SIGKILL);
+        }
+    }
+}

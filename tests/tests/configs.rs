@@ -1,0 +1,154 @@
+//! Every file in `configs/` is a valid job, and the recipes of the reference keep its values, name by name.
+//! `tests/formats/reference_recipes.json` holds those values: the reference's files with its defaults merged in,
+//! `batch_size` per rank, and the number of ranks that the recipe's name says (8 if it says none).
+
+use anyhow::{Context, Result, ensure};
+use arcface_proto::{convert, spec::JobSpec, v1};
+use serde_json::{Map, Value};
+use std::{collections::BTreeMap, fs, path::Path};
+
+/// Where a recipe means something that its number does not say; each file has a comment beside the value.
+/// (recipe, key, the reference's value, ours)
+const REINTERPRETED: [(&str, &str, &str, &str); 4] = [
+    // Below one class a shard: only the classes of the batch.
+    ("wf42m_pfc0008_32gpu_r100", "sample_rate", "0.0", "0.000001"),
+    // "No warm-up" is written 0.
+    ("3millions", "warmup_epoch", "-1", "0"),
+    ("3millions_pfc", "warmup_epoch", "-1", "0"),
+    ("3millions_mp", "warmup_epoch", "-1", "0"),
+];
+
+fn load(path: &Path) -> Result<JobSpec> {
+    let text = fs::read_to_string(path)?;
+    let wire: v1::JobSpec = toml::from_str(&text)?;
+    convert::job_spec(&wire).map_err(|violations| {
+        let list: Vec<_> = violations.iter().map(ToString::to_string).collect();
+        anyhow::anyhow!(list.join("; "))
+    })
+}
+
+fn load_all() -> Result<BTreeMap<String, JobSpec>> {
+    let folder = arcface_tests::workspace().join("configs");
+    let mut jobs = BTreeMap::new();
+    for entry in fs::read_dir(&folder)? {
+        let path = entry?.path();
+        ensure!(
+            path.extension().is_some_and(|e| e == "toml"),
+            "{} is not a job file",
+            path.display()
+        );
+        let job = load(&path).with_context(|| format!("load {}", path.display()))?;
+        let stem = path
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        ensure!(
+            job.name == stem,
+            "{}: job.name is {:?}, the file's name was expected",
+            path.display(),
+            job.name
+        );
+        jobs.insert(stem, job);
+    }
+    Ok(jobs)
+}
+
+/// The job's values under the reference's names and in its units.
+fn in_reference_terms(job: &JobSpec) -> Map<String, Value> {
+    let value = serde_json::json!({
+        "batch_size": job.train.batch_size,
+        "embedding_size": job.model.embedding_size,
+        "fp16": job.train.precision.as_str() == "fp16",
+        "frequent": job.train.frequent,
+        "gradient_acc": job.train.gradient_acc,
+        "interclass_filtering_threshold": job.head.interclass_filtering_threshold.unwrap_or(0.0),
+        "lr": job.train.lr,
+        "margin_list": job.head.margin,
+        "momentum": job.train.momentum,
+        "network": job.model.network,
+        "num_classes": job.head.num_classes,
+        "num_epoch": job.train.num_epoch,
+        "num_image": job.data.num_image,
+        "num_workers": job.data.num_workers,
+        "optimizer": job.train.optimizer.as_str(),
+        "rec": job.data.rec,
+        "sample_rate": job.head.sample_rate,
+        "seed": job.seed,
+        "val_targets": job.eval.val_targets,
+        "verbose": job.eval.every_steps,
+        "warmup_epoch": job.train.warmup_epoch,
+        "weight_decay": job.train.weight_decay,
+        "world_size": job.world_size,
+    });
+    match value {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+/// Numbers compare by value: the reference writes 0 where we read 0.0.
+fn same(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
+        _ => match (a.as_f64(), b.as_f64()) {
+            (Some(a), Some(b)) => a == b,
+            _ => a == b,
+        },
+    }
+}
+
+#[test]
+fn every_config_is_a_valid_job_and_named_like_its_file() -> Result<()> {
+    let jobs = load_all()?;
+    ensure!(jobs.contains_key("demo_cpu"), "configs/demo_cpu.toml is missing");
+    Ok(())
+}
+
+#[test]
+fn recipes_keep_the_references_values() -> Result<()> {
+    let path = arcface_tests::workspace().join("tests/formats/reference_recipes.json");
+    let recipes: BTreeMap<String, Map<String, Value>> = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let jobs = load_all()?;
+    let mut wrong = Vec::new();
+    for (name, recipe) in &recipes {
+        let Some(job) = jobs.get(name) else {
+            wrong.push(format!("{name}: configs/{name}.toml is missing"));
+            continue;
+        };
+        let ours = in_reference_terms(job);
+        for key in recipe
+            .keys()
+            .chain(ours.keys().filter(|key| !recipe.contains_key(*key)))
+        {
+            let (theirs, ours) = (recipe.get(key), ours.get(key));
+            let (Some(theirs), Some(ours)) = (theirs, ours) else {
+                wrong.push(format!(
+                    "{name}: {key} is not on both sides: {theirs:?}, {ours:?}"
+                ));
+                continue;
+            };
+            let reinterpreted = REINTERPRETED
+                .iter()
+                .find(|(recipe, k, ..)| recipe == name && k == key);
+            let right = match reinterpreted {
+                Some((_, _, from, to)) => {
+                    same(theirs, &serde_json::from_str(from)?) && same(ours, &serde_json::from_str(to)?)
+                }
+                None => same(theirs, ours),
+            };
+            if !right {
+                wrong.push(format!("{name}: {key} is {ours}, the reference has {theirs}"));
+            }
+        }
+    }
+    for name in jobs
+        .keys()
+        .filter(|name| *name != "demo_cpu" && !recipes.contains_key(*name))
+    {
+        wrong.push(format!("{name}: not a recipe of the reference"));
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    println!("{} recipes, {} job files", recipes.len(), jobs.len());
+    Ok(())
+}
