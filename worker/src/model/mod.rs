@@ -1,1 +1,23 @@
-//! model.
+//! The backbones: networks from aligned faces to embeddings, and the module vocabulary they share.
+//!
+//! Owns parameter names, shapes and order (those of a PyTorch `state_dict`), initialisation and the forward pass.
+//! Knows no gRPC, no files and no other rank; the gradient is autograd's.
+//!
+//! A new backbone is one file that builds a [`Network`](layers::Network) and one line in [`registry`].
+
+mod backbone;
+pub mod fill;
+mod init;
+pub mod iresnet;
+pub mod layers;
+pub mod mobilefacenet;
+mod pass;
+pub mod registry;
+mod state;
+
+pub use backbone::{Backbone, BackboneConfig, ModelError};
+pub use pass::{DropoutDraw, ForwardMode, Pass};
+pub use state::{Builder, Init, Role, StateEntry};
+
+/// Height and width of every network's input in pixels.
+pub const IMAGE_SIZE: i64 = 112;

@@ -1,0 +1,276 @@
+//! A backbone as everyone else sees it: a name, a state and a forward pass.
+
+use std::collections::HashSet;
+
+use arcface_proto::spec::{ModelSpec, Precision};
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    IMAGE_SIZE, fill, init,
+    layers::Network,
+    pass::{ForwardMode, Pass, Tap},
+    registry::{self, REGISTRY, Registered},
+    state::{Builder, Role, StateEntry},
+};
+
+/// What to build.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackboneConfig {
+    /// Name in the registry.
+    pub network: String,
+    /// Embedding length D.
+    pub embedding_size: i64,
+    /// Dropout probability before the last linear layer; networks without such a layer ignore it.
+    pub dropout: f64,
+    /// Batch norm uses its running statistics while training too, and its affine parameters do not train.
+    pub freeze_batch_norm: bool,
+}
+
+impl BackboneConfig {
+    /// For evaluation: no dropout, batch norm as always.
+    pub fn new(network: impl Into<String>, embedding_size: i64) -> Self {
+        Self {
+            network: network.into(),
+            embedding_size,
+            dropout: 0.0,
+            freeze_batch_norm: false,
+        }
+    }
+}
+
+impl From<&ModelSpec> for BackboneConfig {
+    fn from(spec: &ModelSpec) -> Self {
+        Self {
+            network: spec.network.clone(),
+            embedding_size: i64::from(spec.embedding_size),
+            dropout: spec.dropout,
+            freeze_batch_norm: spec.freeze_batch_norm,
+        }
+    }
+}
+
+/// Why a backbone cannot be built or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The registry has no such name.
+    #[error("unknown network {network:?}; known networks: {}", known())]
+    UnknownNetwork {
+        /// As given.
+        network: String,
+    },
+    /// The embedding size is not in 1..=65536.
+    #[error("embedding size {got} is not in 1..=65536")]
+    EmbeddingSize {
+        /// As given.
+        got: i64,
+    },
+    /// Entries of the network that the source lacks.
+    #[error("key {key} of {network} is missing{}", more(*.others))]
+    Missing {
+        /// The network that was loaded.
+        network: String,
+        /// The first one.
+        key: String,
+        /// How many more.
+        others: usize,
+    },
+    /// Entries of the source that the network lacks.
+    #[error("key {key} is not one of {network}'s{}", more(*.others))]
+    Unexpected {
+        /// The network that was loaded.
+        network: String,
+        /// The first one.
+        key: String,
+        /// How many more.
+        others: usize,
+    },
+    /// A tensor has another shape.
+    #[error("key {key} of {network} has shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// The network that was loaded.
+        network: String,
+        /// Its name.
+        key: String,
+        /// The network's shape.
+        expected: Vec<i64>,
+        /// The source's shape.
+        got: Vec<i64>,
+    },
+}
+
+fn known() -> String {
+    let names: Vec<&str> = REGISTRY.iter().map(|network| network.name).collect();
+    names.join(", ")
+}
+
+fn more(others: usize) -> String {
+    match others {
+        0 => String::new(),
+        n => format!(" (and {n} more)"),
+    }
+}
+
+/// A network with its parameters, on the CPU.
+pub struct Backbone {
+    config: BackboneConfig,
+    state: Vec<StateEntry>,
+    network: Box<dyn Network>,
+}
+
+impl Backbone {
+    /// Allocates every tensor as zeros: initialise, fill or load before use.
+    pub fn new(config: &BackboneConfig) -> Result<Self, ModelError> {
+        let registered = Self::registered(&config.network)?;
+        if !(1..=65536).contains(&config.embedding_size) {
+            return Err(ModelError::EmbeddingSize {
+                got: config.embedding_size,
+            });
+        }
+        let mut state = Vec::new();
+        let builder = Builder::new(&mut state, config.freeze_batch_norm);
+        let network = (registered.build)(builder, config);
+        Ok(Self {
+            config: config.clone(),
+            state,
+            network,
+        })
+    }
+
+    /// The registry's line for a network's name.
+    pub fn registered(network: &str) -> Result<&'static Registered, ModelError> {
+        registry::find(network).ok_or_else(|| ModelError::UnknownNetwork {
+            network: network.to_owned(),
+        })
+    }
+
+    /// What it was built from.
+    pub fn config(&self) -> &BackboneConfig {
+        &self.config
+    }
+
+    /// Every tensor in `state_dict` order.
+    pub fn state(&self) -> &[StateEntry] {
+        &self.state
+    }
+
+    /// The parameters that the optimizer updates, in `state_dict` order; their gradients are autograd's (`grad()`).
+    pub fn trainable(&self) -> Vec<(&str, &Tensor)> {
+        let trainable = self.state.iter().filter(|entry| entry.role == Role::Trainable);
+        trainable
+            .map(|entry| (entry.name.as_str(), &entry.tensor))
+            .collect()
+    }
+
+    /// Number of parameter elements, frozen ones included, buffers not.
+    pub fn num_parameters(&self) -> usize {
+        let parameters = self.state.iter().filter(|entry| entry.role != Role::Buffer);
+        parameters.map(|entry| entry.tensor.numel()).sum()
+    }
+
+    /// Number of parameter elements that train.
+    pub fn num_trainable(&self) -> usize {
+        self.trainable().iter().map(|(_, tensor)| tensor.numel()).sum()
+    }
+
+    /// Draws initial weights with the reference's distributions.
+    pub fn init_random(&mut self, seed: u64) {
+        self.assign(|entry| init::draw(seed, entry));
+    }
+
+    /// Sets every tensor by the golden fill rule.
+    pub fn fill_golden(&mut self) {
+        let names: HashSet<&str> = self.state.iter().map(|entry| entry.name.as_str()).collect();
+        self.assign(|entry| {
+            let has_bias = names.contains(fill::sibling_bias(&entry.name).as_str());
+            fill::value(&entry.name, &entry.tensor, has_bias)
+        });
+    }
+
+    fn assign(&self, value: impl Fn(&StateEntry) -> Tensor) {
+        tch::no_grad(|| {
+            for entry in &self.state {
+                entry.tensor.shallow_clone().copy_(&value(entry));
+            }
+        });
+    }
+
+    /// Sets every tensor from a source by name. Floating-point sources of any width are converted. Nothing changes
+    /// unless everything fits. Keys of the source that the network lacks are the caller's to check.
+    pub fn load_state(&mut self, source: &mut dyn FnMut(&str) -> Option<Tensor>) -> Result<(), ModelError> {
+        let network = &self.config.network;
+        let mut found = Vec::with_capacity(self.state.len());
+        let mut missing = Vec::new();
+        for entry in &self.state {
+            let Some(tensor) = source(&entry.name) else {
+                missing.push(&entry.name);
+                continue;
+            };
+            let expected = entry.tensor.size();
+            // Some writers store scalars with shape [1].
+            let scalar = expected.is_empty() && tensor.numel() == 1;
+            if tensor.size() != expected && !scalar {
+                return Err(ModelError::Shape {
+                    network: network.clone(),
+                    key: entry.name.clone(),
+                    expected,
+                    got: tensor.size(),
+                });
+            }
+            found.push(tensor.reshape(expected.as_slice()));
+        }
+        if let Some(&key) = missing.first() {
+            return Err(ModelError::Missing {
+                network: network.clone(),
+                key: key.clone(),
+                others: missing.len() - 1,
+            });
+        }
+        tch::no_grad(|| {
+            for (entry, tensor) in self.state.iter().zip(&found) {
+                entry.tensor.shallow_clone().copy_(tensor);
+            }
+        });
+        Ok(())
+    }
+
+    /// Embeddings \[N, D\] f32 of normalised RGB images \[N, 3, 112, 112\] f32. An empty batch gives an empty result
+    /// and leaves the batch norm statistics alone.
+    ///
+    /// # Panics
+    /// If the images have another shape.
+    pub fn forward(&self, images: &Tensor, mode: &ForwardMode) -> Tensor {
+        self.run(images, &mut Pass::new(mode, None))
+    }
+
+    /// The same, reporting the output of every child module by name.
+    pub fn forward_tapped(&self, images: &Tensor, mode: &ForwardMode, tap: Tap) -> Tensor {
+        self.run(images, &mut Pass::new(mode, Some(tap)))
+    }
+
+    fn run(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
+        let size = images.size();
+        let [n, 3, IMAGE_SIZE, IMAGE_SIZE] = size[..] else {
+            panic!("images have shape {size:?}, expected [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]");
+        };
+        if n == 0 {
+            return Tensor::zeros([0, self.config.embedding_size], (Kind::Float, images.device()));
+        }
+        self.network.forward(&channels_last(images), pass)
+    }
+
+    /// Multiply-accumulates of convolutions and linear layers for one image, counted where they happen: one image of
+    /// zeros goes through the network.
+    pub fn macs(&self) -> u64 {
+        let mode = ForwardMode::evaluation(Precision::Fp32);
+        let mut pass = Pass::new(&mode, None);
+        let image = Tensor::zeros([1, 3, IMAGE_SIZE, IMAGE_SIZE], (Kind::Float, Device::Cpu));
+        let _embedding = tch::no_grad(|| self.run(&image, &mut pass));
+        pass.macs()
+    }
+}
+
+/// The same tensor with its channels innermost in memory; every layer keeps that layout. On the CPU it is half again
+/// as fast as the other one in f32 and three times as fast in bf16.
+fn channels_last(images: &Tensor) -> Tensor {
+    images.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
+}

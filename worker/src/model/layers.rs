@@ -1,0 +1,252 @@
+//! The module vocabulary: layers with named parameters and PyTorch's semantics.
+//!
+//! Every layer registers its tensors with a [`Builder`] in `state_dict` order and runs in the precision of the
+//! [`Pass`]. Gradients are autograd's; a layer holds no other state than its tensors.
+
+use tch::{Kind, Tensor};
+
+use super::{
+    pass::Pass,
+    state::{Builder, Init},
+};
+
+/// A network: images in, embeddings out.
+pub trait Network: Send {
+    /// Embeddings \[N, D\] f32 of images \[N, 3, 112, 112\] f32.
+    fn forward(&self, images: &Tensor, pass: &mut Pass) -> Tensor;
+}
+
+/// Momentum of the running statistics (PyTorch's default).
+const BATCH_NORM_MOMENTUM: f64 = 0.1;
+/// Added to the variance (PyTorch's default, and what the reference names).
+const BATCH_NORM_EPS: f64 = 1e-5;
+/// Slope of a fresh PReLU (PyTorch's default).
+const PRELU_INIT: f64 = 0.25;
+
+/// Shape of a convolution with square kernel and no bias.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvShape {
+    /// Input channels.
+    pub input: i64,
+    /// Output channels.
+    pub output: i64,
+    /// Kernel height and width.
+    pub kernel: i64,
+    /// Stride in both directions.
+    pub stride: i64,
+    /// Zero padding on every side.
+    pub padding: i64,
+    /// Groups that see only their share of the input channels.
+    pub groups: i64,
+}
+
+impl ConvShape {
+    /// 3x3 convolution that keeps the size (at stride 1).
+    pub fn three(input: i64, output: i64, stride: i64) -> Self {
+        Self {
+            input,
+            output,
+            kernel: 3,
+            stride,
+            padding: 1,
+            groups: 1,
+        }
+    }
+
+    /// 1x1 convolution.
+    pub fn one(input: i64, output: i64, stride: i64) -> Self {
+        Self {
+            input,
+            output,
+            kernel: 1,
+            stride,
+            padding: 0,
+            groups: 1,
+        }
+    }
+
+    /// The same in groups.
+    pub fn groups(self, groups: i64) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// Weights that one output element is made of.
+    fn fan_in(self) -> i64 {
+        self.input / self.groups * self.kernel * self.kernel
+    }
+
+    /// As PyTorch counts it: groups are not considered.
+    pub fn fan_out(self) -> i64 {
+        self.output * self.kernel * self.kernel
+    }
+}
+
+/// Convolution without bias: tensor `weight`.
+pub struct Conv2d {
+    weight: Tensor,
+    shape: ConvShape,
+}
+
+impl Conv2d {
+    /// Registers the layer.
+    pub fn new(mut b: Builder, shape: ConvShape, init: Init) -> Self {
+        let size = [
+            shape.output,
+            shape.input / shape.groups,
+            shape.kernel,
+            shape.kernel,
+        ];
+        Self {
+            weight: b.parameter("weight", &size, init),
+            shape,
+        }
+    }
+
+    /// \[N, input, H, W\] to \[N, output, H', W'\] in the pass's precision.
+    pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let ConvShape {
+            stride,
+            padding,
+            groups,
+            ..
+        } = self.shape;
+        let y = x.to_kind(pass.kind()).conv2d(
+            &self.weight.to_kind(pass.kind()),
+            None::<Tensor>,
+            [stride, stride],
+            [padding, padding],
+            [1, 1],
+            groups,
+        );
+        pass.count_macs(&y, self.shape.fan_in());
+        y
+    }
+}
+
+/// Fully connected layer: tensors `weight` and, if it has one, `bias`.
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// With bias, PyTorch's default initialisation: uniform with bound 1/sqrt(fan_in) for both.
+    pub fn new(mut b: Builder, input: i64, output: i64) -> Self {
+        let init = Init::Uniform {
+            bound: 1.0 / (input as f64).sqrt(),
+        };
+        Self {
+            weight: b.parameter("weight", &[output, input], init),
+            bias: Some(b.parameter("bias", &[output], init)),
+        }
+    }
+
+    /// Without bias.
+    pub fn without_bias(mut b: Builder, input: i64, output: i64, init: Init) -> Self {
+        Self {
+            weight: b.parameter("weight", &[output, input], init),
+            bias: None,
+        }
+    }
+
+    /// \[.., input\] to \[.., output\] in the pass's precision.
+    pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let kind = pass.kind();
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
+        let y = x.to_kind(kind).linear(&self.weight.to_kind(kind), bias);
+        pass.count_macs(&y, self.weight.size()[1]);
+        y
+    }
+}
+
+/// Batch norm over dimension 1, as `BatchNorm1d` and `BatchNorm2d`: tensors `weight`, `bias`, `running_mean`,
+/// `running_var`, `num_batches_tracked`.
+///
+/// Parameters and statistics are f32 in every precision; the output has the kind of the input. While training the
+/// batch is normalised by its biased variance, and the unbiased one enters the running average.
+pub struct BatchNorm {
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    frozen: bool,
+}
+
+impl BatchNorm {
+    /// Registers the layer: weight 1, bias 0, statistics of a standard normal input.
+    pub fn new(b: Builder, channels: i64) -> Self {
+        Self::build(b, channels, true)
+    }
+
+    /// The same with a `weight` that never trains.
+    pub fn with_frozen_weight(b: Builder, channels: i64) -> Self {
+        Self::build(b, channels, false)
+    }
+
+    fn build(mut b: Builder, channels: i64, trainable_weight: bool) -> Self {
+        let frozen = b.freezes_batch_norm();
+        let one = Init::Constant(1.0);
+        let zero = Init::Constant(0.0);
+        let shape = [channels];
+        let weight = if trainable_weight && !frozen {
+            b.parameter("weight", &shape, one)
+        } else {
+            b.frozen("weight", &shape, one)
+        };
+        let bias = if frozen {
+            b.frozen("bias", &shape, zero)
+        } else {
+            b.parameter("bias", &shape, zero)
+        };
+        Self {
+            weight,
+            bias,
+            running_mean: b.buffer("running_mean", &shape, Kind::Float, zero),
+            running_var: b.buffer("running_var", &shape, Kind::Float, one),
+            num_batches_tracked: b.buffer("num_batches_tracked", &[], Kind::Int64, zero),
+            frozen,
+        }
+    }
+
+    /// Same shape and kind as `x`.
+    pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let batch_statistics = pass.train() && !self.frozen;
+        let values_per_channel = x.numel() as i64 / self.weight.size()[0].max(1);
+        // A single value has no unbiased variance: PyTorch refuses it in Python and writes NaN from C++. A rank with
+        // one sample left must go on, and must not poison the statistics.
+        let track = !batch_statistics || values_per_channel > 1;
+        if batch_statistics && track {
+            let _ = self.num_batches_tracked.shallow_clone().g_add_scalar_(1);
+        }
+        x.batch_norm(
+            Some(&self.weight),
+            Some(&self.bias),
+            track.then_some(&self.running_mean),
+            track.then_some(&self.running_var),
+            batch_statistics,
+            BATCH_NORM_MOMENTUM,
+            BATCH_NORM_EPS,
+            true,
+        )
+    }
+}
+
+/// Leaky rectifier with one learned slope a channel: tensor `weight`.
+pub struct PRelu {
+    weight: Tensor,
+}
+
+impl PRelu {
+    /// Registers the layer.
+    pub fn new(mut b: Builder, channels: i64) -> Self {
+        Self {
+            weight: b.parameter("weight", &[channels], Init::Constant(PRELU_INIT)),
+        }
+    }
+
+    /// Same shape and kind as `x`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.prelu(&self.weight.to_kind(x.kind()))
+    }
+}
