@@ -1,1 +1,190 @@
-//! head.
+//! The classifier: margins, class sampling, the distributed softmax loss and the update of the class weights,
+//! sharded by class over the ranks. Speaks to other ranks through [`Collective`] alone; knows no gRPC, no file and
+//! no backbone. A new head is one file and one line in [`build`].
+
+pub mod margin;
+pub mod plain;
+pub mod sampling;
+
+pub use plain::PlainHead;
+
+use crate::{
+    collective::{Collective, CollectiveError},
+    optim::{OptimError, OptimizerConfig},
+};
+use arcface_proto::{
+    spec::{HeadImplementation, MarginGradient},
+    types::ClassRange,
+};
+use tch::Tensor;
+
+/// What a head computes; the same on every rank.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadConfig {
+    /// Classes over all ranks.
+    pub num_classes: u32,
+    /// Embedding length D.
+    pub embedding_size: i64,
+    /// (m1, m2, m3) of cos(m1*theta + m2) - m3.
+    pub margin: [f64; 3],
+    /// Logit scale s.
+    pub scale: f64,
+    /// How the target's logit is differentiated.
+    pub margin_gradient: MarginGradient,
+    /// Non-target cosines above it become logit 0; `None` is off.
+    pub interclass_filtering_threshold: Option<f64>,
+    /// Share of a shard's classes used each step, in (0, 1].
+    pub sample_rate: f64,
+    /// Seed of the initial weights and of the sampling.
+    pub seed: u64,
+    /// Update rule of the class weights.
+    pub optimizer: OptimizerConfig,
+    /// Which head.
+    pub implementation: HeadImplementation,
+}
+
+impl HeadConfig {
+    /// The head of a job; `num_classes` is the data set's where the job leaves it out.
+    pub fn of(spec: &arcface_proto::spec::JobSpec, num_classes: u32) -> Self {
+        Self {
+            num_classes,
+            embedding_size: i64::from(spec.model.embedding_size),
+            margin: spec.head.margin,
+            scale: spec.head.scale,
+            margin_gradient: spec.head.margin_gradient,
+            interclass_filtering_threshold: spec.head.interclass_filtering_threshold,
+            sample_rate: spec.head.sample_rate,
+            seed: spec.seed,
+            optimizer: OptimizerConfig::of(&spec.train),
+            implementation: spec.head.implementation,
+        }
+    }
+
+    /// The margin of this configuration.
+    pub fn margin(&self) -> margin::Margin {
+        margin::Margin::new(
+            self.margin,
+            self.scale,
+            self.margin_gradient,
+            self.interclass_filtering_threshold,
+        )
+    }
+}
+
+/// One rank's shard of the classifier. All ranks make the same calls in the same order.
+pub trait Head: Send {
+    /// The classes of this shard.
+    fn shard(&self) -> ClassRange;
+
+    /// Loss and gradients of one micro-batch, softmax over all (sampled) classes of all ranks.
+    ///
+    /// * `embedding` `[b, D]` f32, raw (not normalised), detached, this rank's rows; `labels` `[b]` i64, global class ids.
+    /// * `rows`: rows of every rank, the same list on all; `rows[rank] == b`, which may differ between ranks or be 0.
+    /// * `step`: counter of the class sampling.
+    /// * `share`: this micro-batch's share of the update's samples, 1 without accumulation.
+    ///
+    /// The weight gradient, times `share`, is kept until [`update`](Self::update).
+    ///
+    /// # Errors
+    /// On all ranks alike for a label out of range (which no collective call follows, so the communicator stays
+    /// usable); [`HeadError::Collective`] as the communicator says.
+    #[allow(clippy::too_many_arguments)] // the facts of one micro-batch; a struct would only rename them
+    fn forward_backward(
+        &mut self,
+        comm: &mut dyn Collective,
+        embedding: &Tensor,
+        labels: &Tensor,
+        rows: &[u32],
+        step: u64,
+        share: f64,
+    ) -> Result<HeadOutput, HeadError>;
+
+    /// Updates the class weights from the gradient kept since the last update, and forgets it.
+    fn update(&mut self, lr: f64);
+
+    /// Forgets the gradient without an update: for a step that is skipped.
+    fn discard(&mut self);
+
+    /// Updates made, also before the state was loaded (AdamW's bias correction counts them).
+    fn updates(&self) -> u64;
+
+    /// Weights and optimizer state for a checkpoint: "weight" and one entry per optimizer buffer, each
+    /// `[num_local, D]` f32, rows in the order of the shard's classes. The tensors are the head's own: copy them
+    /// before the next update.
+    fn state(&self) -> Vec<(String, Tensor)>;
+
+    /// Takes over the values of a [`state`](Self::state) of the same classes, by name, and its
+    /// [`updates`](Self::updates). After an error the head must not be used.
+    fn load_state(
+        &mut self,
+        updates: u64,
+        rows: &mut dyn FnMut(&str) -> Option<Tensor>,
+    ) -> Result<(), HeadError>;
+}
+
+/// What one micro-batch gave.
+#[derive(Debug)]
+pub struct HeadOutput {
+    /// Mean loss over the micro-batch of all ranks; the same bits on every rank. 0 if it has no rows.
+    pub loss: f64,
+    /// `[b, D]` f32: world_size x the gradient of that mean by this rank's embeddings, times `share`. The world
+    /// size cancels the averaging of the backbone's gradient over ranks.
+    pub grad_embedding: Tensor,
+}
+
+/// Why a head failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HeadError {
+    /// A label that is no class.
+    #[error("label {label} of sample {row} of rank {rank} is outside 0..{num_classes}")]
+    LabelOutOfRange {
+        /// The label.
+        label: i64,
+        /// Rank whose sample it is.
+        rank: u32,
+        /// Row in that rank's micro-batch.
+        row: u32,
+        /// Number of classes.
+        num_classes: u32,
+    },
+    /// A tensor or list of another form than the head was built for.
+    #[error("{what} has the form {got}, expected {expected}")]
+    Form {
+        /// Which one.
+        what: String,
+        /// The form expected.
+        expected: String,
+        /// The form it has.
+        got: String,
+    },
+    /// A part of the state is absent.
+    #[error("head state {name} is missing")]
+    MissingState {
+        /// Its name.
+        name: String,
+    },
+    /// The optimizer refused its state.
+    #[error("head: {0}")]
+    Optimizer(#[from] OptimError),
+    /// A sampler broke its contract.
+    #[error("class sampling of step {step}: {detail}")]
+    Sampling {
+        /// The step.
+        step: u64,
+        /// What is wrong.
+        detail: String,
+    },
+    /// Communication failed.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+}
+
+/// This rank's shard of the configured head, with its initial weights.
+///
+/// # Panics
+/// If `rank >= world_size`.
+pub fn build(config: &HeadConfig, rank: u32, world_size: u32) -> Box<dyn Head> {
+    match config.implementation {
+        HeadImplementation::Plain => Box::new(PlainHead::new(config, rank, world_size)),
+    }
+}
