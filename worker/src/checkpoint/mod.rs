@@ -1,1 +1,76 @@
-//! checkpoint.
+//! Checkpoints: a directory of safetensors, `backbone.safetensors` and one `head-<lo>-<hi>.safetensors` a shard,
+//! and `manifest.json`. Written by the ranks of one world, read by those of any other.
+//!
+//! A part is written to a temporary name, synced and renamed ([`write`]); the checkpoint exists once the coordinator
+//! has committed its manifest, which carries size and BLAKE3 digest of every part. Nothing of a part is used before
+//! both were checked ([`read`]). Which bytes a new shard takes from old ones is pure arithmetic ([`reshard`]).
+//!
+//! Knows tensors by name alone: it must not know networks, heads or optimizers, nor decide what is committed.
+
+mod error;
+mod layout;
+pub mod manifest;
+pub mod read;
+pub mod reshard;
+pub mod write;
+
+pub use error::CheckpointError;
+pub use read::Checkpoint;
+pub use write::write_part;
+
+use arcface_proto::{types::ClassRange, v1::CheckpointManifest};
+
+/// A named tensor of a part.
+pub type NamedTensor = (String, tch::Tensor);
+
+/// What a part holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PartKind {
+    /// Everything that all ranks share: backbone, its optimizer, loss scale.
+    Backbone,
+    /// Rows of these classes: weights and optimizer state of the head. Each tensor has one row a class, or no
+    /// dimension at all (shape `[]`): such a value must be the same in every part.
+    Head(ClassRange),
+}
+
+impl PartKind {
+    /// Name of the part's file.
+    pub fn file(self) -> String {
+        match self {
+            Self::Backbone => "backbone.safetensors".into(),
+            Self::Head(classes) => format!("head-{}-{}.safetensors", classes.lo, classes.hi),
+        }
+    }
+
+    /// Classes held; none for the backbone.
+    pub fn classes(self) -> ClassRange {
+        match self {
+            Self::Backbone => ClassRange { lo: 0, hi: 0 },
+            Self::Head(classes) => classes,
+        }
+    }
+}
+
+/// Where training stands. It lies in the manifest, so that the coordinator knows it too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainState {
+    /// Steps finished.
+    pub step: u64,
+    /// Epoch of the next step, from 0.
+    pub epoch: u32,
+    /// Samples of that epoch already consumed.
+    pub epoch_samples: u64,
+}
+
+impl From<&CheckpointManifest> for TrainState {
+    fn from(manifest: &CheckpointManifest) -> Self {
+        Self {
+            step: manifest.step,
+            epoch: manifest.epoch,
+            epoch_samples: manifest.epoch_samples,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

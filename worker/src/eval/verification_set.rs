@@ -26,11 +26,16 @@ const ALLOWED: [Allowed; 7] = [
 pub struct VerificationSet {
     name: String,
     path: PathBuf,
+    images: Images,
+    issame: Vec<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Images {
     /// Distinct images: a pickle may name one object many times.
     encoded: Vec<Box<[u8]>>,
     /// Index into `encoded` by image.
-    images: Vec<u32>,
-    issame: Vec<bool>,
+    order: Vec<u32>,
 }
 
 impl VerificationSet {
@@ -74,7 +79,7 @@ impl VerificationSet {
                 issame.len()
             ));
         }
-        let (encoded, images) = read_images(list, budget)?;
+        let images = read_images(list, budget)?;
         Ok(Self {
             name: path
                 .file_stem()
@@ -82,7 +87,6 @@ impl VerificationSet {
                 .to_string_lossy()
                 .into_owned(),
             path: path.to_owned(),
-            encoded,
             images,
             issame,
         })
@@ -110,18 +114,18 @@ impl VerificationSet {
 
     /// Number of images, two a pair.
     pub fn len(&self) -> usize {
-        self.images.len()
+        self.images.order.len()
     }
 
     /// False: a set without pairs is refused.
     pub fn is_empty(&self) -> bool {
-        self.images.is_empty()
+        self.images.order.is_empty()
     }
 
     /// The encoded image at `index`; pair i has images 2i and 2i+1.
     pub fn encoded(&self, index: usize) -> Option<&[u8]> {
-        let image = *self.images.get(index)?;
-        self.encoded.get(image as usize).map(|bytes| &**bytes)
+        let image = *self.images.order.get(index)?;
+        self.images.encoded.get(image as usize).map(|bytes| &**bytes)
     }
 }
 
@@ -132,13 +136,13 @@ fn sequence(value: Value<'_>) -> Option<Values<'_>> {
     }
 }
 
-fn read_images(list: Values, budget: usize) -> Result<(Vec<Box<[u8]>>, Vec<u32>), String> {
+fn read_images(list: Values, budget: usize) -> Result<Images, String> {
     let mut known: HashMap<ValueId, u32> = HashMap::new();
-    let (mut encoded, mut images) = (Vec::new(), Vec::with_capacity(list.len()));
+    let mut images = Images::default();
     let mut total = 0usize;
     for (index, value) in list.iter().enumerate() {
         if let Some(&image) = known.get(&value.id()) {
-            images.push(image);
+            images.order.push(image);
             continue;
         }
         let bytes = value.bytes().or_else(|| array_bytes(value, &["u1", "i1"]));
@@ -150,12 +154,12 @@ fn read_images(list: Values, budget: usize) -> Result<(Vec<Box<[u8]>>, Vec<u32>)
                 "image {index}: the images are larger than the file that holds them"
             ));
         }
-        let image = encoded.len() as u32;
-        encoded.push(bytes.into());
+        let image = images.encoded.len() as u32;
+        images.encoded.push(bytes.into());
         known.insert(value.id(), image);
-        images.push(image);
+        images.order.push(image);
     }
-    Ok((encoded, images))
+    Ok(images)
 }
 
 fn read_flags(flags: Value) -> Result<Vec<bool>, String> {

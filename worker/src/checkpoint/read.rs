@@ -1,0 +1,275 @@
+//! Reading a checkpoint at any world size. Nothing of a part reaches the caller before the part's size and digest
+//! were compared with the manifest.
+//!
+//! Cost: a rank reads the parts that its classes overlap once whole, to hash them (about 2 GB/s and core, from the
+//! disk), and then the bytes it wants again, from the page cache. At the old world size that is its own part; at
+//! another one the parts at both ends of its range as well.
+
+use super::{
+    CheckpointError, NamedTensor, PartKind, TrainState,
+    layout::{self, CHUNK, Stored},
+    manifest, reshard,
+};
+use arcface_proto::{
+    types::ClassRange,
+    v1::{CheckpointManifest, CheckpointPart},
+};
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+use tch::{Device, Tensor};
+
+/// A committed checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    manifest: CheckpointManifest,
+}
+
+impl Checkpoint {
+    /// The checkpoint in `dir` that `manifest`, as committed, describes. Checks the manifest, and that every part is
+    /// there in its full size.
+    pub fn open(dir: &Path, manifest: CheckpointManifest) -> Result<Self, CheckpointError> {
+        manifest::validate(dir, &manifest)?;
+        let checkpoint = Self {
+            dir: dir.to_owned(),
+            manifest,
+        };
+        for part in &checkpoint.manifest.parts {
+            checkpoint.open_part(part)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// The checkpoint in `dir` by its own `manifest.json`.
+    pub fn open_dir(dir: &Path) -> Result<Self, CheckpointError> {
+        Self::open(dir, manifest::read_manifest(dir)?)
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> &CheckpointManifest {
+        &self.manifest
+    }
+
+    /// Where training stands.
+    pub fn train_state(&self) -> TrainState {
+        TrainState::from(&self.manifest)
+    }
+
+    /// Checks size and digest of every part.
+    pub fn verify(&self) -> Result<(), CheckpointError> {
+        self.manifest
+            .parts
+            .iter()
+            .try_for_each(|part| self.verified(part).map(drop))
+    }
+
+    /// The backbone part's tensors, on the CPU, in the order of the file.
+    pub fn backbone(&self) -> Result<Vec<NamedTensor>, CheckpointError> {
+        let parts = self.manifest.parts.iter();
+        let part = parts
+            .into_iter()
+            .find(|part| manifest::kind(part) == Some(PartKind::Backbone));
+        let part = part.ok_or_else(|| CheckpointError::layout(&self.dir, "no backbone part"))?;
+        let mut part = self.verified(part)?;
+        let tensors = std::mem::take(&mut part.tensors);
+        tensors
+            .into_iter()
+            .map(|stored| {
+                let tensor = part.allocate(&stored, &stored.shape)?;
+                part.copy_in(&stored, stored.start, stored.len, &tensor.view([-1]))?;
+                Ok((stored.name, tensor))
+            })
+            .collect()
+    }
+
+    /// Rows `classes` of every tensor of the head, on the CPU, whatever the old shards were; tensors without a
+    /// dimension as they are in every part. Reads only the bytes of those rows, after the digests were checked.
+    pub fn head_rows(&self, classes: ClassRange) -> Result<Vec<NamedTensor>, CheckpointError> {
+        let all: Vec<(&CheckpointPart, ClassRange)> = self
+            .manifest
+            .parts
+            .iter()
+            .filter_map(|part| match manifest::kind(part) {
+                Some(PartKind::Head(classes)) => Some((part, classes)),
+                _ => None,
+            })
+            .collect();
+        let ranges: Vec<ClassRange> = all.iter().map(|(_, classes)| *classes).collect();
+        let pieces = reshard::pieces(classes, &ranges)
+            .map_err(|error| CheckpointError::layout(&self.dir, format!("head rows {classes}: {error}")))?;
+
+        // A rank without classes still gets every tensor, with no rows.
+        let first = pieces.first().map_or(0, |piece| piece.part);
+        let Some((first, _)) = all.get(first) else {
+            return Err(CheckpointError::layout(&self.dir, "no head part"));
+        };
+        let mut first = self.verified(first)?;
+        let names = first.tensors.clone();
+        let mut out = Vec::with_capacity(names.len());
+        for stored in &names {
+            let mut shape = stored.shape.clone();
+            match shape.first_mut() {
+                Some(rows) => *rows = classes.len().into(),
+                None => {
+                    let tensor = first.allocate(stored, &shape)?;
+                    first.copy_in(stored, stored.start, stored.len, &tensor.view([-1]))?;
+                    out.push((stored.name.clone(), tensor));
+                    continue;
+                }
+            }
+            out.push((stored.name.clone(), first.allocate(stored, &shape)?));
+        }
+        for piece in &pieces {
+            let (part, held) = all[piece.part];
+            let mut part = self.verified(part)?;
+            for (stored, (_, tensor)) in names.iter().zip(&out) {
+                part.copy_rows(stored, held, piece, tensor)?;
+            }
+        }
+        Ok(out)
+    }
+
+    fn open_part(&self, part: &CheckpointPart) -> Result<(PathBuf, File), CheckpointError> {
+        let path = self.dir.join(&part.file);
+        let opened = File::open(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
+        let (got, file) = opened.map_err(CheckpointError::io("open", &path, part.bytes))?;
+        if got != part.bytes {
+            return Err(CheckpointError::Size {
+                path,
+                expected: part.bytes,
+                got,
+            });
+        }
+        Ok((path, file))
+    }
+
+    /// Opens a part, compares it with the manifest, and reads its header: from the same open file, so that a part
+    /// that is replaced meanwhile changes nothing.
+    fn verified(&self, part: &CheckpointPart) -> Result<Part, CheckpointError> {
+        let (path, mut file) = self.open_part(part)?;
+        let failed = CheckpointError::io("read", &path, part.bytes);
+        let mut hasher = blake3::Hasher::new();
+        io::copy(&mut file.by_ref().take(part.bytes), &mut hasher).map_err(&failed)?;
+        let got = hasher.finalize().to_hex().to_string();
+        if !got.eq_ignore_ascii_case(&part.blake3) {
+            return Err(CheckpointError::Digest {
+                path,
+                expected: part.blake3.clone(),
+                got,
+            });
+        }
+        let mut length = [0; 8];
+        file.seek(SeekFrom::Start(0)).map_err(&failed)?;
+        file.read_exact(&mut length).map_err(&failed)?;
+        let length = u64::from_le_bytes(length);
+        if length > layout::MAX_HEADER.min(part.bytes) {
+            return Err(CheckpointError::layout(
+                &path,
+                format!("header of {length} bytes"),
+            ));
+        }
+        let mut header = Vec::new();
+        file.by_ref()
+            .take(length)
+            .read_to_end(&mut header)
+            .map_err(&failed)?;
+        let tensors =
+            layout::parse(&header, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
+        Ok(Part { path, file, tensors })
+    }
+}
+
+/// A part whose contents are those that were committed.
+struct Part {
+    path: PathBuf,
+    file: File,
+    tensors: Vec<Stored>,
+}
+
+impl Part {
+    fn allocate(&self, stored: &Stored, shape: &[i64]) -> Result<Tensor, CheckpointError> {
+        Tensor::f_zeros(shape, (stored.kind, Device::Cpu)).map_err(|error| self.refuse(stored, error))
+    }
+
+    fn refuse(&self, stored: &Stored, why: impl std::fmt::Display) -> CheckpointError {
+        CheckpointError::layout(&self.path, format!("tensor {}: {why}", stored.name))
+    }
+
+    /// Copies rows of this part's tensor of the same name as `like` into `tensor`. A tensor without rows must have
+    /// the value that is there already.
+    fn copy_rows(
+        &mut self,
+        like: &Stored,
+        held: ClassRange,
+        piece: &reshard::Piece,
+        tensor: &Tensor,
+    ) -> Result<(), CheckpointError> {
+        let stored = self
+            .tensors
+            .iter()
+            .find(|stored| stored.name == like.name)
+            .cloned();
+        let stored = stored.ok_or_else(|| self.refuse(like, "is missing, but another part has it"))?;
+        let rows = u64::from(held.len());
+        let fits = match (stored.shape.split_first(), like.shape.split_first()) {
+            (Some((&first, rest)), Some((_, other))) => first == i64::from(held.len()) && rest == other,
+            (None, None) => true,
+            _ => false,
+        };
+        if !fits || stored.kind != like.kind {
+            let detail = format!(
+                "{:?} {:?} for {rows} classes, another part has {:?} {:?}",
+                stored.kind, stored.shape, like.kind, like.shape
+            );
+            return Err(self.refuse(&stored, detail));
+        }
+        if stored.shape.is_empty() {
+            let other = tensor.zeros_like();
+            self.copy_in(&stored, stored.start, stored.len, &other.view([-1]))?;
+            return match other.equal(tensor) {
+                true => Ok(()),
+                false => Err(self.refuse(&stored, "its value is not that of another part")),
+            };
+        }
+        let bytes = piece.bytes(stored.row_bytes(rows));
+        let target = tensor.narrow(0, piece.at.into(), (piece.rows.end - piece.rows.start).into());
+        self.copy_in(
+            &stored,
+            stored.start + bytes.start,
+            bytes.end - bytes.start,
+            &target.view([-1]),
+        )
+    }
+
+    /// Reads `len` bytes at `start` into `flat`, a contiguous tensor of one dimension and as many bytes.
+    fn copy_in(
+        &mut self,
+        stored: &Stored,
+        start: u64,
+        len: u64,
+        flat: &Tensor,
+    ) -> Result<(), CheckpointError> {
+        let failed = CheckpointError::io("read", &self.path, len);
+        self.file.seek(SeekFrom::Start(start)).map_err(&failed)?;
+        let size = stored.kind.elt_size_in_bytes();
+        let mut buffer = vec![0; CHUNK.min(len as usize)];
+        let mut element = 0;
+        let mut left = len as usize;
+        while left > 0 {
+            let chunk = &mut buffer[..CHUNK.min(left)];
+            self.file.read_exact(chunk).map_err(&failed)?;
+            let count = (chunk.len() / size) as i64;
+            Tensor::f_from_data_size(chunk, &[count], stored.kind)
+                .and_then(|values| flat.f_narrow(0, element, count)?.f_copy_(&values))
+                .map_err(|error| {
+                    CheckpointError::layout(&self.path, format!("tensor {}: {error}", stored.name))
+                })?;
+            element += count;
+            left -= chunk.len();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,366 @@
+//! Whole checkpoints: written at one world size, read at another, damaged in every way, interrupted.
+
+use super::*;
+use crate::random::{Purpose, bits};
+use arcface_proto::v1::CheckpointManifest;
+use proptest::prelude::*;
+use std::{fs, path::Path};
+use tch::{Device, Kind, Tensor};
+
+const DIM: i64 = 3;
+
+/// Rows of the given classes: the class and the column, in three kinds, and a value that all shards share.
+fn head(classes: ClassRange) -> Vec<NamedTensor> {
+    let class = Tensor::arange_start(
+        i64::from(classes.lo),
+        i64::from(classes.hi),
+        (Kind::Float, Device::Cpu),
+    );
+    let columns = Tensor::arange(DIM, (Kind::Float, Device::Cpu)) / 8.0;
+    let weight = class.unsqueeze(1) + columns;
+    vec![
+        ("head.touched".into(), class.to_kind(Kind::Int64)),
+        ("head.weight".into(), weight.shallow_clone()),
+        ("head.momentum".into(), (weight * 0.5).to_kind(Kind::BFloat16)),
+        ("head.step".into(), Tensor::from(7i64)),
+    ]
+}
+
+fn backbone() -> Vec<NamedTensor> {
+    vec![
+        (
+            "conv.weight".into(),
+            Tensor::arange(24, (Kind::Float, Device::Cpu)).view([2, 3, 4]),
+        ),
+        ("mask".into(), Tensor::from_slice(&[1u8, 0, 3])),
+        ("bn.num_batches_tracked".into(), Tensor::from(41i64)),
+        // Not contiguous.
+        (
+            "fc.weight".into(),
+            Tensor::arange(6, (Kind::Double, Device::Cpu)).view([2, 3]).tr(),
+        ),
+    ]
+}
+
+fn write(dir: &Path, num_classes: u32, world: u32) -> CheckpointManifest {
+    let mut parts = vec![write_part(dir, PartKind::Backbone, &backbone()).expect("written")];
+    for rank in 0..world {
+        let classes = ClassRange::of_rank(num_classes, rank, world);
+        parts.push(write_part(dir, PartKind::Head(classes), &head(classes)).expect("written"));
+    }
+    let manifest = CheckpointManifest {
+        format: manifest::FORMAT,
+        job_id: "job-0123456789ab".into(),
+        generation: 3,
+        step: 1234,
+        epoch: 2,
+        epoch_samples: 4321,
+        world_size: world,
+        num_classes,
+        directory: "checkpoints/step-1234".into(),
+        parts,
+        committed_at: None,
+    };
+    manifest::write_manifest(dir, &manifest).expect("written");
+    manifest
+}
+
+fn assert_same(ours: &[NamedTensor], expected: &[NamedTensor]) {
+    assert_eq!(ours.len(), expected.len());
+    for (name, tensor) in expected {
+        let (_, found) = ours
+            .iter()
+            .find(|(n, _)| n == name)
+            .unwrap_or_else(|| panic!("no {name}"));
+        assert_eq!(
+            (found.kind(), found.size()),
+            (tensor.kind(), tensor.size()),
+            "{name}"
+        );
+        assert!(found.equal(tensor), "{name}: {found} instead of {tensor}");
+    }
+}
+
+fn read_all(dir: &Path, manifest: &CheckpointManifest) -> Result<(), CheckpointError> {
+    let checkpoint = Checkpoint::open(dir, manifest.clone())?;
+    checkpoint.backbone()?;
+    checkpoint.head_rows(ClassRange {
+        lo: 0,
+        hi: manifest.num_classes,
+    })?;
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn any_world_continues_any_other(classes in 1u32..60, old in 1u32..9, new in 1u32..9) {
+        let dir = tempfile::tempdir().expect("scratch");
+        write(dir.path(), classes, old);
+        let checkpoint = Checkpoint::open_dir(dir.path()).expect("whole");
+        assert_same(&checkpoint.backbone().expect("backbone"), &backbone());
+        let state = TrainState { step: 1234, epoch: 2, epoch_samples: 4321 };
+        prop_assert_eq!(checkpoint.train_state(), state);
+        for rank in 0..new {
+            let wanted = ClassRange::of_rank(classes, rank, new);
+            assert_same(&checkpoint.head_rows(wanted).expect("rows"), &head(wanted));
+        }
+    }
+}
+
+#[test]
+fn chunks_are_put_together() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let elements = (layout::CHUNK / 4 * 2 + 5) as i64;
+    let tensor = Tensor::arange(elements, (Kind::Int, Device::Cpu));
+    let part = write_part(
+        dir.path(),
+        PartKind::Backbone,
+        &[("long".into(), tensor.shallow_clone())],
+    )
+    .expect("written");
+    let head = write_part(
+        dir.path(),
+        PartKind::Head(ClassRange { lo: 0, hi: 1 }),
+        &head(ClassRange { lo: 0, hi: 1 }),
+    );
+    let manifest = CheckpointManifest {
+        format: manifest::FORMAT,
+        num_classes: 1,
+        parts: vec![part, head.expect("written")],
+        ..Default::default()
+    };
+    let checkpoint = Checkpoint::open(dir.path(), manifest).expect("whole");
+    assert_same(&checkpoint.backbone().expect("read"), &[("long".into(), tensor)]);
+}
+
+#[test]
+fn a_part_is_valid_safetensors() {
+    let dir = tempfile::tempdir().expect("scratch");
+    write_part(dir.path(), PartKind::Backbone, &backbone()).expect("written");
+    let bytes = fs::read(dir.path().join("backbone.safetensors")).expect("read");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("valid safetensors");
+    let fc = file.tensor("fc.weight").expect("there");
+    assert_eq!((fc.dtype(), fc.shape()), (safetensors::Dtype::F64, &[3, 2][..]));
+    let values: Vec<f64> = fc
+        .data()
+        .chunks_exact(8)
+        .map(|b| f64::from_le_bytes(b.try_into().expect("8 bytes")))
+        .collect();
+    assert_eq!(values, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+}
+
+#[test]
+fn every_changed_byte_is_noticed_before_use() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let manifest = write(dir.path(), 11, 3);
+    read_all(dir.path(), &manifest).expect("whole");
+    for round in 0..600u64 {
+        let draw = |what| bits(round, Purpose::Synthetic, what, 0);
+        let part = &manifest.parts[draw(0) as usize % manifest.parts.len()];
+        let path = dir.path().join(&part.file);
+        let good = fs::read(&path).expect("read");
+        let mut bad = good.clone();
+        let at = draw(1) as usize % bad.len();
+        bad[at] ^= 1 << (draw(2) % 8);
+        match round % 4 {
+            0 => bad.truncate(at),
+            1 => bad.push(0),
+            _ => {}
+        }
+        fs::write(&path, &bad).expect("write");
+        let error = read_all(dir.path(), &manifest).expect_err("damage went unnoticed");
+        let expected = match round % 4 {
+            0 | 1 => matches!(error, CheckpointError::Size { .. }),
+            _ => matches!(error, CheckpointError::Digest { .. }),
+        };
+        assert!(expected && error.to_string().contains(&part.file), "{error}");
+        fs::write(&path, &good).expect("write");
+    }
+    read_all(dir.path(), &manifest).expect("whole again");
+}
+
+#[test]
+fn a_changed_manifest_is_noticed_or_means_the_same() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let manifest = write(dir.path(), 11, 3);
+    let path = dir.path().join(manifest::FILE);
+    let good = fs::read(&path).expect("read");
+    let mut noticed = 0;
+    for round in 0..600u64 {
+        let mut bad = good.clone();
+        let at = bits(round, Purpose::Synthetic, 0, 0) as usize % bad.len();
+        bad[at] = bits(round, Purpose::Synthetic, 1, 0) as u8;
+        fs::write(&path, &bad).expect("write");
+        match manifest::read_manifest(dir.path()) {
+            // White space, or the byte that was there.
+            Ok(read) => assert_eq!(read, manifest),
+            Err(_) => noticed += 1,
+        }
+    }
+    assert!(noticed > 400, "{noticed}");
+}
+
+#[test]
+fn missing_and_swapped_parts_are_named() {
+    let dir = tempfile::tempdir().expect("scratch");
+    // Two parts of the same size.
+    let manifest = write(dir.path(), 8, 2);
+    let (a, b) = (
+        dir.path().join("head-0-4.safetensors"),
+        dir.path().join("head-4-8.safetensors"),
+    );
+    let (good_a, good_b) = (fs::read(&a).expect("read"), fs::read(&b).expect("read"));
+    assert_eq!(good_a.len(), good_b.len());
+    fs::write(&a, &good_b).expect("write");
+    fs::write(&b, &good_a).expect("write");
+    let error = read_all(dir.path(), &manifest).expect_err("swapped").to_string();
+    assert!(
+        error.contains("head-0-4.safetensors: contents changed"),
+        "{error}"
+    );
+    fs::remove_file(&b).expect("remove");
+    let error = read_all(dir.path(), &manifest).expect_err("missing").to_string();
+    assert!(
+        error.contains("open") && error.contains("head-4-8.safetensors: No such file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn manifests_that_do_not_add_up_are_refused() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let good = write(dir.path(), 8, 2);
+    type Change = fn(&mut CheckpointManifest);
+    let cases: [(Change, &str); 7] = [
+        (|m| m.format = 2, "format 2, this program reads format 1"),
+        (
+            |m| m.parts[1].file = "../head-0-4.safetensors".into(),
+            "is not known",
+        ),
+        (|m| m.parts[1].class_hi = 5, "is not known"),
+        (|m| m.parts[0].blake3 = "ab".into(), "no BLAKE3 digest"),
+        (|m| drop(m.parts.remove(0)), "0 backbone parts"),
+        (|m| drop(m.parts.remove(2)), "no part holds class 4"),
+        (
+            |m| m.num_classes = 6,
+            "a head part holds classes 4..8, but there are 6",
+        ),
+    ];
+    for (change, expected) in cases {
+        let mut manifest = good.clone();
+        change(&mut manifest);
+        let error = Checkpoint::open(dir.path(), manifest)
+            .expect_err("refused")
+            .to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn parts_that_disagree_are_refused() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let mut manifest = write(dir.path(), 8, 2);
+    let classes = ClassRange { lo: 4, hi: 8 };
+    let wanted = ClassRange { lo: 2, hi: 6 };
+    type Change = fn(&mut Vec<NamedTensor>);
+    let cases: [(Change, &str); 3] = [
+        (
+            |t| t[3].1 = Tensor::from(8i64),
+            "head.step: its value is not that of another part",
+        ),
+        (
+            |t| t[1].1 = t[1].1.to_kind(Kind::Double),
+            "another part has Float",
+        ),
+        (|t| drop(t.remove(0)), "head.touched: is missing"),
+    ];
+    for (change, expected) in cases {
+        let mut tensors = head(classes);
+        change(&mut tensors);
+        manifest.parts[2] = write_part(dir.path(), PartKind::Head(classes), &tensors).expect("written");
+        let checkpoint = Checkpoint::open(dir.path(), manifest.clone()).expect("whole");
+        let error = checkpoint.head_rows(wanted).expect_err("refused").to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn what_cannot_be_stored_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let classes = ClassRange { lo: 0, hi: 4 };
+    let one = || Tensor::from_slice(&[1.0f32]);
+    let twice = [("a".to_owned(), one()), ("a".to_owned(), one())];
+    let error = write_part(dir.path(), PartKind::Backbone, &twice)
+        .expect_err("twice")
+        .to_string();
+    assert_eq!(error, "backbone.safetensors: tensor a: the name is taken");
+    let error = write_part(dir.path(), PartKind::Head(classes), &[("m".into(), one())])
+        .expect_err("rows")
+        .to_string();
+    assert!(error.contains("1 rows for 4 classes"), "{error}");
+    let complex = Tensor::zeros([2], (Kind::ComplexFloat, Device::Cpu));
+    let error = write_part(dir.path(), PartKind::Backbone, &[("c".into(), complex)])
+        .expect_err("kind")
+        .to_string();
+    assert!(error.contains("ComplexFloat is not stored"), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 0);
+}
+
+#[test]
+fn a_failed_write_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().expect("scratch");
+    // The rename fails: a directory with something in it has the part's name.
+    fs::create_dir_all(dir.path().join("backbone.safetensors/in the way")).expect("make");
+    let error = write_part(dir.path(), PartKind::Backbone, &backbone())
+        .expect_err("in the way")
+        .to_string();
+    assert!(
+        error.starts_with("rename ") && error.contains("backbone.safetensors"),
+        "{error}"
+    );
+    assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1);
+    // Filling fails.
+    let full = CheckpointError::io("write", Path::new("part"), 99);
+    let result = write::replace(&dir.path().join("part"), 99, |_| {
+        Err(full(std::io::ErrorKind::StorageFull.into()))
+    });
+    let error = result.expect_err("full").to_string();
+    assert_eq!(error, "write part: no space left for 99 bytes");
+    assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1);
+}
+
+#[test]
+fn writing_again_replaces_the_part() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let nested = dir.path().join("a/b");
+    let first = write_part(&nested, PartKind::Backbone, &backbone()).expect("written");
+    let again = write_part(&nested, PartKind::Backbone, &backbone()).expect("written");
+    assert_eq!(first, again);
+    assert_eq!(fs::read_dir(&nested).expect("list").count(), 1);
+}
+
+#[test]
+fn removal_stays_inside_the_output() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let output = dir.path().join("output");
+    write(&output.join("checkpoints/1"), 4, 1);
+    for outside in ["", "..", "../output", "/etc", "checkpoints/../.."] {
+        assert!(write::remove(&output, outside).is_err(), "{outside:?}");
+    }
+    write::remove(&output, "checkpoints/1").expect("removed");
+    assert!(!output.join("checkpoints/1").exists() && output.join("checkpoints").exists());
+    write::remove(&output, "checkpoints/1").expect("gone already");
+}
+
+#[test]
+fn a_snapshot_does_not_follow_training() {
+    let mut weight = Tensor::zeros([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let copies = write::snapshot(&[("w", &weight)]);
+    tch::no_grad(|| drop(weight.fill_(5.0)));
+    assert_eq!(
+        (copies[0].1.double_value(&[0]), copies[0].1.requires_grad()),
+        (0.0, false)
+    );
+}
