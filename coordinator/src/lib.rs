@@ -6,6 +6,12 @@
 //! files, `cli` is the command line.
 
 pub mod api;
+pub mod job;
+pub mod membership;
+pub mod plan;
 pub mod server;
 pub mod spec;
+pub mod store;
+#[cfg(test)]
+mod tables;
 pub mod telemetry;

@@ -1,0 +1,201 @@
+//! What must survive: a small store of keys and bytes with compare-and-swap transactions. Knows nothing of jobs.
+//!
+//! Stored, by `control`, as protobuf records under these keys:
+//!
+//! | key | value | written |
+//! | --- | --- | --- |
+//! | `job/ID` | the job: specification, state, generation, placement, recoveries | before a submit or cancel is answered, before ranks are launched or killed |
+//! | `request/ID` | the job that a request id made | in the job's own transaction |
+//! | `checkpoint/JOB/STEP` | manifest of a committed checkpoint | in the commit's one transaction, with the job and the deletion of expired ones |
+//! | `evaluation/JOB/STEP/DATASET` | an evaluation result | when it is reported |
+//! | `drain/NODE` | nothing | before a drain is answered |
+//!
+//! Rebuilt after a restart, in this order: jobs from their records; nodes when their agents join again; the state of
+//! rank processes from what the agents list; rendezvous and prepared checkpoint parts from the ranks' repeated calls.
+//! Metrics samples are not stored.
+
+mod embedded;
+#[cfg(test)]
+mod suite;
+
+pub use embedded::EmbeddedStore;
+
+use std::{future::Future, path::PathBuf, pin::Pin};
+
+/// A store's answer, later.
+pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
+
+/// Longest key in bytes.
+pub const MAX_KEY_BYTES: usize = 1024;
+/// Most bytes of the values of one transaction; etcd's default limit is 1.5 MiB.
+pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
+
+/// A value with its version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its key.
+    pub key: String,
+    /// Its bytes.
+    pub value: Vec<u8>,
+    /// Number of the transaction that wrote it: grows with every transaction of the store.
+    pub revision: u64,
+}
+
+/// What a transaction expects to find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// The key does not exist.
+    Absent(String),
+    /// The key was last written by that transaction.
+    Revision(String, u64),
+}
+
+/// What a transaction writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// Sets a key.
+    Put(String, Vec<u8>),
+    /// Removes a key; one that does not exist is no error.
+    Delete(String),
+}
+
+/// All or nothing: if every expectation holds, every write happens, in their order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Transaction {
+    /// What must hold.
+    pub expect: Vec<Expect>,
+    /// What is written.
+    pub writes: Vec<Write>,
+}
+
+impl Transaction {
+    /// Adds a write of a key.
+    pub fn put(mut self, key: impl Into<String>, value: Vec<u8>) -> Self {
+        self.writes.push(Write::Put(key.into(), value));
+        self
+    }
+
+    /// Adds the removal of a key.
+    pub fn delete(mut self, key: impl Into<String>) -> Self {
+        self.writes.push(Write::Delete(key.into()));
+        self
+    }
+
+    /// Expects that a key does not exist.
+    pub fn expect_absent(mut self, key: impl Into<String>) -> Self {
+        self.expect.push(Expect::Absent(key.into()));
+        self
+    }
+
+    /// Expects a key as it was read.
+    pub fn expect_revision(mut self, key: impl Into<String>, revision: u64) -> Self {
+        self.expect.push(Expect::Revision(key.into(), revision));
+        self
+    }
+
+    /// Refuses what no store takes.
+    fn check(&self) -> Result<(), StoreError> {
+        let mut bytes = 0;
+        for write in &self.writes {
+            let key = match write {
+                Write::Put(key, value) => {
+                    bytes += value.len();
+                    key
+                }
+                Write::Delete(key) => key,
+            };
+            if key.is_empty() || key.len() > MAX_KEY_BYTES {
+                return Err(StoreError::TooLarge {
+                    what: "key",
+                    bytes: key.len(),
+                    limit: MAX_KEY_BYTES,
+                });
+            }
+        }
+        match bytes > MAX_TRANSACTION_BYTES {
+            true => Err(StoreError::TooLarge {
+                what: "transaction",
+                bytes,
+                limit: MAX_TRANSACTION_BYTES,
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Why a store did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another coordinator has the store.
+    #[error("store {} is in use by another coordinator", path.display())]
+    InUse {
+        /// Where it is.
+        path: PathBuf,
+    },
+    /// What is there is not a store of ours, or it is damaged.
+    #[error("store {} cannot be read: {problem}", path.display())]
+    Damaged {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// An expectation of the transaction does not hold; nothing was written. Read again, decide again.
+    #[error("store key {key} was changed by somebody else")]
+    Conflict {
+        /// The key.
+        key: String,
+    },
+    /// A coordinator with a higher epoch has taken over; nothing was written and nothing will be.
+    #[error("this coordinator, of epoch {ours}, was replaced by one of epoch {newest}")]
+    Fenced {
+        /// Our epoch.
+        ours: u64,
+        /// The store's.
+        newest: u64,
+    },
+    /// Too large; nothing was written.
+    #[error("a store {what} of {bytes} bytes is over the limit of {limit}")]
+    TooLarge {
+        /// Key or transaction.
+        what: &'static str,
+        /// Its size.
+        bytes: usize,
+        /// The most there may be.
+        limit: usize,
+    },
+    /// It failed for certain: nothing was written, a retry is safe.
+    #[error("store: {0}")]
+    Failed(String),
+    /// It may or may not have been done: read before any retry.
+    #[error("store: outcome unknown: {0}")]
+    Unknown(String),
+}
+
+/// A store. Its guarantees, which `suite` checks on every implementation:
+///
+/// - A transaction that was answered with success survives any crash, whole; one that was answered with an error other
+///   than [`StoreError::Unknown`] left nothing behind.
+/// - Transactions are serial: their revisions grow in the order in which they took effect, and a read that begins after
+///   an answer sees that transaction.
+/// - Opening a store gives an epoch higher than any before it. From then on every transaction of an older opening
+///   fails with [`StoreError::Fenced`].
+/// - Keys are listed in the order of their bytes.
+pub trait StateStore: Send + Sync + 'static {
+    /// Counts the openings of the store, from 1.
+    fn epoch(&self) -> u64;
+
+    /// One entry.
+    fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, Option<Entry>>;
+
+    /// Entries whose keys begin with `prefix` and come after `after` (if given), at most `limit`.
+    fn list<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> StoreFuture<'a, Vec<Entry>>;
+
+    /// Performs a transaction and returns its revision.
+    fn commit(&self, transaction: Transaction) -> StoreFuture<'_, u64>;
+}
