@@ -1,0 +1,227 @@
+//! Encoded images to 112x112 RGB bytes. Knows image formats, not where the bytes came from.
+//!
+//! JPEG (baseline, progressive, grayscale) goes through zune-jpeg, PNG through the image crate. A record of a
+//! packed data set must have the network's size already, so another size is an error: resizing it silently would hide
+//! crops that were aligned for another network. An image folder is raw material: there it is resized.
+
+use image::{ImageFormat, ImageReader, Limits, RgbImage, imageops};
+use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
+use zune_jpeg::JpegDecoder;
+
+/// Height and width of a training image, in pixels.
+pub const SIDE: usize = 112;
+/// Bytes of a decoded image.
+pub const PIXEL_BYTES: usize = SIDE * SIDE * 3;
+/// Widest and highest image that is decoded, in pixels.
+const MAX_SIDE: u32 = 8192;
+
+/// A decoded image: rows from the top, pixels from the left, R G B.
+pub type Pixels = [u8; PIXEL_BYTES];
+
+/// What happens to an image of another size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherSize {
+    /// It is an error.
+    Refuse,
+    /// It is scaled to 112x112, linearly and with anti-aliasing; the ratio of the sides is not kept.
+    Resize,
+}
+
+/// Decodes into `out`; the error says what is wrong with the bytes.
+pub fn decode(bytes: &[u8], other_size: OtherSize, out: &mut Pixels) -> Result<(), String> {
+    // The fast path writes straight into `out`.
+    if is_jpeg(bytes) {
+        let mut decoder = jpeg_decoder(bytes)?;
+        if decoder.dimensions() == Some((SIDE, SIDE)) {
+            return decoder
+                .decode_into(out)
+                .map_err(|e| format!("broken JPEG: {}", tidy(&e)));
+        }
+    }
+    let image = decode_any(bytes)?;
+    let size = (image.width(), image.height());
+    let image = match (size, other_size) {
+        ((112, 112), _) => image,
+        (_, OtherSize::Resize) => {
+            imageops::resize(&image, SIDE as u32, SIDE as u32, imageops::FilterType::Triangle)
+        }
+        ((width, height), OtherSize::Refuse) => {
+            return Err(format!("the image is {width}x{height}, not {SIDE}x{SIDE}"));
+        }
+    };
+    out.copy_from_slice(image.as_raw());
+    Ok(())
+}
+
+/// Decodes at the image's own size.
+pub fn decode_any(bytes: &[u8]) -> Result<RgbImage, String> {
+    if is_jpeg(bytes) {
+        let mut decoder = jpeg_decoder(bytes)?;
+        let (width, height) = decoder.dimensions().ok_or("broken JPEG: no size")?;
+        let pixels = decoder
+            .decode()
+            .map_err(|e| format!("broken JPEG: {}", tidy(&e)))?;
+        return RgbImage::from_raw(width as u32, height as u32, pixels)
+            .ok_or("broken JPEG: too few pixels".into());
+    }
+    if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
+        let mut limits = Limits::default();
+        limits.max_image_width = Some(MAX_SIDE);
+        limits.max_image_height = Some(MAX_SIDE);
+        let mut reader = ImageReader::with_format(std::io::Cursor::new(bytes), ImageFormat::Png);
+        reader.limits(limits);
+        let image = reader.decode().map_err(|e| format!("broken PNG: {}", tidy(&e)))?;
+        return Ok(image.into_rgb8());
+    }
+    let start = bytes.get(..bytes.len().min(4)).unwrap_or_default();
+    Err(match start {
+        [] => "the image is empty".into(),
+        _ => format!("neither JPEG nor PNG (the image begins with bytes {start:02x?})"),
+    })
+}
+
+/// Width and height from the header alone.
+pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
+    if is_jpeg(bytes) {
+        let (width, height) = jpeg_decoder(bytes)?.dimensions().ok_or("broken JPEG: no size")?;
+        return Ok((width as u32, height as u32));
+    }
+    ImageReader::with_format(std::io::Cursor::new(bytes), ImageFormat::Png)
+        .into_dimensions()
+        .map_err(|e| format!("neither JPEG nor PNG: {}", tidy(&e)))
+}
+
+fn is_jpeg(bytes: &[u8]) -> bool {
+    bytes.starts_with(&[0xff, 0xd8])
+}
+
+fn jpeg_decoder(bytes: &[u8]) -> Result<JpegDecoder<ZCursor<&[u8]>>, String> {
+    // Strict: bytes that end early are an error. Otherwise the rest would be filled with grey and trained on.
+    let options = DecoderOptions::default()
+        .jpeg_set_out_colorspace(ColorSpace::RGB)
+        .set_strict_mode(true)
+        .set_max_width(MAX_SIDE as usize)
+        .set_max_height(MAX_SIDE as usize);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    decoder
+        .decode_headers()
+        .map_err(|e| format!("broken JPEG: {}", tidy(&e)))?;
+    Ok(decoder)
+}
+
+/// Libraries' messages in one line, without the quotes and the stop.
+fn tidy(error: &impl std::fmt::Display) -> String {
+    let text = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    text.trim_matches(['"', '.']).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{ExtendedColorType, ImageEncoder, codecs::jpeg::JpegEncoder, codecs::png::PngEncoder};
+
+    fn picture(width: u32, height: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| {
+            image::Rgb([(x * 255 / width) as u8, (y * 255 / height) as u8, 90])
+        })
+    }
+
+    fn jpeg(image: &RgbImage) -> Vec<u8> {
+        let mut out = Vec::new();
+        JpegEncoder::new_with_quality(&mut out, 95)
+            .encode_image(image)
+            .unwrap();
+        out
+    }
+
+    fn png(bytes: &[u8], width: u32, height: u32, color: ExtendedColorType) -> Vec<u8> {
+        let mut out = Vec::new();
+        PngEncoder::new(&mut out)
+            .write_image(bytes, width, height, color)
+            .unwrap();
+        out
+    }
+
+    fn decoded(bytes: &[u8], other_size: OtherSize) -> Result<Vec<u8>, String> {
+        let mut out = [0u8; PIXEL_BYTES];
+        decode(bytes, other_size, &mut out).map(|()| out.to_vec())
+    }
+
+    #[test]
+    fn jpeg_and_png_become_rgb() {
+        let image = picture(112, 112);
+        let exact = decoded(
+            &png(image.as_raw(), 112, 112, ExtendedColorType::Rgb8),
+            OtherSize::Refuse,
+        )
+        .unwrap();
+        assert_eq!(&exact, image.as_raw());
+        let lossy = decoded(&jpeg(&image), OtherSize::Refuse).unwrap();
+        let worst = exact
+            .iter()
+            .zip(&lossy)
+            .map(|(a, b)| a.abs_diff(*b))
+            .max()
+            .unwrap();
+        assert!(worst <= 16, "quality 95 is within {worst} levels");
+        let grey: Vec<u8> = (0..112 * 112).map(|i| (i % 251) as u8).collect();
+        let from_grey = decoded(&png(&grey, 112, 112, ExtendedColorType::L8), OtherSize::Refuse).unwrap();
+        assert!(
+            from_grey
+                .as_chunks::<3>()
+                .0
+                .iter()
+                .zip(&grey)
+                .all(|(rgb, g)| rgb == &[*g; 3])
+        );
+    }
+
+    #[test]
+    fn another_size_is_refused_or_resized() {
+        let bytes = jpeg(&picture(160, 120));
+        assert_eq!(
+            decoded(&bytes, OtherSize::Refuse).unwrap_err(),
+            "the image is 160x120, not 112x112"
+        );
+        let resized = decoded(&bytes, OtherSize::Resize).unwrap();
+        let small = picture(112, 112);
+        let mean = resized
+            .iter()
+            .zip(small.as_raw())
+            .map(|(a, b)| f64::from(a.abs_diff(*b)))
+            .sum::<f64>();
+        assert!(mean / (PIXEL_BYTES as f64) < 3.0, "{mean}");
+        assert_eq!(dimensions(&bytes), Ok((160, 120)));
+    }
+
+    #[test]
+    fn broken_images_are_errors() {
+        let bytes = jpeg(&picture(112, 112));
+        let whole_png = png(picture(112, 112).as_raw(), 112, 112, ExtendedColorType::Rgb8);
+        for (broken, expected) in [
+            (&b""[..], "the image is empty"),
+            (b"GIF89a", "neither JPEG nor PNG"),
+            (&bytes[..20], "broken JPEG"),
+            (&bytes[..bytes.len() / 2], "broken JPEG"),
+            (&bytes[..bytes.len() - 40], "broken JPEG"),
+            (&whole_png[..whole_png.len() / 2], "broken PNG"),
+        ] {
+            let error = decoded(broken, OtherSize::Resize).unwrap_err();
+            assert!(error.starts_with(expected), "{} bytes: {error}", broken.len());
+        }
+    }
+
+    #[test]
+    fn no_bytes_make_the_decoder_panic() {
+        let bytes = jpeg(&picture(112, 112));
+        for seed in 0..300u64 {
+            let mut broken = bytes.clone();
+            for k in 0..4 {
+                let draw = crate::random::bits(seed, crate::random::Purpose::Synthetic, k, 0);
+                let at = (draw % broken.len() as u64) as usize;
+                broken[at] = (draw >> 32) as u8;
+            }
+            let _ = decoded(&broken, OtherSize::Refuse);
+        }
+    }
+}

@@ -1,0 +1,425 @@
+//! Loads micro-batches ahead of the training loop, in the order of a plan. Owns the decoding threads; knows the
+//! plan only as an iterator.
+//!
+//! A thread takes the next micro-batch of the plan as a whole, decodes and normalises it and puts it on a shelf by its
+//! number; the consumer takes them by number. A thread takes no more than `prefetch` ahead of the consumer, which
+//! bounds memory at `prefetch` batches (150 KB an image) and one image a thread.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use arcface_proto::spec::Augment;
+use tch::{Kind, Tensor};
+
+use super::{
+    DataError, Dataset, MicroBatch,
+    augment::{flips, normalise},
+    decode::{PIXEL_BYTES, SIDE},
+    read_pixels,
+};
+
+/// How to load.
+#[derive(Clone, Debug)]
+pub struct LoaderOptions {
+    /// Decoding threads, at least 1.
+    pub threads: usize,
+    /// Random changes.
+    pub augment: Augment,
+    /// Seed of the random changes.
+    pub seed: u64,
+    /// Micro-batches kept ready or in work, at least 1.
+    pub prefetch: usize,
+}
+
+/// A micro-batch on the CPU.
+#[derive(Debug)]
+pub struct Batch {
+    /// [b, 3, 112, 112] f32, normalised; b may be 0.
+    pub images: Tensor,
+    /// [b] i64, identities over all ranks.
+    pub labels: Tensor,
+    /// What it is.
+    pub micro: MicroBatch,
+}
+
+/// A running loader; dropping it stops and joins its threads.
+pub struct Loader {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    wait: Duration,
+}
+
+type Plan = Box<dyn Iterator<Item = MicroBatch> + Send>;
+
+struct Shared {
+    state: Mutex<State>,
+    /// Something was put on the shelf, or the plan ended.
+    filled: Condvar,
+    /// The consumer took something, or stopped.
+    taken: Condvar,
+    stop: AtomicBool,
+    dataset: Arc<dyn Dataset>,
+    options: LoaderOptions,
+}
+
+struct State {
+    /// `None` when it has ended.
+    plan: Option<Plan>,
+    /// Number of the next micro-batch to take from the plan.
+    next: u64,
+    /// Number of the next micro-batch to deliver.
+    deliver: u64,
+    shelf: BTreeMap<u64, Result<Batch, DataError>>,
+}
+
+impl Loader {
+    /// Starts loading `plan`.
+    pub fn new(
+        dataset: Arc<dyn Dataset>,
+        plan: impl Iterator<Item = MicroBatch> + Send + 'static,
+        options: LoaderOptions,
+    ) -> Self {
+        let threads = options.threads.max(1);
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                plan: Some(Box::new(plan)),
+                next: 0,
+                deliver: 0,
+                shelf: BTreeMap::new(),
+            }),
+            filled: Condvar::new(),
+            taken: Condvar::new(),
+            stop: AtomicBool::new(false),
+            dataset,
+            options,
+        });
+        let threads = (0..threads)
+            .map(|_| {
+                let shared = Arc::clone(&shared);
+                std::thread::spawn(move || work(&shared))
+            })
+            .collect();
+        Self {
+            shared,
+            threads,
+            wait: Duration::ZERO,
+        }
+    }
+
+    /// How long [`next`](Iterator::next) has waited for data, all calls together.
+    pub fn data_wait(&self) -> Duration {
+        self.wait
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<Batch, DataError>;
+
+    /// The next micro-batch of the plan, or the error of the first of its records that is broken.
+    fn next(&mut self) -> Option<Self::Item> {
+        let begin = Instant::now();
+        let mut state = self.shared.lock();
+        let item = loop {
+            let number = state.deliver;
+            if let Some(item) = state.shelf.remove(&number) {
+                state.deliver += 1;
+                break Some(item);
+            }
+            if state.plan.is_none() && number == state.next {
+                break None;
+            }
+            state = wait_on(&self.shared.filled, state);
+        };
+        drop(state);
+        self.shared.taken.notify_all();
+        self.wait += begin.elapsed();
+        item
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        // Under the lock, so that no thread is between its check of `stop` and its wait.
+        drop(self.shared.lock());
+        self.shared.taken.notify_all();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has put its error on the shelf.
+            thread.join().unwrap_or_default();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that can panic half-way runs under the lock but the plan, which is dropped then.
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// The next micro-batch of the plan, once the consumer is near enough.
+    fn take(&self) -> Option<(u64, MicroBatch)> {
+        let prefetch = self.options.prefetch.max(1) as u64;
+        let mut state = self.lock();
+        loop {
+            if self.stopped() {
+                return None;
+            }
+            if state.next < state.deliver + prefetch {
+                break;
+            }
+            state = wait_on(&self.taken, state);
+        }
+        match state.plan.as_mut()?.next() {
+            Some(micro) => {
+                let number = state.next;
+                state.next += 1;
+                Some((number, micro))
+            }
+            None => {
+                state.plan = None;
+                self.filled.notify_all();
+                None
+            }
+        }
+    }
+
+    fn put(&self, number: u64, item: Result<Batch, DataError>) {
+        self.lock().shelf.insert(number, item);
+        self.filled.notify_all();
+    }
+}
+
+fn wait_on<'a>(condition: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    condition
+        .wait(state)
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Tells the consumer if the thread dies, which would else wait for ever for what the thread had in hand.
+struct Watch<'a> {
+    shared: &'a Shared,
+    /// The micro-batch in hand: its number, step and micro-batch.
+    in_hand: Option<(u64, u64, u32)>,
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let mut state = self.shared.lock();
+        // Without this thread there may be no other one to go on: what is in work elsewhere is still delivered.
+        state.plan = None;
+        let (number, step, micro) = self.in_hand.unwrap_or_else(|| {
+            state.next += 1;
+            (state.next - 1, 0, 0)
+        });
+        state
+            .shelf
+            .insert(number, Err(DataError::LoaderDied { step, micro }));
+        self.shared.filled.notify_all();
+    }
+}
+
+fn work(shared: &Shared) {
+    let mut watch = Watch {
+        shared,
+        in_hand: None,
+    };
+    while let Some((number, micro)) = shared.take() {
+        watch.in_hand = Some((number, micro.step, micro.micro));
+        match load(shared, micro) {
+            Some(item) => shared.put(number, item),
+            None => return,
+        }
+        watch.in_hand = None;
+    }
+}
+
+/// Loads one micro-batch; `None` when the loader is being dropped.
+fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> {
+    let Shared { dataset, options, .. } = shared;
+    let rows = micro.indices.len();
+    let mut pixels = [0u8; PIXEL_BYTES];
+    let mut images = vec![0f32; rows * PIXEL_BYTES];
+    let mut labels = Vec::with_capacity(rows);
+    for (&index, out) in micro.indices.iter().zip(images.as_chunks_mut::<PIXEL_BYTES>().0) {
+        if shared.stopped() {
+            return None;
+        }
+        match read_pixels(dataset.as_ref(), index, &mut pixels) {
+            Ok(label) => labels.push(i64::from(label)),
+            Err(error) => return Some(Err(error)),
+        }
+        normalise(
+            &pixels,
+            flips(options.augment, options.seed, micro.epoch, index),
+            out,
+        );
+    }
+    let side = SIDE as i64;
+    Some(Ok(Batch {
+        images: match rows {
+            0 => Tensor::zeros([0, 3, side, side], (Kind::Float, tch::Device::Cpu)),
+            rows => Tensor::from_slice(&images).view([rows as i64, 3, side, side]),
+        },
+        labels: match rows {
+            0 => Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)),
+            _ => Tensor::from_slice(&labels),
+        },
+        micro,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{Image, Pixels, Record, sampler::Epochs},
+        *,
+    };
+
+    /// Image i has all pixels i % 256 and label i; image `broken` is an error, image `panics` a panic.
+    struct Numbers {
+        len: u64,
+        broken: Option<u64>,
+        panics: Option<u64>,
+    }
+
+    impl Dataset for Numbers {
+        fn len(&self) -> u64 {
+            self.len
+        }
+        fn num_classes(&self) -> u32 {
+            self.len as u32
+        }
+        fn describe(&self) -> String {
+            "numbers".into()
+        }
+        fn name(&self, index: u64) -> String {
+            format!("number {index}")
+        }
+        fn record(&self, index: u64) -> Result<Record<'_>, DataError> {
+            assert!(self.panics != Some(index), "the panic that the test asks for");
+            if self.broken == Some(index) {
+                return Err(DataError::record(self.name(index), "broken"));
+            }
+            let pixels: Box<Pixels> = Box::new([index as u8; PIXEL_BYTES]);
+            Ok(Record {
+                label: index as u32,
+                image: Image::Pixels(pixels),
+            })
+        }
+    }
+
+    fn numbers(len: u64) -> Numbers {
+        Numbers {
+            len,
+            broken: None,
+            panics: None,
+        }
+    }
+
+    fn loader(dataset: Numbers, threads: usize, prefetch: usize, steps: u64) -> Loader {
+        let epochs = Epochs::new(dataset.len, 6, 3).unwrap();
+        let options = LoaderOptions {
+            threads,
+            augment: Augment::Flip,
+            seed: 3,
+            prefetch,
+        };
+        Loader::new(Arc::new(dataset), epochs.plan(0, 1, 4, 0..steps), options)
+    }
+
+    #[test]
+    fn batches_come_in_the_order_of_the_plan() {
+        let plan: Vec<_> = Epochs::new(50, 6, 3).unwrap().plan(0, 1, 4, 0..20).collect();
+        for (threads, prefetch) in [(1, 1), (3, 2), (4, 9)] {
+            let batches: Vec<_> = loader(numbers(50), threads, prefetch, 20)
+                .map(Result::unwrap)
+                .collect();
+            assert_eq!(batches.len(), plan.len());
+            for (batch, micro) in batches.iter().zip(&plan) {
+                assert_eq!(&batch.micro, micro);
+                assert_eq!(batch.images.size(), [micro.indices.len() as i64, 3, 112, 112]);
+                let labels = Vec::<i64>::try_from(&batch.labels).unwrap();
+                assert!(labels.iter().zip(&micro.indices).all(|(l, i)| *l == *i as i64));
+                let last = labels.len() as i64 - 1;
+                let expected = (labels[last as usize] as f64 / 255.0 - 0.5) / 0.5;
+                assert!((batch.images.double_value(&[last, 2, 111, 0]) - expected).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn a_broken_record_is_an_error_in_its_place() {
+        let order = Epochs::new(12, 6, 3).unwrap();
+        let broken = order.position(0, 7);
+        let set = Numbers {
+            broken: Some(broken),
+            ..numbers(12)
+        };
+        // Micro-batches of 3: positions 6..9 are the third.
+        let items: Vec<_> = loader(set, 3, 4, 2).collect();
+        let ok: Vec<bool> = items.iter().map(Result::is_ok).collect();
+        assert_eq!(ok, [true, true, false, true]);
+        assert_eq!(
+            items[2].as_ref().unwrap_err().to_string(),
+            format!("number {broken}: broken")
+        );
+    }
+
+    #[test]
+    fn a_thread_that_dies_is_an_error_and_no_hang() {
+        let set = Numbers {
+            panics: Some(4),
+            ..numbers(12)
+        };
+        let items: Vec<_> = loader(set, 1, 1, 1000).collect();
+        let died = items
+            .iter()
+            .position(|item| matches!(item, Err(DataError::LoaderDied { .. })));
+        assert_eq!(died, Some(items.len() - 1), "the last thing that is delivered");
+    }
+
+    #[test]
+    fn dropping_stops_an_endless_plan() {
+        let mut endless = loader(numbers(1000), 4, 8, u64::MAX);
+        assert!(endless.next().unwrap().is_ok());
+        assert!(endless.data_wait() > Duration::ZERO);
+        drop(endless);
+        drop(loader(numbers(1000), 2, 1, u64::MAX));
+    }
+
+    #[test]
+    fn an_empty_micro_batch_has_its_shape() {
+        let micro = MicroBatch {
+            epoch: 0,
+            step: 0,
+            micro: 0,
+            first_position: 0,
+            indices: vec![],
+        };
+        let options = LoaderOptions {
+            threads: 1,
+            augment: Augment::None,
+            seed: 0,
+            prefetch: 1,
+        };
+        let mut loader = Loader::new(Arc::new(numbers(1)), std::iter::once(micro), options);
+        let batch = loader.next().unwrap().unwrap();
+        assert_eq!(batch.images.size(), [0, 3, 112, 112]);
+        assert_eq!(batch.labels.size(), [0]);
+        assert!(loader.next().is_none());
+    }
+}

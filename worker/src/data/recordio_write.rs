@@ -1,0 +1,227 @@
+//! Writes `.rec` and `.idx` in the InsightFace layout. The files get their names only when they are complete:
+//! a run that is broken off leaves no half data set behind, and readers of an old file keep it.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use super::{error::DataError, recordio::MAGIC};
+
+/// A pair of files being written.
+#[derive(Debug)]
+pub struct RecordWriter {
+    rec_path: PathBuf,
+    rec: BufWriter<File>,
+    idx: BufWriter<File>,
+    offset: u64,
+    finished: bool,
+}
+
+/// Labels and ids of a record to write.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RecordHeader {
+    /// One label is stored in the header, several as a label array.
+    pub labels: Vec<f32>,
+    /// Usually the key.
+    pub id: u64,
+}
+
+impl RecordWriter {
+    /// Begins `path` (`.rec`) and the `.idx` beside it, under temporary names.
+    pub fn create(path: &Path) -> Result<Self, DataError> {
+        let open = |path: &Path| {
+            let path = temporary(path);
+            File::create(&path)
+                .map(BufWriter::new)
+                .map_err(|e| DataError::io(&path, e))
+        };
+        Ok(Self {
+            rec_path: path.into(),
+            rec: open(path)?,
+            idx: open(&path.with_extension("idx"))?,
+            offset: 0,
+            finished: false,
+        })
+    }
+
+    /// Appends a record under `key`.
+    pub fn write(&mut self, key: u64, header: &RecordHeader, body: &[u8]) -> Result<(), DataError> {
+        self.write_payload(key, &pack(header, body))
+    }
+
+    /// Appends a payload as another file has it.
+    pub fn write_payload(&mut self, key: u64, payload: &[u8]) -> Result<(), DataError> {
+        let framed = frame(payload).map_err(|message| DataError::record(format!("record {key}"), message))?;
+        writeln!(self.idx, "{key}\t{}", self.offset)
+            .and_then(|()| self.rec.write_all(&framed))
+            .map_err(|e| DataError::io(&temporary(&self.rec_path), e))?;
+        self.offset += framed.len() as u64;
+        Ok(())
+    }
+
+    /// Syncs both files and gives them their names, the `.rec` first: an index is there only with its records.
+    pub fn finish(mut self) -> Result<(), DataError> {
+        let idx_path = self.rec_path.with_extension("idx");
+        for (writer, path) in [(&mut self.rec, &self.rec_path), (&mut self.idx, &idx_path)] {
+            writer
+                .flush()
+                .and_then(|()| writer.get_ref().sync_all())
+                .map_err(|e| DataError::io(path, e))?;
+        }
+        // An old index must not be found with the new records.
+        match fs::remove_file(&idx_path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(DataError::io(&idx_path, e)),
+            _ => {}
+        }
+        for path in [&self.rec_path, &idx_path] {
+            fs::rename(temporary(path), path).map_err(|e| DataError::io(path, e))?;
+        }
+        self.finished = true;
+        sync_parent(&self.rec_path)
+    }
+}
+
+impl Drop for RecordWriter {
+    fn drop(&mut self) {
+        if !self.finished {
+            for path in [&self.rec_path, &self.rec_path.with_extension("idx")] {
+                // Best effort: a temporary file that stays is overwritten by the next run.
+                fs::remove_file(temporary(path)).unwrap_or_default();
+            }
+        }
+    }
+}
+
+/// Writes a whole file under a temporary name, syncs it and gives it its name.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), DataError> {
+    let temporary = temporary(path);
+    File::create(&temporary)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&temporary, path))
+        .map_err(|e| DataError::io(path, e))?;
+    sync_parent(path)
+}
+
+fn temporary(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".partial");
+    path.with_file_name(name)
+}
+
+fn sync_parent(path: &Path) -> Result<(), DataError> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|e| DataError::io(parent, e))
+}
+
+/// Header and body as a payload.
+fn pack(header: &RecordHeader, body: &[u8]) -> Vec<u8> {
+    let (flag, label, array) = match header.labels.as_slice() {
+        [label] => (0, *label, &[][..]),
+        labels => (labels.len() as u32, 0.0, labels),
+    };
+    let mut out = Vec::with_capacity(24 + 4 * array.len() + body.len());
+    out.extend(flag.to_le_bytes());
+    out.extend(label.to_le_bytes());
+    out.extend(header.id.to_le_bytes());
+    out.extend(0u64.to_le_bytes());
+    array.iter().for_each(|label| out.extend(label.to_le_bytes()));
+    out.extend(body);
+    out
+}
+
+/// A payload as parts: split wherever the magic stands at a multiple of 4.
+fn frame(payload: &[u8]) -> Result<Vec<u8>, String> {
+    if payload.len() >= 1 << 29 {
+        return Err(format!("{} bytes do not fit into a record", payload.len()));
+    }
+    let magic = MAGIC.to_le_bytes();
+    let cuts: Vec<usize> = payload
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .enumerate()
+        .filter(|(_, word)| **word == magic)
+        .map(|(place, _)| 4 * place)
+        .collect();
+    let mut out = Vec::with_capacity(payload.len() + 12 + 8 * cuts.len());
+    let mut start = 0;
+    for (number, end) in cuts.iter().copied().chain([payload.len()]).enumerate() {
+        let cflag: u32 = match (number, number == cuts.len()) {
+            (0, true) => 0,
+            (0, false) => 1,
+            (_, false) => 2,
+            (_, true) => 3,
+        };
+        let part = payload.get(start..end).unwrap_or_default();
+        out.extend(magic);
+        out.extend((cflag << 29 | part.len() as u32).to_le_bytes());
+        out.extend(part);
+        out.resize(out.len().next_multiple_of(4), 0);
+        start = end + 4;
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{mmap::Access, recordio::RecordFile},
+        *,
+    };
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn what_is_written_is_read(
+            words in proptest::collection::vec(prop_oneof![3 => any::<u32>(), 1 => Just(MAGIC)], 0..40),
+            tail in proptest::collection::vec(any::<u8>(), 0..4),
+            labels in proptest::collection::vec(0f32..100.0, 1..4),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("train.rec");
+            let body: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).chain(tail).collect();
+            let header = RecordHeader { labels, id: 9 };
+            let mut writer = RecordWriter::create(&path).unwrap();
+            for key in [4, 5] {
+                writer.write(key, &header, &body).unwrap();
+            }
+            prop_assert!(!path.exists(), "nothing has its name before it is complete");
+            writer.finish().unwrap();
+            let file = RecordFile::open(&path, Access::Random).unwrap();
+            file.check_offsets().unwrap();
+            for key in [4, 5] {
+                let record = file.read(key).unwrap();
+                prop_assert_eq!(record.body.as_ref(), &body[..]);
+                prop_assert_eq!(&record.labels, &header.labels);
+                prop_assert_eq!((record.id, record.id2), (9, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_broken_off_run_leaves_the_old_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.rec");
+        let header = RecordHeader {
+            labels: vec![1.0],
+            id: 0,
+        };
+        let mut writer = RecordWriter::create(&path).unwrap();
+        writer.write(0, &header, b"old").unwrap();
+        writer.finish().unwrap();
+        let mut writer = RecordWriter::create(&path).unwrap();
+        writer.write(0, &header, b"new").unwrap();
+        drop(writer);
+        let file = RecordFile::open(&path, Access::Random).unwrap();
+        assert_eq!(file.read(0).unwrap().body.as_ref(), b"old");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+}
