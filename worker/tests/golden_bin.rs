@@ -2,7 +2,11 @@
 
 mod golden;
 
-use arcface_worker::eval::{VerificationSet, verification};
+use arcface_proto::spec::Precision;
+use arcface_worker::{
+    eval::{VerificationSet, verification},
+    model::{Backbone, BackboneConfig, ForwardMode},
+};
 use std::{cell::RefCell, path::Path};
 use tch::{Kind, Tensor};
 
@@ -105,4 +109,45 @@ fn mutated_files_are_read_or_refused() {
         }
     }
     golden::report("mutated verification sets", files.len());
+}
+
+/// The decoder differs from the golden one by a few grey levels in the chroma; the network carries that on.
+const EMBEDDING_TOLERANCE: f64 = 0.02;
+
+#[test]
+fn a_real_set_gives_the_golden_embeddings() {
+    let files = golden::golden_files("data", "small_lfw_", "_embeddings.safetensors");
+    for path in &files {
+        let file = golden::read_safetensors(path);
+        let set = VerificationSet::open(&golden::root().join("data").join(&file.metadata["source"]));
+        let set = set.unwrap_or_else(|error| panic!("{error}"));
+        let expected = file.tensor("emb");
+        let dim = expected.size()[1];
+        let mut backbone =
+            Backbone::new(&BackboneConfig::new(file.metadata["network"].as_str(), dim)).expect("known");
+        backbone.fill_golden();
+        let mode = ForwardMode::evaluation(Precision::Fp32);
+        let mut embed = |images: &Tensor| Ok(tch::no_grad(|| backbone.forward(images, &mode)));
+        let found = verification::embed_set(&set, 8, &mut embed).expect("embedded");
+        for (name, ours) in [("emb", &found.emb), ("emb_flip", &found.emb_flip)] {
+            let ours = Tensor::from_slice(ours).view([-1, dim]);
+            let distance = golden::relative_l2(&ours, &file.tensor(name));
+            println!("{}: {name} differs by {distance:.2e}", path.display());
+            assert!(
+                distance <= EMBEDDING_TOLERANCE,
+                "{}: {name}: {distance}",
+                path.display()
+            );
+        }
+        // Rows differ more from each other than from their golden values: none is swapped.
+        let norm = |x: Tensor| &x / x.norm_scalaropt_dim(2.0, [1i64].as_slice(), true);
+        let similarity = norm(Tensor::from_slice(&found.emb).view([-1, dim])).matmul(&norm(expected).tr());
+        let diagonal = similarity.diagonal(0, 0, 1).min().double_value(&[]);
+        assert!(
+            diagonal > 0.999,
+            "{}: least similarity {diagonal}",
+            path.display()
+        );
+    }
+    golden::report("embeddings of a real set", files.len());
 }
