@@ -6,6 +6,7 @@
 //! files, `cli` is the command line.
 
 pub mod api;
+pub mod cli;
 pub mod job;
 pub mod membership;
 pub mod plan;

@@ -1,3 +1,5 @@
 //! `arcface-coordinator`: parse, run, exit code.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    arcface_coordinator::cli::main()
+}

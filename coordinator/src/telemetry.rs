@@ -1,8 +1,9 @@
 //! What the coordinator tells its operators: log lines on standard error, and the one list of metric names, kinds
 //! and labels behind `/metrics`. Knows nothing of who records what, and opens no socket.
 
-use std::io::IsTerminal;
-use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
+use arcface_proto::failure::{ExitCode, Failure};
+use std::{fs::File, io::IsTerminal, sync::Mutex};
+use tracing_subscriber::{EnvFilter, fmt::writer::BoxMakeWriter};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -27,16 +28,30 @@ impl LogFormat {
 /// What is logged when nothing else was asked for: state changes of our own, warnings of the libraries.
 pub const DEFAULT_FILTER: &str = "info,h2=warn,hyper=warn,tonic=warn,tower=warn";
 
+/// Where log lines go.
+#[derive(Debug)]
+pub enum LogSink {
+    /// Standard error, coloured on a terminal unless `NO_COLOR` is set.
+    Stderr,
+    /// A file, opened by the caller.
+    File(File),
+}
+
 /// Starts logging for the whole process. `filter` is in the language of `ARCFACE_LOG`: `info`,
 /// `arcface_coordinator::control=debug,info`.
 ///
 /// # Errors
 /// If the filter is malformed or logging was already started.
-pub fn start_logging<W>(format: LogFormat, filter: &str, writer: W) -> anyhow::Result<()>
-where
-    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
-{
-    let filter = EnvFilter::try_new(filter).map_err(|e| anyhow::anyhow!("log filter {filter:?}: {e}"))?;
+pub fn start_logging(format: LogFormat, filter: &str, sink: LogSink) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).map_err(|error| {
+        Failure::new(ExitCode::Usage, format!("log filter {filter:?}: {error}"))
+            .hint("ARCFACE_LOG=info, or ARCFACE_LOG=arcface_coordinator=debug,info")
+    })?;
+    let on_terminal = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let (colours, writer) = match sink {
+        LogSink::Stderr => (on_terminal, BoxMakeWriter::new(std::io::stderr)),
+        LogSink::File(file) => (false, BoxMakeWriter::new(Mutex::new(file))),
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer);
@@ -44,15 +59,11 @@ where
         LogFormat::Json => builder
             .json()
             .flatten_event(true)
-            .with_current_span(true)
             .with_span_list(false)
             .try_init(),
-        LogFormat::Text => {
-            let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            builder.with_ansi(colours).with_target(false).try_init()
-        }
+        LogFormat::Text => builder.with_ansi(colours).with_target(false).try_init(),
     };
-    started.map_err(|e| anyhow::anyhow!("start logging: {e}"))
+    started.map_err(|error| anyhow::anyhow!("start logging: {error}"))
 }
 
 /// What a metric's value does.

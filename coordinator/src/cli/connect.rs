@@ -1,0 +1,443 @@
+//! The client side of the coordinator's API: one connection, a deadline on every call, pages gathered, and status
+//! codes turned into what a person reads. Prints nothing.
+
+use arcface_proto::failure::{ExitCode, Failure};
+use arcface_proto::v1::{
+    self, cluster_service_client::ClusterServiceClient, job_service_client::JobServiceClient,
+};
+use std::{error::Error, future::Future, time::Duration};
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::StatusExt;
+
+/// Longest wait for a connection.
+const CONNECT: Duration = Duration::from_secs(5);
+/// Longest wait for an answer; a coordinator answers in milliseconds.
+const ANSWER: Duration = Duration::from_secs(15);
+/// A silent connection is asked this often whether the other end lives, and given up after as long again.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Items asked for at once.
+const PAGE: u32 = 1000;
+
+/// A call that did not give what was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// No answer. Trying again may help.
+    #[error("cannot reach the coordinator at {address}: {cause}")]
+    Unreachable {
+        /// Where it was looked for.
+        address: String,
+        /// Why not, short.
+        cause: String,
+    },
+    /// The coordinator said no.
+    #[error("{}", .0.message())]
+    Refused(Box<Status>),
+}
+
+impl CallError {
+    fn of(address: &str, status: Status) -> Self {
+        let lost = status.source().is_some() && matches!(status.code(), Code::Unknown | Code::Internal);
+        if lost
+            || matches!(
+                status.code(),
+                Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled
+            )
+        {
+            let cause = match status.source() {
+                Some(source) => root_cause(source),
+                None => status.message().to_owned(),
+            };
+            return Self::Unreachable {
+                address: address.into(),
+                cause,
+            };
+        }
+        Self::Refused(Box::new(status))
+    }
+
+    /// What a person reads: a line for every bad field, else one.
+    pub fn failures(&self) -> Vec<Failure> {
+        match self {
+            Self::Unreachable { .. } => vec![
+                Failure::new(ExitCode::Unreachable, self.to_string())
+                    .hint("start one with `arcface-coordinator serve`, or name it with --coordinator or ARCFACE_COORDINATOR"),
+            ],
+            Self::Refused(status) => refusals(status),
+        }
+    }
+}
+
+fn refusals(status: &Status) -> Vec<Failure> {
+    let code = match status.code() {
+        Code::InvalidArgument | Code::OutOfRange => ExitCode::Usage,
+        Code::NotFound => ExitCode::NotFound,
+        _ => ExitCode::Unreachable,
+    };
+    let fields = status
+        .get_details_bad_request()
+        .map(|bad| bad.field_violations)
+        .unwrap_or_default();
+    if !fields.is_empty() {
+        return fields
+            .into_iter()
+            .map(|field| {
+                let hint = field.localized_message.map(|m| m.message).unwrap_or_default();
+                Failure::new(code, format!("{}: {}", field.field, field.description)).hint(hint)
+            })
+            .collect();
+    }
+    let message = match status.message() {
+        "" => format!("the coordinator answered {:?}", status.code()),
+        message => message.to_owned(),
+    };
+    let hint = match status.code() {
+        Code::NotFound => "`arcface-coordinator jobs` and `nodes` list what there is",
+        Code::Unimplemented => "is there a coordinator of this version at that address?",
+        _ => "",
+    };
+    vec![Failure::new(code, message).hint(hint)]
+}
+
+/// The innermost error's text, without what only a programmer wants to know.
+fn root_cause(error: &(dyn Error + 'static)) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    let text = innermost.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let mut letters = text.chars();
+    letters
+        .next()
+        .map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+}
+
+/// Checks `HOST:PORT` on the command line; `http://` in front is allowed.
+///
+/// # Errors
+/// What an address looks like.
+pub fn parse_address(text: &str) -> Result<String, String> {
+    let address = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
+        let bracketed = host.starts_with('[') && host.ends_with(']');
+        !host.is_empty()
+            && (bracketed || !host.contains([':', '/', ' ', '@']))
+            && port.parse::<u16>().is_ok_and(|p| p > 0)
+    });
+    if valid {
+        Ok(address.to_owned())
+    } else {
+        Err("an address is HOST:PORT, as 127.0.0.1:1234".into())
+    }
+}
+
+/// A connection to a coordinator.
+#[derive(Clone, Debug)]
+pub struct Coordinator {
+    address: String,
+    channel: Channel,
+}
+
+impl Coordinator {
+    /// Connects to `HOST:PORT`.
+    ///
+    /// # Errors
+    /// [`CallError::Unreachable`].
+    pub async fn connect(address: &str) -> Result<Self, CallError> {
+        let unreachable = |cause: String| CallError::Unreachable {
+            address: address.into(),
+            cause,
+        };
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|error| unreachable(root_cause(&error)))?
+            .connect_timeout(CONNECT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true);
+        match timeout(CONNECT, endpoint.connect()).await {
+            Ok(Ok(channel)) => Ok(Self {
+                address: address.into(),
+                channel,
+            }),
+            Ok(Err(error)) => Err(unreachable(root_cause(&error))),
+            Err(_) => Err(unreachable(format!(
+                "no connection within {} s",
+                CONNECT.as_secs()
+            ))),
+        }
+    }
+
+    /// Where it is: `HOST:PORT`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    fn jobs_service(&self) -> JobServiceClient<Channel> {
+        JobServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
+    }
+
+    fn cluster_service(&self) -> ClusterServiceClient<Channel> {
+        ClusterServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
+    }
+
+    async fn answer<T>(
+        &self,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, CallError> {
+        match timeout(ANSWER, call).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(CallError::of(&self.address, status)),
+            Err(_) => Err(CallError::Unreachable {
+                address: self.address.clone(),
+                cause: format!("no answer within {} s", ANSWER.as_secs()),
+            }),
+        }
+    }
+
+    /// Submits a job.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn submit(&self, request_id: String, spec: v1::JobSpec) -> Result<v1::Job, CallError> {
+        let request = deadline(v1::SubmitJobRequest {
+            request_id,
+            spec: Some(spec),
+            validate_only: false,
+        });
+        let response = self.answer(self.jobs_service().submit_job(request)).await?;
+        Ok(response.job.unwrap_or_default())
+    }
+
+    /// One job, by id or the beginning of it.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn job(&self, job_id: &str) -> Result<v1::Job, CallError> {
+        let request = deadline(v1::GetJobRequest {
+            job_id: job_id.into(),
+        });
+        Ok(self
+            .answer(self.jobs_service().get_job(request))
+            .await?
+            .job
+            .unwrap_or_default())
+    }
+
+    /// Jobs, newest first, at most `limit`; in any state if `states` is empty.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn jobs(&self, limit: usize, states: &[v1::JobState]) -> Result<Vec<v1::Job>, CallError> {
+        let mut jobs = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let page_size = u32::try_from(limit - jobs.len()).map_or(PAGE, |left| left.clamp(1, PAGE));
+            let states = states.iter().map(|state| *state as i32).collect();
+            let request = deadline(v1::ListJobsRequest {
+                page_size,
+                page_token,
+                states,
+            });
+            let page = self.answer(self.jobs_service().list_jobs(request)).await?;
+            jobs.extend(page.jobs);
+            if page.next_page_token.is_empty() || jobs.len() >= limit {
+                jobs.truncate(limit);
+                return Ok(jobs);
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Asks a job to end.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn cancel(&self, job_id: &str, reason: String) -> Result<v1::Job, CallError> {
+        let request = deadline(v1::CancelJobRequest {
+            job_id: job_id.into(),
+            reason,
+        });
+        Ok(self
+            .answer(self.jobs_service().cancel_job(request))
+            .await?
+            .job
+            .unwrap_or_default())
+    }
+
+    /// Events of a job. The stream itself has no deadline: keep-alive ends it when the coordinator is gone.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn watch(&self, job_id: &str) -> Result<Watch, CallError> {
+        let request = Request::new(v1::WatchJobRequest {
+            job_id: job_id.into(),
+        });
+        let stream = self.answer(self.jobs_service().watch_job(request)).await?;
+        Ok(Watch {
+            address: self.address.clone(),
+            stream,
+        })
+    }
+
+    /// Committed checkpoints, newest first.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn checkpoints(&self, job_id: &str) -> Result<Vec<v1::CheckpointManifest>, CallError> {
+        let mut all = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = deadline(v1::ListCheckpointsRequest {
+                job_id: job_id.into(),
+                page_size: PAGE,
+                page_token,
+            });
+            let page = self.answer(self.jobs_service().list_checkpoints(request)).await?;
+            all.extend(page.checkpoints);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Evaluations, oldest first.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn evaluations(&self, job_id: &str) -> Result<Vec<v1::Evaluation>, CallError> {
+        let mut all = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = deadline(v1::ListEvaluationsRequest {
+                job_id: job_id.into(),
+                page_size: PAGE,
+                page_token,
+            });
+            let page = self.answer(self.jobs_service().list_evaluations(request)).await?;
+            all.extend(page.evaluations);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Nodes by id.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn nodes(&self) -> Result<Vec<v1::Node>, CallError> {
+        let mut all = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = deadline(v1::ListNodesRequest {
+                page_size: PAGE,
+                page_token,
+            });
+            let page = self.answer(self.cluster_service().list_nodes(request)).await?;
+            all.extend(page.nodes);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Takes a node out of use, or back in.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn drain(&self, node_id: String, undo: bool) -> Result<v1::Node, CallError> {
+        let request = deadline(v1::DrainNodeRequest { node_id, undo });
+        Ok(self
+            .answer(self.cluster_service().drain_node(request))
+            .await?
+            .node
+            .unwrap_or_default())
+    }
+}
+
+/// The events of one job.
+pub struct Watch {
+    address: String,
+    stream: Streaming<v1::WatchJobResponse>,
+}
+
+impl Watch {
+    /// The next event; `None` when the coordinator has closed the stream.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn next(&mut self) -> Result<Option<v1::WatchJobResponse>, CallError> {
+        self.stream
+            .message()
+            .await
+            .map_err(|status| CallError::of(&self.address, status))
+    }
+}
+
+fn deadline<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(ANSWER);
+    request
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic_types::{ErrorDetails, FieldViolation};
+
+    #[test]
+    fn addresses_are_host_and_port() {
+        for text in ["127.0.0.1:1234", "http://head-node:80/", "[::1]:1234"] {
+            assert!(parse_address(text).is_ok(), "{text}");
+        }
+        for text in [
+            "",
+            "host",
+            ":1234",
+            "host:0",
+            "host:70000",
+            "a b:1",
+            "::1:1234",
+            "user@host:1",
+            "https://h:1",
+        ] {
+            assert!(parse_address(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn status_codes_become_exit_codes() {
+        let code = |status: Status| CallError::of("h:1", status).failures()[0].code;
+        assert_eq!(code(Status::not_found("job x: no such job")), ExitCode::NotFound);
+        assert_eq!(code(Status::invalid_argument("no")), ExitCode::Usage);
+        assert_eq!(code(Status::failed_precondition("no")), ExitCode::Unreachable);
+        assert_eq!(code(Status::permission_denied("no")), ExitCode::Unreachable);
+        assert_eq!(code(Status::unavailable("no")), ExitCode::Unreachable);
+    }
+
+    #[test]
+    fn every_bad_field_has_its_line() {
+        let details = ErrorDetails::with_bad_request(vec![
+            FieldViolation::new("head.sample_rate", "1.5 is not in (0, 1]"),
+            FieldViolation::new("train.lr", "0 is not a positive number"),
+        ]);
+        let status = Status::with_error_details(Code::InvalidArgument, "2 bad fields", details);
+        let lines: Vec<_> = CallError::of("h:1", status)
+            .failures()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "head.sample_rate: 1.5 is not in (0, 1]",
+                "train.lr: 0 is not a positive number"
+            ]
+        );
+    }
+}

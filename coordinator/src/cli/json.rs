@@ -1,0 +1,153 @@
+//! Messages as JSON for programs. Pure. The keys are a contract: they are added to, never renamed.
+
+use super::words::{job_state, node_state, timestamp};
+use arcface_proto::v1;
+use serde_json::{Map, Value, json};
+
+/// A job with its evaluations, as `job ID` prints it.
+pub fn job(job: &v1::Job, evaluations: &[v1::Evaluation]) -> Value {
+    let mut value = job_summary(job);
+    value["evaluations"] = evaluations.iter().map(evaluation).collect();
+    value
+}
+
+/// A job as `jobs` lists it; `evaluations` stays an empty list.
+pub fn job_summary(job: &v1::Job) -> Value {
+    let spec = job.spec.as_ref();
+    json!({
+        "id": job.id,
+        "name": spec.and_then(|s| s.job.as_ref()).and_then(|j| j.name.as_ref()),
+        "state": job_state(job.state()),
+        "reason": job.reason,
+        "generation": job.generation,
+        "world_size": job.world_size,
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "epoch": job.epoch,
+        "loss": job.loss,
+        "learning_rate": job.learning_rate,
+        "samples_per_second": job.samples_per_second,
+        "checkpoint_step": job.checkpoint_step,
+        "evaluations": [],
+        "recoveries": job.recoveries.iter().map(recovery).collect::<Vec<_>>(),
+        "submitted_at": job.submitted_at.as_ref().map(timestamp),
+        "started_at": job.started_at.as_ref().map(timestamp),
+        "ended_at": job.ended_at.as_ref().map(timestamp),
+        "output": spec.and_then(|s| s.output.as_ref()),
+        "spec": spec.and_then(|s| serde_json::to_value(s).ok()),
+    })
+}
+
+/// One recovery.
+pub fn recovery(recovery: &v1::Recovery) -> Value {
+    json!({
+        "reason": recovery.reason,
+        "kind": recovery.kind,
+        "generation": recovery.from_generation,
+        "detected_s": recovery.detected_s,
+        "resumed_step": recovery.resumed_step,
+        "lost_steps": recovery.lost_steps,
+        "total_s": recovery.total_s,
+        "detected_at": recovery.detected_at.as_ref().map(timestamp),
+    })
+}
+
+/// One evaluation.
+pub fn evaluation(evaluation: &v1::Evaluation) -> Value {
+    json!({
+        "dataset": evaluation.dataset,
+        "step": evaluation.step,
+        "pairs": evaluation.pairs,
+        "accuracy": evaluation.accuracy,
+        "accuracy_std": evaluation.accuracy_std,
+        "xnorm": evaluation.xnorm,
+        "tar_at_far": sorted(&evaluation.tar_at_far),
+        "seconds": evaluation.seconds,
+        "generation": evaluation.generation,
+        "at": evaluation.at.as_ref().map(timestamp),
+    })
+}
+
+/// One committed checkpoint.
+pub fn checkpoint(manifest: &v1::CheckpointManifest) -> Value {
+    json!({
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "epoch_samples": manifest.epoch_samples,
+        "generation": manifest.generation,
+        "world_size": manifest.world_size,
+        "num_classes": manifest.num_classes,
+        "directory": manifest.directory,
+        "bytes": manifest.parts.iter().map(|part| part.bytes).sum::<u64>(),
+        "committed_at": manifest.committed_at.as_ref().map(timestamp),
+        "parts": manifest.parts.iter().map(|part| json!({
+            "file": part.file,
+            "bytes": part.bytes,
+            "blake3": part.blake3,
+            "class_lo": part.class_lo,
+            "class_hi": part.class_hi,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+/// One node.
+pub fn node(node: &v1::Node) -> Value {
+    let rank = |rank: &v1::NodeRank| json!({"job": rank.job_id, "rank": rank.rank, "pid": rank.pid, "generation": rank.generation});
+    json!({
+        "id": node.id,
+        "address": node.address,
+        "state": node_state(node.state()),
+        "reason": node.reason,
+        "slots": node.slots,
+        "device": node.device,
+        "version": node.version,
+        "ranks": node.ranks.iter().map(rank).collect::<Vec<_>>(),
+        "joined_at": node.joined_at.as_ref().map(timestamp),
+        "heartbeat_age_ms": node.heartbeat_age_ms,
+    })
+}
+
+/// One event of `watch`: `{at, event, EVENT: {..}}`. `None` for an event that this version does not know.
+pub fn event(response: &v1::WatchJobResponse) -> Option<Value> {
+    use v1::watch_job_response::Event;
+    let (name, body) = match response.event.as_ref()? {
+        Event::Job(job) => ("job", job_summary(job)),
+        Event::Metrics(metrics) => ("metrics", step_metrics(metrics)),
+        Event::Evaluation(done) => ("evaluation", evaluation(done)),
+        Event::Checkpoint(manifest) => ("checkpoint", checkpoint(manifest)),
+        Event::Recovery(done) => ("recovery", recovery(done)),
+        Event::Missed(count) => ("missed", json!(count)),
+    };
+    let mut value = Map::new();
+    value.insert("at".into(), json!(response.at.as_ref().map(timestamp)));
+    value.insert("event".into(), json!(name));
+    value.insert(name.into(), body);
+    Some(Value::Object(value))
+}
+
+fn step_metrics(metrics: &v1::StepMetrics) -> Value {
+    json!({
+        "step": metrics.step,
+        "total_steps": metrics.total_steps,
+        "epoch": metrics.epoch,
+        "loss": metrics.loss,
+        "learning_rate": metrics.learning_rate,
+        "samples_per_second": metrics.samples_per_second,
+        "grad_norm": metrics.grad_norm,
+        "eta_seconds": metrics.eta_seconds,
+        "step_seconds": metrics.step_seconds,
+        "phase_seconds": sorted(&metrics.phase_seconds),
+    })
+}
+
+/// A map in a fixed order: the hash map of the wire has none.
+fn sorted(map: &std::collections::HashMap<String, f64>) -> Value {
+    let mut entries: Vec<_> = map.iter().collect();
+    entries.sort_by_key(|(key, _)| *key);
+    Value::Object(
+        entries
+            .into_iter()
+            .map(|(key, value)| (key.clone(), json!(value)))
+            .collect(),
+    )
+}

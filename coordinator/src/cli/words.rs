@@ -1,0 +1,305 @@
+//! Values in words: states, times, sizes, numbers, and the lines that a followed job prints. Pure.
+
+use arcface_proto::{timestamp as wire_time, v1};
+use std::time::{Duration, UNIX_EPOCH};
+
+/// Name of a job's state: `running`.
+pub fn job_state(state: v1::JobState) -> &'static str {
+    match state {
+        v1::JobState::Unspecified => "unknown",
+        v1::JobState::Queued => "queued",
+        v1::JobState::Starting => "starting",
+        v1::JobState::Running => "running",
+        v1::JobState::Recovering => "recovering",
+        v1::JobState::Cancelling => "cancelling",
+        v1::JobState::Succeeded => "succeeded",
+        v1::JobState::Failed => "failed",
+        v1::JobState::Cancelled => "cancelled",
+    }
+}
+
+/// True once nothing more will happen to a job.
+pub fn has_ended(state: v1::JobState) -> bool {
+    matches!(
+        state,
+        v1::JobState::Succeeded | v1::JobState::Failed | v1::JobState::Cancelled
+    )
+}
+
+/// Name of a node's state: `healthy`.
+pub fn node_state(state: v1::NodeState) -> &'static str {
+    match state {
+        v1::NodeState::Unspecified => "unknown",
+        v1::NodeState::Healthy => "healthy",
+        v1::NodeState::Suspect => "suspect",
+        v1::NodeState::Lost => "lost",
+        v1::NodeState::Draining => "draining",
+    }
+}
+
+/// A time as `2026-11-24T10:15:00Z`; empty for one that no calendar has.
+pub fn timestamp(time: &prost_types::Timestamp) -> String {
+    // Year 9999, the last that RFC 3339 can write.
+    const LAST_MS: u64 = 253_402_300_799_000;
+    let ms = wire_time::to_unix_ms(time);
+    if ms > LAST_MS {
+        return String::new();
+    }
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(ms)).to_string()
+}
+
+/// Seconds in the two largest units: `3m 20s`. Empty for what is not a duration.
+pub fn duration(seconds: f64) -> String {
+    if !(0.0..1e9).contains(&seconds) {
+        return String::new();
+    }
+    let whole = seconds.round() as u64;
+    match (whole / 86_400, whole / 3600 % 24, whole / 60 % 60, whole % 60) {
+        (0, 0, 0, s) => format!("{s}s"),
+        (0, 0, m, s) => format!("{m}m {s:02}s"),
+        (0, h, m, _) => format!("{h}h {m:02}m"),
+        (d, h, _, _) => format!("{d}d {h:02}h"),
+    }
+}
+
+/// Bytes in the unit that leaves one to three digits before the point: `24.5 MiB`.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1023.95 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+/// A learning rate with four significant digits, and no exponent where it can be helped.
+pub fn rate(value: f64) -> String {
+    if value == 0.0 || (1e-4..1e4).contains(&value.abs()) {
+        let digits = if value == 0.0 {
+            0
+        } else {
+            (3 - value.abs().log10().floor() as i32).clamp(0, 8)
+        };
+        let text = format!("{value:.*}", digits as usize);
+        match text.contains('.') {
+            true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+            false => text,
+        }
+    } else {
+        format!("{value:.3e}")
+    }
+}
+
+/// Samples a second: whole when that is exact enough.
+pub fn speed(value: f64) -> String {
+    if value >= 100.0 {
+        format!("{value:.0}")
+    } else {
+        format!("{value:.1}")
+    }
+}
+
+/// A count with its noun: `1 step`, `12 steps`.
+pub fn count(number: u64, noun: &str) -> String {
+    if number == 1 {
+        format!("1 {noun}")
+    } else {
+        format!("{number} {noun}s")
+    }
+}
+
+/// The figures of a log interval, beside a progress bar.
+pub fn metrics(metrics: &v1::StepMetrics) -> String {
+    let mut parts = vec![
+        format!("loss {:.3}", metrics.loss),
+        format!("lr {}", rate(metrics.learning_rate)),
+        format!("{} samples/s", speed(metrics.samples_per_second)),
+    ];
+    let left = duration(metrics.eta_seconds);
+    if metrics.step < metrics.total_steps && !left.is_empty() {
+        parts.push(format!("eta {left}"));
+    }
+    parts.join("  ")
+}
+
+/// An evaluation on one line.
+pub fn evaluation(evaluation: &v1::Evaluation) -> String {
+    format!(
+        "step {:>6}  {}  accuracy {:.4} +- {:.4}  xnorm {:.2}{}",
+        evaluation.step,
+        super::output::clean(&evaluation.dataset),
+        evaluation.accuracy,
+        evaluation.accuracy_std,
+        evaluation.xnorm,
+        tightest(evaluation).map_or_else(String::new, |(far, tar)| format!("  tar@{far} {tar:.4}")),
+    )
+}
+
+/// True accept rate at the smallest false accept rate that was answered.
+pub fn tightest(evaluation: &v1::Evaluation) -> Option<(&str, f64)> {
+    let far = |text: &str| text.parse::<f64>().unwrap_or(f64::INFINITY);
+    let entries = evaluation
+        .tar_at_far
+        .iter()
+        .map(|(name, tar)| (name.as_str(), *tar));
+    entries.min_by(|a, b| far(a.0).total_cmp(&far(b.0)))
+}
+
+/// A recovery on one line: what died, when that was seen and, once training goes on, from where and after how long.
+pub fn recovery(recovery: &v1::Recovery) -> String {
+    let mut line = format!(
+        "{}: detected after {:.1} s",
+        super::output::clean(&recovery.reason),
+        recovery.detected_s
+    );
+    match recovery.resumed_step {
+        Some(step) => line.push_str(&format!(", resumed from step {step}")),
+        None => line.push_str(", recovering"),
+    }
+    if let Some(lost) = recovery.lost_steps {
+        line.push_str(&format!(", {} lost", count(lost, "step")));
+    }
+    if let Some(total) = recovery.total_s {
+        line.push_str(&format!(", back after {total:.1} s"));
+    }
+    line
+}
+
+/// A job's state with what goes with it: `running: 2 ranks, generation 1`.
+pub fn state(job: &v1::Job) -> String {
+    let state = job_state(job.state());
+    let reason = super::output::clean(&job.reason);
+    match job.state() {
+        v1::JobState::Starting | v1::JobState::Running if reason.is_empty() => {
+            format!(
+                "{state}: {}, generation {}",
+                count(job.world_size.into(), "rank"),
+                job.generation
+            )
+        }
+        _ if reason.is_empty() => state.to_owned(),
+        _ => format!("{state}: {reason}"),
+    }
+}
+
+/// Mean over the data sets of each one's newest accuracy; `None` without evaluations.
+pub fn final_accuracy(evaluations: &[v1::Evaluation]) -> Option<f64> {
+    let newest = newest_of_each(evaluations);
+    let sum: f64 = newest.iter().map(|evaluation| evaluation.accuracy).sum();
+    (!newest.is_empty()).then(|| sum / newest.len() as f64)
+}
+
+/// The newest evaluation of each data set, in the order in which the sets first appear.
+pub fn newest_of_each(evaluations: &[v1::Evaluation]) -> Vec<&v1::Evaluation> {
+    let mut newest: Vec<&v1::Evaluation> = Vec::new();
+    for evaluation in evaluations {
+        match newest
+            .iter_mut()
+            .find(|known| known.dataset == evaluation.dataset)
+        {
+            Some(known) if (known.generation, known.step) <= (evaluation.generation, evaluation.step) => {
+                *known = evaluation;
+            }
+            Some(_) => {}
+            None => newest.push(evaluation),
+        }
+    }
+    newest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_and_sizes_read_well() {
+        let durations = [0.4, 59.6, 200.0, 3599.0, 3600.0, 90_061.0, -1.0, f64::NAN, 1e30].map(duration);
+        assert_eq!(
+            durations,
+            [
+                "0s", "1m 00s", "3m 20s", "59m 59s", "1h 00m", "1d 01h", "", "", ""
+            ]
+        );
+        assert_eq!(
+            [0, 1023, 1024, 1_048_575, 25_690_112].map(bytes),
+            ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "24.5 MiB"]
+        );
+        assert!(bytes(u64::MAX).ends_with("PiB"));
+    }
+
+    #[test]
+    fn rates_keep_four_digits() {
+        let rates = [0.1, 0.095, 0.012345, 1.0, 0.0, 12.5, 100.0, 3e-5, f64::NAN].map(rate);
+        assert_eq!(
+            rates,
+            [
+                "0.1", "0.095", "0.01235", "1", "0", "12.5", "100", "3.000e-5", "NaN"
+            ]
+        );
+    }
+
+    #[test]
+    fn times_outside_the_calendar_are_empty() {
+        assert_eq!(
+            timestamp(&wire_time::from_unix_ms(1_795_000_000_000)),
+            "2026-11-18T11:06:40Z"
+        );
+        assert_eq!(
+            timestamp(&prost_types::Timestamp {
+                seconds: 300_000_000_000,
+                nanos: 0
+            }),
+            ""
+        );
+        assert_eq!(
+            timestamp(&prost_types::Timestamp {
+                seconds: -5,
+                nanos: 0
+            }),
+            "1970-01-01T00:00:00Z"
+        );
+    }
+
+    #[test]
+    fn a_recovery_tells_its_story_as_far_as_it_is_known() {
+        let mut happened = v1::Recovery {
+            reason: "rank 1 on node-2 was killed by signal 9".into(),
+            detected_s: 0.84,
+            ..Default::default()
+        };
+        assert_eq!(
+            recovery(&happened),
+            "rank 1 on node-2 was killed by signal 9: detected after 0.8 s, recovering"
+        );
+        (happened.resumed_step, happened.lost_steps, happened.total_s) = (Some(400), Some(12), Some(8.31));
+        assert_eq!(
+            recovery(&happened),
+            "rank 1 on node-2 was killed by signal 9: detected after 0.8 s, resumed from step 400, 12 steps lost, back after 8.3 s"
+        );
+    }
+
+    #[test]
+    fn the_final_accuracy_is_the_mean_of_the_last_of_each_set() {
+        let result = |dataset: &str, generation, step, accuracy| v1::Evaluation {
+            dataset: dataset.into(),
+            generation,
+            step,
+            accuracy,
+            ..Default::default()
+        };
+        // A second generation measures step 10 again: the newer one counts.
+        let all = [
+            result("lfw", 1, 10, 0.5),
+            result("cfp_fp", 1, 10, 0.6),
+            result("lfw", 1, 20, 0.7),
+            result("lfw", 2, 10, 0.8),
+        ];
+        assert_eq!(final_accuracy(&all), Some(0.7));
+        assert_eq!(final_accuracy(&[]), None);
+    }
+}

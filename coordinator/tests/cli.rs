@@ -1,0 +1,264 @@
+//! The command line as a person or a script meets it: the built binary, its exit codes, and one clear line for each
+//! thing that is wrong.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use tempfile::TempDir;
+
+const SMALLEST: &str = "output = \"o/x\"\n[model]\nnetwork = \"r18\"\n[data]\nrec = \"/d\"\n";
+
+fn arcface(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arcface-coordinator"));
+    for name in [
+        "ARCFACE_COORDINATOR",
+        "ARCFACE_STORE",
+        "ARCFACE_LOG",
+        "ARCFACE_WORKER",
+    ] {
+        command.env_remove(name);
+    }
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = arcface(arguments).output().expect("start the binary");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    (status.code().expect("not killed"), text(stdout), text(stderr))
+}
+
+/// A port that nobody listens on: it was just given back.
+fn closed_port() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+    listener.local_addr().expect("address").to_string()
+}
+
+fn job_file(folder: &Path, text: &str) -> String {
+    let path = folder.join("job.toml");
+    std::fs::write(&path, text).expect("write job file");
+    path.to_str().expect("UTF-8").to_owned()
+}
+
+#[test]
+fn an_unreachable_coordinator_is_one_line_and_4() {
+    let address = closed_port();
+    let commands: [&[&str]; 8] = [
+        &["jobs"],
+        &["job", "job-0"],
+        &["watch", "job-0"],
+        &["cancel", "job-0"],
+        &["nodes"],
+        &["drain", "node-1"],
+        &["checkpoints", "job-0"],
+        &["evals", "job-0"],
+    ];
+    for command in commands {
+        let (code, stdout, stderr) = run(&[command, &["--coordinator", &address]].concat());
+        let mut lines = stderr.lines();
+        assert_eq!(
+            lines.next(),
+            Some(format!("error: cannot reach the coordinator at {address}: connection refused").as_str())
+        );
+        assert!(
+            lines.next().is_some_and(|line| line.starts_with("hint: ")),
+            "{stderr}"
+        );
+        assert_eq!(
+            (code, stdout.as_str(), lines.next()),
+            (4, "", None),
+            "{command:?}"
+        );
+    }
+}
+
+#[test]
+fn every_bad_field_of_a_job_file_has_its_line_and_2() {
+    let folder = TempDir::new().expect("scratch");
+    let file = job_file(
+        folder.path(),
+        "output = \"o/x\"\n[model]\nnetwork = \"r5O\"\n[data]\nrec = \"/d\"\n[head]\nsample_rate = 1.5\nscal = 3\n",
+    );
+    // No coordinator is needed to see that a file is wrong.
+    for command in ["submit", "run"] {
+        let (code, stdout, stderr) = run(&[command, &file, "--set", "train.lr=fast"]);
+        assert_eq!((code, stdout.as_str()), (2, ""));
+        let expected = [
+            "model.network: \"r5O\" is not one of tiny, r18, r34, r50, r100, r200, mbf",
+            "hint: did you mean \"r50\"?",
+            "head.scal: unknown key",
+            "hint: did you mean \"scale\"?",
+            "head.sample_rate: 1.5 is not in (0, 1]",
+            "hint: 0.1 is the usual value",
+            "train.lr: \"fast\" is not a number",
+        ];
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|line| match line.starts_with("hint") {
+                true => (*line).to_owned(),
+                false => format!("error: job {file}: {line}"),
+            })
+            .collect();
+        assert_eq!(stderr.lines().collect::<Vec<_>>(), expected);
+    }
+}
+
+#[test]
+fn a_missing_job_file_is_3_and_one_that_is_no_file_2() {
+    let folder = TempDir::new().expect("scratch");
+    let missing = folder.path().join("none.toml").display().to_string();
+    let (code, _, stderr) = run(&["submit", &missing]);
+    assert_eq!(code, 3);
+    assert!(
+        stderr.starts_with(&format!("error: job {missing}: no such file\nhint: ")),
+        "{stderr}"
+    );
+
+    let (code, _, stderr) = run(&["submit", &folder.path().display().to_string()]);
+    assert_eq!((code, stderr.contains("is a directory")), (2, true), "{stderr}");
+
+    let (code, _, stderr) = run(&["submit", "/dev/zero"]);
+    assert_eq!(
+        (code, stderr.contains("is larger than 1.0 MiB")),
+        (2, true),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_file_that_is_not_toml_names_line_and_column() {
+    let folder = TempDir::new().expect("scratch");
+    let file = job_file(folder.path(), "output = \"x\"\n[model\n");
+    let (code, _, stderr) = run(&["submit", &file]);
+    assert_eq!(code, 2);
+    assert!(
+        stderr.starts_with(&format!("error: job {file}: line 2, column ")),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_dry_run_prints_the_whole_job_which_is_a_job_file_again() {
+    let folder = TempDir::new().expect("scratch");
+    let file = job_file(folder.path(), SMALLEST);
+    let (code, printed, stderr) = run(&["submit", &file, "--dry-run", "--set", "train.lr=0.2"]);
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    assert!(
+        printed.contains("lr = 0.2\n") && printed.contains("sample_rate = 1.0\n"),
+        "{printed}"
+    );
+    let again = job_file(folder.path(), &printed);
+    assert_eq!(run(&["submit", &again, "--dry-run"]).1, printed);
+}
+
+#[test]
+fn wrong_usage_is_2() {
+    let commands: [&[&str]; 7] = [
+        &[],
+        &["sumbit"],
+        &["jobs", "--coordinator", "nowhere"],
+        &["jobs", "--output", "yaml"],
+        &["serve", "--listen", "localhost"],
+        &["serve", "--store", "etcd:http://127.0.0.1:2379"],
+        &["serve", "--store", "/tmp/x"],
+    ];
+    for command in commands {
+        let (code, stdout, stderr) = run(command);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{command:?}");
+        assert!(!stderr.is_empty(), "{command:?}");
+    }
+    let (_, _, stderr) = run(&["serve", "--store", "etcd:http://127.0.0.1:2379"]);
+    assert!(stderr.contains("etcd is not built in"), "{stderr}");
+}
+
+#[test]
+fn a_port_in_use_is_one_line_and_4() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = taken.local_addr().expect("address").to_string();
+    let folder = TempDir::new().expect("scratch");
+    let store = format!("embedded:{}", folder.path().display());
+    let (code, stdout, stderr) = run(&[
+        "serve",
+        "--listen",
+        &address,
+        "--metrics",
+        "127.0.0.1:0",
+        "--store",
+        &store,
+        "--log-format",
+        "text",
+    ]);
+    assert_eq!((code, stdout.as_str()), (4, ""), "{stderr}");
+    let mut lines = stderr.lines().skip_while(|line| !line.starts_with("error: "));
+    assert_eq!(
+        lines.next(),
+        Some(format!("error: listen on {address}: the port is in use").as_str())
+    );
+    assert!(
+        lines.next().is_some_and(|line| line.starts_with("hint: ")),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_job_with_more_ranks_than_slots_is_refused_before_anything_starts() {
+    let folder = TempDir::new().expect("scratch");
+    let file = job_file(folder.path(), SMALLEST);
+    let (code, _, stderr) = run(&[
+        "run",
+        &file,
+        "--nodes",
+        "1",
+        "--slots",
+        "2",
+        "--set",
+        "job.world_size=4",
+    ]);
+    assert_eq!(code, 2);
+    assert_eq!(
+        stderr,
+        "error: the job wants 4 ranks, --nodes 1 --slots 2 has 2\nhint: --nodes 2, or --set job.world_size=2\n"
+    );
+}
+
+#[test]
+fn run_without_a_worker_says_where_it_looked() {
+    let folder = TempDir::new().expect("scratch");
+    let file = job_file(folder.path(), SMALLEST);
+    let output = arcface(&["run", &file])
+        .env("ARCFACE_WORKER", folder.path().join("none"))
+        .current_dir(folder.path())
+        .output()
+        .expect("start");
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("none: no such file\nhint: "));
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_command_quietly() {
+    // Larger than a pipe's buffer, so that writing meets the closed end.
+    let mut child = arcface(&["completions", "zsh"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start");
+    let mut line = String::new();
+    BufReader::with_capacity(16, child.stdout.take().expect("piped"))
+        .read_line(&mut line)
+        .expect("a line");
+    let mut stderr = String::new();
+    child
+        .stderr
+        .take()
+        .expect("piped")
+        .read_to_string(&mut stderr)
+        .expect("read");
+    let status = child.wait().expect("wait");
+    assert_eq!((status.code(), stderr.as_str()), (Some(0), ""));
+    assert!(line.starts_with("#compdef"));
+}
