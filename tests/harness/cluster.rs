@@ -71,7 +71,8 @@ impl Cluster {
                 cluster.start_worker()?;
             }
             cluster.wait_for_nodes(options.workers)?;
-            test(&mut cluster)
+            test(&mut cluster)?;
+            cluster.check_no_panic()
         }));
         if !matches!(outcome, Ok(Ok(()))) {
             cluster.print_logs();
@@ -172,7 +173,7 @@ impl Cluster {
     /// If there is no such process, or it does not belong to this cluster.
     pub fn signal(&self, pid: u32, signal: Signal) -> Result<()> {
         ensure!(
-            process::marked(self.scratch()).contains(&pid),
+            process::living_in(self.scratch()).contains(&pid),
             "process {pid} is not one of this cluster"
         );
         process::signal_pid(pid, signal)
@@ -180,7 +181,7 @@ impl Cluster {
 
     /// Processes of this cluster that live, whoever started them.
     pub fn living(&self) -> Vec<u32> {
-        process::marked(self.scratch())
+        process::living_in(self.scratch())
     }
 
     /// A command line of `arcface-coordinator` that talks to this cluster, not yet run.
@@ -218,22 +219,11 @@ impl Cluster {
     /// If it is not accepted.
     pub fn submit(&self, job: &JobFile) -> Result<String> {
         let file = job.write(self.scratch())?;
-        let before = self.job_ids()?;
-        self.cli(&["submit", &file.to_string_lossy()], ANSWER)?
-            .expect(0)?;
-        let mut new = self.job_ids()?;
-        new.retain(|id| !before.contains(id));
-        ensure!(new.len() == 1, "one new job was expected, not {new:?}");
-        new.pop().context("one id")
-    }
-
-    fn job_ids(&self) -> Result<Vec<String>> {
-        let jobs = self.json(&["jobs"])?;
-        let jobs = jobs.as_array().context("jobs prints a list")?;
-        Ok(jobs
-            .iter()
-            .filter_map(|job| Some(job.get("id")?.as_str()?.to_owned()))
-            .collect())
+        let job = self.json(&["submit", &file.to_string_lossy()])?;
+        Ok(job["id"]
+            .as_str()
+            .context("submit prints the job with its id")?
+            .to_owned())
     }
 
     /// `job ID --output json`.
@@ -279,7 +269,7 @@ impl Cluster {
         })
     }
 
-    /// Waits until as many nodes are ready.
+    /// Waits until as many nodes are healthy.
     ///
     /// # Errors
     /// At the deadline.
@@ -287,13 +277,13 @@ impl Cluster {
         wait::until(&format!("{count} nodes"), START, || {
             self.check_alive()?;
             let nodes = self.json(&["nodes"])?;
-            let ready = nodes
+            let healthy = nodes
                 .as_array()
                 .context("nodes prints a list")?
                 .iter()
-                .filter(|node| state(node) == "ready")
+                .filter(|node| state(node) == "healthy")
                 .count();
-            Ok(if ready == count {
+            Ok(if healthy == count {
                 Seen::Yes(nodes)
             } else {
                 Seen::NotYet(nodes.to_string())
@@ -333,6 +323,22 @@ impl Cluster {
         Ok(())
     }
 
+    /// A panic that was caught somewhere is still one.
+    fn check_no_panic(&self) -> Result<()> {
+        for process in self.processes() {
+            ensure!(
+                !process.output().contains("panicked at"),
+                "{} has panicked",
+                process.name
+            );
+        }
+        Ok(())
+    }
+
+    fn processes(&self) -> impl Iterator<Item = &Process> {
+        self.past.iter().chain(&self.coordinator).chain(&self.workers)
+    }
+
     fn served(&self, key: &str) -> Result<Option<String>> {
         let Ok(text) = fs::read_to_string(self.address_file()) else {
             return Ok(None);
@@ -353,7 +359,7 @@ impl Cluster {
 
     /// Prints what every process wrote, and the training logs.
     fn print_logs(&self) {
-        for process in self.past.iter().chain(&self.coordinator).chain(&self.workers) {
+        for process in self.processes() {
             eprintln!("---- {}\n{}", process.name, process.output());
         }
         let outputs = fs::read_dir(self.scratch().join("out"));
@@ -376,7 +382,7 @@ impl Drop for Cluster {
         self.workers.clear();
         self.coordinator = None;
         // Ranks have process groups of their own; a test that failed may leave them behind.
-        for pid in process::marked(self.scratch()) {
+        for pid in process::living_in(self.scratch()) {
             let _gone = process::signal_pid(pid, Signal::SIGKILL);
         }
     }

@@ -12,7 +12,7 @@ mod synthetic;
 pub mod wait;
 
 pub use cluster::{Cluster, Options};
-pub use process::{Finished, Process, binary, command};
+pub use process::{Finished, Process, binary, command, living_in};
 pub use synthetic::{JobFile, write_identities};
 
 use std::path::{Path, PathBuf};

@@ -211,8 +211,8 @@ pub(crate) fn signal_pid(pid: u32, signal: Signal) -> Result<()> {
     kill(Pid::from_raw(raw), signal).with_context(|| format!("send {signal} to process {pid}"))
 }
 
-/// Living processes that were started from `scratch`, directly or by others.
-pub(crate) fn marked(scratch: &Path) -> Vec<u32> {
+/// Living processes that were started in `scratch` with [`command`], and those that they started.
+pub fn living_in(scratch: &Path) -> Vec<u32> {
     let mark = format!("{MARK}={}", scratch.display());
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();

@@ -24,7 +24,7 @@ struct Rule {
 }
 
 /// Logic that is decided by its arguments alone.
-const PURE: [&str; 12] = [
+const PURE: [&str; 13] = [
     "proto/src/",
     "coordinator/src/plan",
     "coordinator/src/job",
@@ -32,6 +32,7 @@ const PURE: [&str; 12] = [
     "worker/src/random.rs",
     "worker/src/data/sampler",
     "worker/src/optim/schedule",
+    "worker/src/head/margin",
     "worker/src/head/sampling",
     "worker/src/head/lazy_sgd",
     "worker/src/checkpoint/reshard",
@@ -46,7 +47,7 @@ const RULES: [Rule; 14] = [
         except: &[],
         names: &[
             "async ",
-            "await",
+            ".await",
             "tokio::",
             "Instant::now",
             "SystemTime::now",
@@ -77,6 +78,8 @@ const RULES: [Rule; 14] = [
             "worker/src/main.rs",
             // How long calls took, for the metrics.
             "coordinator/src/api",
+            // How long training waited for data.
+            "worker/src/data/loader",
             // Deadlines of calls to peers.
             "worker/src/collective",
         ],
