@@ -1,11 +1,9 @@
 //! Verification of a network on a set: embed every image and its mirror image, then [`super::metrics`].
 
 use super::{EvalError, VerificationSet, metrics};
+use crate::data::decode::{OtherSize, PIXEL_BYTES, SIDE, decode};
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
-
-/// Side of the images in pixels.
-const SIDE: usize = 112;
 
 /// False accept rates at which the true accept rate is reported, as they are written.
 pub const FAR_TARGETS: [(&str, f64); 4] = [("1e-1", 1e-1), ("1e-2", 1e-2), ("1e-3", 1e-3), ("1e-4", 1e-4)];
@@ -90,7 +88,7 @@ pub fn embed_set(
     for first in (0..set.len()).step_by(batch) {
         let end = (first + batch).min(set.len());
         let failed = |cause: anyhow::Error| EvalError::Embed { first, end, cause };
-        let images = decode(set, first, end)?;
+        let images = decode_images(set, first, end)?;
         for (rows, images) in [
             (&mut out.emb, images.shallow_clone()),
             (&mut out.emb_flip, images.flip([3])),
@@ -134,41 +132,26 @@ pub fn evaluate(
 }
 
 /// Images `first..end`, decoded and normalised: `[b, 3, 112, 112]` f32.
-fn decode(set: &VerificationSet, first: usize, end: usize) -> Result<Tensor, EvalError> {
-    let decode = |index: usize| {
-        let encoded = set.encoded(index).unwrap_or_default();
-        decode_rgb(encoded).map_err(|detail| EvalError::Image {
-            path: set.path().to_owned(),
-            index,
-            detail,
-        })
-    };
-    let images: Vec<Vec<u8>> = (first..end)
-        .into_par_iter()
-        .map(decode)
-        .collect::<Result<_, _>>()?;
+fn decode_images(set: &VerificationSet, first: usize, end: usize) -> Result<Tensor, EvalError> {
+    let mut pixels = vec![0; (end - first) * PIXEL_BYTES];
+    let (images, _) = pixels.as_chunks_mut::<PIXEL_BYTES>();
+    images
+        .par_iter_mut()
+        .enumerate()
+        .try_for_each(|(offset, image)| {
+            let index = first + offset;
+            let encoded = set.encoded(index).unwrap_or_default();
+            // The sets are crops that were aligned for this size: another one means another alignment.
+            decode(encoded, OtherSize::Refuse, image).map_err(|detail| EvalError::Image {
+                path: set.path().to_owned(),
+                index,
+                detail,
+            })
+        })?;
     let side = SIDE as i64;
-    let pixels = Tensor::from_slice(&images.concat()).view([(end - first) as i64, side, side, 3]);
+    let pixels = Tensor::from_slice(&pixels).view([(end - first) as i64, side, side, 3]);
     let pixels = pixels.permute([0, 3, 1, 2]).to_kind(Kind::Float);
     Ok(((pixels / 255.0 - 0.5) / 0.5).contiguous())
-}
-
-/// 112x112 RGB bytes of a JPEG.
-fn decode_rgb(encoded: &[u8]) -> Result<Vec<u8>, String> {
-    use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
-    let options = DecoderOptions::default()
-        .jpeg_set_out_colorspace(ColorSpace::RGB)
-        .set_strict_mode(true)
-        .set_max_width(SIDE)
-        .set_max_height(SIDE);
-    let mut decoder = zune_jpeg::JpegDecoder::new_with_options(ZCursor::new(encoded), options);
-    let pixels = decoder
-        .decode()
-        .map_err(|error| format!("broken JPEG: {error}"))?;
-    match decoder.dimensions() {
-        Some((SIDE, SIDE)) => Ok(pixels),
-        size => Err(format!("the image is {size:?}, not {SIDE}x{SIDE}")),
-    }
 }
 
 #[cfg(test)]
