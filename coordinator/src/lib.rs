@@ -7,6 +7,8 @@
 
 pub mod api;
 pub mod cli;
+pub mod control;
+pub mod exporter;
 pub mod job;
 pub mod membership;
 pub mod plan;

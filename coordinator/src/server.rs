@@ -1,20 +1,39 @@
 //! Puts a coordinator together and takes it apart: binds, opens the store, serves gRPC and metrics, writes the
 //! address file, and stops in a stated order. Jobs go on while no coordinator runs.
 
-use crate::api::Router;
+use crate::{
+    api::{ClusterApi, JobApi, RankApi, Router, WorkerApi},
+    control::{self, Handle},
+    exporter,
+    store::{EmbeddedStore, StateStore, StoreError},
+    telemetry,
+};
 use anyhow::Context;
-use arcface_proto::failure::{ExitCode, Failure};
+use arcface_proto::{
+    failure::{ExitCode, Failure},
+    v1::{
+        cluster_service_server::ClusterServiceServer, job_service_server::JobServiceServer,
+        rank_service_server::RankServiceServer, worker_service_server::WorkerServiceServer,
+    },
+};
 use std::{
     fmt, io,
     net::SocketAddr,
     path::{Path, PathBuf},
     pin::pin,
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
-use tokio::{net::TcpListener, time::timeout};
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
 use tokio_util::sync::CancellationToken;
+use tonic::server::NamedService;
+use tonic_health::ServingStatus;
 
 /// What `serve` was told.
 #[derive(Clone, Debug)]
@@ -101,6 +120,13 @@ impl Default for Timers {
 
 /// Longest that open streams get to end at shutdown.
 const STREAMS_END: Duration = Duration::from_secs(5);
+/// Largest request: a checkpoint's parts of one rank, a job with long lists, an agent with thousands of ranks.
+const MAX_REQUEST_BYTES: usize = 1 << 20;
+/// Streams of one connection: a client that opens more waits.
+const MAX_STREAMS: u32 = 256;
+/// A connection whose peer does not answer a ping for so long is closed.
+const PING_EVERY: Duration = Duration::from_secs(10);
+const PING_LIMIT: Duration = Duration::from_secs(10);
 
 /// A coordinator that serves.
 pub struct Running {
@@ -109,7 +135,7 @@ pub struct Running {
     /// Address of `/metrics`.
     pub metrics: Option<SocketAddr>,
     stop: CancellationToken,
-    serving: tokio::task::JoinHandle<anyhow::Result<()>>,
+    serving: JoinHandle<anyhow::Result<()>>,
 }
 
 impl Running {
@@ -122,7 +148,7 @@ impl Running {
         self.wait().await
     }
 
-    /// Waits until the coordinator ends by itself, which it does only on an error.
+    /// Waits until the coordinator ends: by itself, which it does only on an error, or because it was stopped.
     ///
     /// # Errors
     /// Why it stopped.
@@ -141,39 +167,199 @@ impl Running {
 /// # Errors
 /// [`Failure`]s: an address that is in use, a store that is in use or damaged, an address file that cannot be written.
 pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
+    // Addresses first: a second coordinator on this machine learns of the port before it touches the store.
     let listener = bind(options.listen, "--listen").await?;
     let grpc = listener.local_addr().context("read the listening address")?;
+    let metrics = match options.metrics {
+        Some(address) => Some(bind(address, "--metrics").await?),
+        None => None,
+    };
+    let metrics_address = metrics
+        .as_ref()
+        .map(TcpListener::local_addr)
+        .transpose()
+        .context("read the metrics address")?;
+    warn_if_exposed(grpc, metrics_address);
+
+    let recorder = exporter::recorder()?;
+    metrics::gauge!(telemetry::BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    let store = open_store(&options.store).await?;
     let stop = CancellationToken::new();
-    let (health, health_service) = tonic_health::server::health_reporter();
-    health
-        .set_service_status("", tonic_health::ServingStatus::Serving)
-        .await;
-    let router = Router::default().with(health_service);
-    let stopping = stop.clone();
-    let serving = tokio::spawn(async move {
-        let mut server = pin!(tonic::transport::Server::builder().serve_with_incoming_shutdown(
-            router,
-            TcpListenerStream::new(listener),
-            stopping.clone().cancelled_owned(),
-        ));
-        tokio::select! {
-            ended = &mut server => return ended.context("serve gRPC"),
-            () = stopping.cancelled() => {}
-        }
-        match timeout(STREAMS_END, server).await {
-            Ok(ended) => ended.context("serve gRPC"),
-            Err(_) => Ok(()),
-        }
-    });
-    if let Some(path) = &options.address_file {
-        write_address_file(path, grpc, None)?;
+    // The control task outlives the streams: what they have accepted is still stored.
+    let stop_control = CancellationToken::new();
+    let (control, control_task) = control::start(store, options.timers, stop_control.clone())
+        .await
+        .map_err(store_failure)?;
+    let router = services(&control, &stop).await?;
+    if let Some(listener) = metrics {
+        tokio::spawn(exporter::serve(listener, recorder, stop.clone()));
+    }
+    let serving = tokio::spawn(serve(listener, router, control_task, stop.clone(), stop_control));
+    if let Some(path) = &options.address_file
+        && let Err(error) = write_address_file(path, grpc, metrics_address)
+    {
+        stop.cancel();
+        return Err(error);
     }
     Ok(Running {
         grpc,
-        metrics: None,
+        metrics: metrics_address,
         stop,
         serving,
     })
+}
+
+/// Serves until stopped. The order of the end: no new connections, streams end (with a limit), the control task ends.
+async fn serve(
+    listener: TcpListener,
+    router: Router,
+    mut control_task: JoinHandle<Result<(), StoreError>>,
+    stop: CancellationToken,
+    stop_control: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut server = pin!(
+        tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .max_concurrent_streams(MAX_STREAMS)
+            .http2_keepalive_interval(Some(PING_EVERY))
+            .http2_keepalive_timeout(Some(PING_LIMIT))
+            .serve_with_incoming_shutdown(router, incoming(listener), stop.clone().cancelled_owned())
+    );
+    tokio::select! {
+        ended = &mut server => {
+            stop_control.cancel();
+            ended.context("serve gRPC")?;
+        }
+        ended = &mut control_task => {
+            stop.cancel();
+            // What still runs is cut off: this coordinator may not act any more.
+            return ended.context("control task")?.map_err(store_failure);
+        }
+        () = stop.cancelled() => {
+            if timeout(STREAMS_END, server).await.is_err() {
+                tracing::warn!("streams did not end within {STREAMS_END:?} and were cut");
+            }
+            stop_control.cancel();
+        }
+    }
+    control_task.await.context("control task")?.map_err(store_failure)
+}
+
+/// Accepted connections without Nagle's delay: heartbeats and commands are small.
+fn incoming(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
+    TcpListenerStream::new(listener).map(|accepted| {
+        accepted.inspect(|socket| {
+            if let Err(error) = socket.set_nodelay(true) {
+                tracing::debug!(%error, "set nodelay");
+            }
+        })
+    })
+}
+
+/// All services, with health and reflection for any gRPC client.
+async fn services(control: &Handle, stop: &CancellationToken) -> anyhow::Result<Router> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let jobs = JobServiceServer::new(JobApi {
+        control: control.clone(),
+        stop: stop.clone(),
+    })
+    .max_decoding_message_size(MAX_REQUEST_BYTES);
+    let cluster = ClusterServiceServer::new(ClusterApi {
+        control: control.clone(),
+    })
+    .max_decoding_message_size(MAX_REQUEST_BYTES);
+    let workers = WorkerServiceServer::new(WorkerApi {
+        control: control.clone(),
+        stop: stop.clone(),
+    })
+    .max_decoding_message_size(MAX_REQUEST_BYTES);
+    let ranks = RankServiceServer::new(RankApi {
+        control: control.clone(),
+        stop: stop.clone(),
+    })
+    .max_decoding_message_size(MAX_REQUEST_BYTES);
+    let names = [
+        name_of(&jobs),
+        name_of(&cluster),
+        name_of(&workers),
+        name_of(&ranks),
+    ];
+    for name in [""].into_iter().chain(names) {
+        health.set_service_status(name, ServingStatus::Serving).await;
+    }
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        stopping.cancelled().await;
+        for name in [""].into_iter().chain(names) {
+            health.set_service_status(name, ServingStatus::NotServing).await;
+        }
+        // Health watches end with their reporter.
+        drop(health);
+    });
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(arcface_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    Ok(Router::default()
+        .with(health_service)
+        .with(reflection().build_v1().context("reflection")?)
+        .with(reflection().build_v1alpha().context("reflection")?)
+        .with(jobs)
+        .with(cluster)
+        .with(workers)
+        .with(ranks))
+}
+
+fn name_of<S: NamedService>(_: &S) -> &'static str {
+    S::NAME
+}
+
+async fn open_store(url: &StoreUrl) -> Result<Arc<dyn StateStore>, Failure> {
+    let StoreUrl::Embedded(directory) = url;
+    let directory = directory.clone();
+    let opened = tokio::task::spawn_blocking(move || EmbeddedStore::open(&directory)).await;
+    match opened {
+        Ok(Ok(store)) => Ok(Arc::new(store)),
+        Ok(Err(error)) => Err(store_failure(error)
+            .downcast()
+            .unwrap_or_else(|error| Failure::new(ExitCode::Failed, format!("open the store: {error}")))),
+        Err(error) => Err(Failure::new(ExitCode::Failed, format!("open the store: {error}"))),
+    }
+}
+
+/// What a person can do about a store that fails.
+fn store_failure(error: StoreError) -> anyhow::Error {
+    let (code, hint) = match &error {
+        StoreError::InUse { .. } => (
+            ExitCode::Unreachable,
+            "stop the other coordinator, or choose another directory with --store",
+        ),
+        StoreError::Damaged { .. } => (
+            ExitCode::Failed,
+            "restore the file from a backup, or choose another directory with --store",
+        ),
+        StoreError::Fenced { .. } => (ExitCode::Failed, "another coordinator serves this store now"),
+        _ => (
+            ExitCode::Failed,
+            "look at the disk's free space, permissions and health",
+        ),
+    };
+    Failure::new(code, error.to_string()).hint(hint).into()
+}
+
+/// Says what anybody who reaches the address can do.
+fn warn_if_exposed(grpc: SocketAddr, metrics: Option<SocketAddr>) {
+    if !grpc.ip().is_loopback() {
+        tracing::warn!(
+            %grpc,
+            "listening beyond loopback without TLS or authentication: whoever reaches this address can submit and \
+             cancel jobs, join as a worker and read all results"
+        );
+    }
+    if let Some(metrics) = metrics.filter(|address| !address.ip().is_loopback()) {
+        tracing::warn!(%metrics, "metrics are readable by whoever reaches this address");
+    }
 }
 
 async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Failure> {

@@ -1,6 +1,7 @@
 //! Sends each request to its gRPC service by the first part of the path, and counts it. A closed set of services
 //! needs no web framework, and the labels of the request metrics stay a closed set too.
 
+use crate::telemetry::{GRPC_REQUEST_DURATION_SECONDS, GRPC_REQUESTS_TOTAL};
 use std::{
     collections::BTreeMap,
     convert::Infallible,
@@ -98,9 +99,9 @@ fn count(service: &'static str, method: &str, response: &Response, started: Inst
         Code::Unimplemented => "unknown".to_owned(),
         _ => method.to_owned(),
     };
-    metrics::counter!("arcface_grpc_requests_total",
+    metrics::counter!(GRPC_REQUESTS_TOTAL,
         "service" => service, "method" => method.clone(), "code" => format!("{code:?}"))
     .increment(1);
-    metrics::histogram!("arcface_grpc_request_duration_seconds", "service" => service, "method" => method)
+    metrics::histogram!(GRPC_REQUEST_DURATION_SECONDS, "service" => service, "method" => method)
         .record(started.elapsed());
 }

@@ -1,0 +1,532 @@
+//! Commands about jobs, and the path that every event of a job takes: decide, store, then act.
+
+use super::{
+    Control, ControlError, Entry, MAX_LIVE_JOBS, MAX_RETRIES, Watch,
+    handle::{Command, JobFilter},
+    keys, measure, records,
+};
+use crate::{
+    job::{self, Effect, Event, Job, Process},
+    membership::RankKey,
+    plan::{self, PlanNode},
+    store::{StoreError, Transaction},
+};
+use arcface_proto::{
+    convert,
+    spec::JobSpec,
+    timestamp::from_unix_ms,
+    types::{JobId, NodeId, Rank},
+    v1::{
+        self, CheckpointManifest, CheckpointNow, Evaluation, KillRanks, LaunchRanks, RankAssignment,
+        ReportResponse, join_response, report_response, watch_job_response,
+    },
+};
+use prost::Message;
+use std::collections::{BTreeMap, BTreeSet};
+use tokio::sync::oneshot;
+
+/// Watchers of one job.
+const MAX_WATCHERS: usize = 1000;
+/// Commands that wait for rank 0 to open its stream.
+const MAX_OUTBOX: usize = 16;
+
+/// Gives an answer to a caller; one that has gone away needs none.
+pub(super) fn reply<T>(answer: oneshot::Sender<T>, value: T) {
+    let _ = answer.send(value);
+}
+
+impl Control {
+    pub(super) async fn command(&mut self, command: Command) {
+        match command {
+            Command::Submit {
+                spec,
+                request_id,
+                validate_only,
+                answer,
+            } => reply(answer, self.submit(*spec, request_id, validate_only).await),
+            Command::GetJob { id, answer } => reply(
+                answer,
+                self.find(&id)
+                    .map(|entry| records::job_to_wire(&entry.job, entry.revision)),
+            ),
+            Command::ListJobs { filter, answer } => reply(answer, Ok(self.list_jobs(&filter))),
+            Command::Cancel { id, reason, answer } => reply(answer, self.cancel(&id, reason).await),
+            Command::Watch { id, answer } => reply(answer, self.watch(&id)),
+            Command::Checkpoints { id, answer } => reply(answer, self.checkpoints(&id).await),
+            Command::Evaluations {
+                id,
+                after,
+                limit,
+                answer,
+            } => reply(answer, self.evaluations(&id, after, limit).await),
+            Command::ListNodes { answer } => reply(answer, Ok(self.nodes())),
+            Command::Drain {
+                node,
+                draining,
+                answer,
+            } => reply(answer, self.drain(node, draining).await),
+            Command::Cluster { answer } => reply(answer, Ok(self.cluster())),
+            Command::Join { hello, answer } => reply(answer, self.join(*hello).await),
+            Command::AgentSays {
+                node,
+                stream,
+                message,
+                answer,
+            } => reply(answer, self.agent_says(&node, stream, message).await),
+            Command::AgentLeft { node, stream } => self.agent_left(&node, stream),
+            Command::Rendezvous { rank, request, reply } => self.rendezvous(&rank, request, reply),
+            Command::OpenReport { rank, answer } => reply(answer, self.open_report(&rank)),
+            Command::RankSays { rank, report, answer } => reply(answer, self.rank_says(&rank, report).await),
+            Command::CloseReport { rank, stream } => self.close_report(&rank, stream),
+            Command::CommitCheckpoint {
+                rank,
+                request,
+                answer,
+            } => reply(answer, self.commit_checkpoint(&rank, &request).await),
+        }
+    }
+
+    /// A job by its id, or by a prefix of it that names one.
+    fn find(&self, text: &str) -> Result<&Entry, ControlError> {
+        if let Ok(id) = text.parse::<JobId>() {
+            return self
+                .jobs
+                .get(&id)
+                .ok_or_else(|| ControlError::not_found("job", text));
+        }
+        if text.is_empty() {
+            return Err(ControlError::invalid("job_id", "is missing"));
+        }
+        let matches = |id: &JobId| {
+            id.as_str().starts_with(text)
+                || id
+                    .as_str()
+                    .strip_prefix("job-")
+                    .is_some_and(|id| id.starts_with(text))
+        };
+        let mut found = self
+            .jobs
+            .iter()
+            .filter(|(id, _)| matches(id))
+            .map(|(_, entry)| entry);
+        match (found.next(), found.count()) {
+            (None, _) => Err(ControlError::not_found("job", text)),
+            (Some(entry), 0) => Ok(entry),
+            (Some(_), more) => Err(ControlError::invalid(
+                "job_id",
+                format!("{text:?} begins {} jobs", more + 1),
+            )),
+        }
+    }
+
+    async fn submit(
+        &mut self,
+        spec: JobSpec,
+        request_id: String,
+        validate_only: bool,
+    ) -> Result<v1::Job, ControlError> {
+        let now = self.clock.now();
+        if let Some(job) = self.repeated(&request_id, &spec).await? {
+            return Ok(job);
+        }
+        let mut id = JobId::from_random(uuid::Uuid::new_v4().as_u64_pair().0);
+        while self.jobs.contains_key(&id) {
+            id = JobId::from_random(uuid::Uuid::new_v4().as_u64_pair().0);
+        }
+        let job = Job::new(id.clone(), spec, now.unix_ms);
+        if validate_only {
+            return Ok(v1::Job {
+                id: String::new(),
+                submitted_at: None,
+                ..records::job_to_wire(&job, 0)
+            });
+        }
+        if self.live.len() >= MAX_LIVE_JOBS {
+            return Err(ControlError::Exhausted(format!(
+                "{MAX_LIVE_JOBS} jobs already wait or run"
+            )));
+        }
+        let key = keys::job(&id);
+        let record = records::encode(&job, 1);
+        let mut transaction = Transaction::default()
+            .expect_absent(&key)
+            .put(&key, record.clone());
+        if !request_id.is_empty() {
+            let request = records::StoredRequest {
+                job_id: id.to_string(),
+            }
+            .encode_to_vec();
+            let key = keys::request(&request_id);
+            transaction = transaction.expect_absent(&key).put(key, request);
+        }
+        let store_revision = match self.store.commit(transaction).await {
+            Ok(revision) => revision,
+            Err(StoreError::Unknown(why)) => match self.store.get(&key).await {
+                Ok(Some(stored)) if stored.value == record => stored.revision,
+                _ => return Err(StoreError::Unknown(why).into()),
+            },
+            Err(error) => return Err(self.store_failed(error)),
+        };
+        tracing::info!(job = %id, name = %job.spec.name, world_size = job.spec.world_size, "job submitted");
+        measure::job_loaded(&job);
+        let entry = Entry::new(job, 1, store_revision);
+        let wire = records::job_to_wire(&entry.job, 1);
+        self.ages.insert(entry.age());
+        self.live.insert(entry.age());
+        self.jobs.insert(id, entry);
+        Ok(wire)
+    }
+
+    /// The job that a request id made before.
+    async fn repeated(&self, request_id: &str, spec: &JobSpec) -> Result<Option<v1::Job>, ControlError> {
+        if request_id.is_empty() {
+            return Ok(None);
+        }
+        let Some(stored) = self.store.get(&keys::request(request_id)).await? else {
+            return Ok(None);
+        };
+        let request = records::StoredRequest::decode(stored.value.as_slice())
+            .map_err(|error| ControlError::Unavailable(format!("record of request {request_id}: {error}")))?;
+        let entry = self.find(&request.job_id)?;
+        match entry.job.spec == *spec {
+            true => Ok(Some(records::job_to_wire(&entry.job, entry.revision))),
+            false => Err(ControlError::AlreadyExists(format!(
+                "request id {request_id:?} was used for {}, which is another job",
+                entry.job.id
+            ))),
+        }
+    }
+
+    fn list_jobs(&self, filter: &JobFilter) -> Vec<v1::Job> {
+        let before = filter.before.as_ref().map(|(ms, id)| (*ms, id.as_str()));
+        self.ages
+            .iter()
+            .rev()
+            .filter(|(ms, id)| before.is_none_or(|before| (*ms, id.as_str()) < before))
+            .filter_map(|(_, id)| self.jobs.get(id))
+            .filter(|entry| {
+                filter.states.is_empty() || filter.states.contains(&records::phase_to_wire(entry.job.phase))
+            })
+            .take(filter.limit)
+            .map(|entry| records::job_to_wire(&entry.job, entry.revision))
+            .collect()
+    }
+
+    async fn cancel(&mut self, id: &str, reason: String) -> Result<v1::Job, ControlError> {
+        let id = self.find(id)?.job.id.clone();
+        self.apply(&id, &Event::Cancel { reason }, Transaction::default())
+            .await?;
+        let entry = self.find(id.as_str())?;
+        Ok(records::job_to_wire(&entry.job, entry.revision))
+    }
+
+    fn watch(&mut self, id: &str) -> Result<Watch, ControlError> {
+        let id = self.find(id)?.job.id.clone();
+        let entry = self
+            .jobs
+            .get_mut(&id)
+            .ok_or_else(|| ControlError::not_found("job", id.as_str()))?;
+        if entry.watchers.len() >= MAX_WATCHERS {
+            return Err(ControlError::Exhausted(format!(
+                "{MAX_WATCHERS} clients already watch {id}"
+            )));
+        }
+        let events = entry.watchers.watch();
+        if entry.job.phase.is_terminal() {
+            entry.watchers.close();
+        }
+        Ok(Watch {
+            snapshot: records::job_to_wire(&entry.job, entry.revision),
+            events,
+        })
+    }
+
+    async fn checkpoints(&self, id: &str) -> Result<Vec<CheckpointManifest>, ControlError> {
+        let id = &self.find(id)?.job.id;
+        let mut manifests = Vec::new();
+        for record in self.list_all(&keys::checkpoints(id)).await?.into_iter().rev() {
+            manifests.push(decoded(&record.key, &record.value)?);
+        }
+        Ok(manifests)
+    }
+
+    async fn evaluations(
+        &self,
+        id: &str,
+        after: Option<String>,
+        limit: usize,
+    ) -> Result<Vec<(String, Evaluation)>, ControlError> {
+        let prefix = keys::evaluations(&self.find(id)?.job.id);
+        let after = after.map(|token| format!("{prefix}{token}"));
+        let records = self.store.list(&prefix, after.as_deref(), limit).await?;
+        records
+            .into_iter()
+            .map(|record| {
+                let token = record.key.strip_prefix(&prefix).unwrap_or_default().to_owned();
+                Ok((token, decoded(&record.key, &record.value)?))
+            })
+            .collect()
+    }
+
+    /// An event of the cluster itself: nobody is there to try again, so we do if the store does not take it.
+    pub(super) async fn happened(&mut self, id: &JobId, event: Event) {
+        match self.apply(id, &event, Transaction::default()).await {
+            Ok(()) => {}
+            Err(ControlError::Unavailable(error)) => {
+                tracing::error!(job = %id, error, "the store did not take a change; it is tried again");
+                if self.retries.len() < MAX_RETRIES {
+                    self.retries.push_back((id.clone(), event));
+                }
+            }
+            Err(refused) => tracing::info!(job = %id, %refused, "event refused"),
+        }
+    }
+
+    /// Decides, stores, then acts. An event that is refused or not stored leaves nothing behind.
+    pub(super) async fn apply(
+        &mut self,
+        id: &JobId,
+        event: &Event,
+        with: Transaction,
+    ) -> Result<(), ControlError> {
+        let now = self.clock.now();
+        let entry = self
+            .jobs
+            .get(id)
+            .ok_or_else(|| ControlError::not_found("job", id.as_str()))?;
+        let (next, effects) = job::step(&entry.job, event, now, &self.limits)?;
+        if effects.contains(&Effect::Persist) || with != Transaction::default() {
+            self.store_job(&next, with).await?;
+        }
+        let Some(entry) = self.jobs.get_mut(id) else {
+            return Ok(());
+        };
+        let before = std::mem::replace(&mut entry.job, next);
+        let after = &entry.job;
+        if before.phase != after.phase {
+            tracing::info!(job = %id, generation = %after.generation, from = %before.phase, to = %after.phase,
+                reason = %after.reason, "job changed");
+        }
+        measure::job_changed(&before, after);
+        if after.phase.is_terminal() && !before.phase.is_terminal() {
+            self.retiring.push_back((now.mono_ms, id.clone()));
+        }
+        match entry.is_live() {
+            true => self.live.insert(entry.age()),
+            false => self.live.remove(&entry.age()),
+        };
+        for effect in effects {
+            self.perform(id, effect, now);
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, id: &JobId, effect: Effect, now: job::Now) {
+        let Some(entry) = self.jobs.get_mut(id) else {
+            return;
+        };
+        match effect {
+            Effect::Persist => {}
+            Effect::Launch(node) => {
+                if node.is_none() {
+                    entry.rendezvous.open(entry.job.ranks.len());
+                    entry.prepared.clear();
+                    entry.reports.clear();
+                }
+                self.launch(id, node.as_ref());
+            }
+            Effect::Kill { grace_ms } => {
+                entry.killed_ms = Some(now.mono_ms);
+                let generation = entry.job.generation.0;
+                let nodes: BTreeSet<NodeId> = entry.job.ranks.iter().map(|rank| rank.node.clone()).collect();
+                for node in nodes {
+                    self.kill(&node, id, generation, grace_ms);
+                }
+            }
+            Effect::EndGeneration => {
+                entry
+                    .rendezvous
+                    .end(&format!("generation {} has ended", entry.job.generation));
+                entry.prepared.clear();
+                entry.reports.clear();
+            }
+            Effect::CheckpointNow => {
+                let command = report_response::Command::CheckpointNow(CheckpointNow {});
+                self.tell_rank_0(
+                    id,
+                    ReportResponse {
+                        command: Some(command),
+                    },
+                );
+            }
+            Effect::Notify => {
+                let wire = records::job_to_wire(&entry.job, entry.revision);
+                entry
+                    .watchers
+                    .publish(from_unix_ms(now.unix_ms), &watch_job_response::Event::Job(wire));
+                if entry.job.phase.is_terminal() {
+                    entry.watchers.close();
+                }
+            }
+            Effect::NotifyRecovery(index) => {
+                if let Some(recovery) = entry.job.recoveries.get(index) {
+                    let event = watch_job_response::Event::Recovery(records::recovery_to_wire(recovery));
+                    entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
+                }
+            }
+        }
+    }
+
+    /// Tells agents to start the ranks that are to be launched. One that is not connected is told when it joins.
+    fn launch(&mut self, id: &JobId, only: Option<&NodeId>) {
+        let Some(entry) = self.jobs.get(id) else { return };
+        let job = &entry.job;
+        let spec = convert::job_spec_to_wire(&job.spec);
+        let mut by_node: BTreeMap<NodeId, Vec<RankAssignment>> = BTreeMap::new();
+        let mut first_rank = 0;
+        for run in job.ranks.chunk_by(|a, b| a.node == b.node) {
+            let node = &run[0].node;
+            let address = self
+                .members
+                .members()
+                .get(node)
+                .map_or("", |member| member.hello.address.as_str());
+            for (local_rank, state) in run.iter().enumerate() {
+                let wanted = state.process == Process::Launching && only.is_none_or(|only| only == node);
+                if wanted {
+                    by_node.entry(node.clone()).or_default().push(RankAssignment {
+                        job_id: id.to_string(),
+                        generation: job.generation.0,
+                        rank: (first_rank + local_rank) as u32,
+                        world_size: job.ranks.len() as u32,
+                        local_rank: local_rank as u32,
+                        local_world_size: run.len() as u32,
+                        node_id: node.to_string(),
+                        address: address.to_owned(),
+                        spec: Some(spec.clone()),
+                        resume: entry.resume.clone(),
+                        ..RankAssignment::default()
+                    });
+                }
+            }
+            first_rank += run.len();
+        }
+        let generation = job.generation;
+        for (node, assignments) in by_node {
+            tracing::info!(job = %id, %generation, %node, ranks = assignments.len(), "launch");
+            self.tell_agent(&node, join_response::Message::Launch(LaunchRanks { assignments }));
+        }
+    }
+
+    /// Tells an agent to stop a job's ranks up to a generation.
+    pub(super) fn kill(&mut self, node: &NodeId, id: &JobId, generation: u64, grace_ms: u64) {
+        let kill = KillRanks {
+            job_id: id.to_string(),
+            generation,
+            grace_ms: grace_ms.min(u32::MAX.into()) as u32,
+        };
+        self.tell_agent(node, join_response::Message::Kill(kill));
+    }
+
+    /// Sends to rank 0, or keeps it until rank 0 has a stream.
+    pub(super) fn tell_rank_0(&mut self, id: &JobId, response: ReportResponse) {
+        let Some(entry) = self.jobs.get_mut(id) else {
+            return;
+        };
+        let sent = entry
+            .reports
+            .get(&0)
+            .is_some_and(|(_, stream)| stream.try_send(response.clone()).is_ok());
+        if !sent {
+            if entry.outbox.len() == MAX_OUTBOX {
+                entry.outbox.pop_front();
+            }
+            entry.outbox.push_back(response);
+        }
+    }
+
+    /// Plans every job that may be launched: those that recover first, then by age. A job that does not fit does not
+    /// hold up smaller ones behind it.
+    pub(super) async fn schedule(&mut self) {
+        let now = self.clock.now();
+        let mut waiting: Vec<(bool, JobId)> = Vec::new();
+        for (_, id) in &self.live {
+            let Some(entry) = self.jobs.get(id) else { continue };
+            if matches!(entry.job.phase, job::Phase::Queued | job::Phase::Recovering) {
+                waiting.push((entry.job.phase == job::Phase::Queued, id.clone()));
+            }
+        }
+        waiting.sort_by_key(|(queued, _)| *queued);
+        for (_, id) in waiting {
+            let Some(entry) = self.jobs.get(&id) else { continue };
+            let planned = match entry.job.may_launch(now) {
+                Err(None) => continue,
+                Err(Some(reason)) => Err(reason),
+                Ok(()) => plan::plan(&self.plan_nodes(), entry.job.wishes(), &entry.job.placement())
+                    .map_err(|reason| reason.to_string()),
+            };
+            if planned.as_ref().is_err_and(|reason| *reason == entry.job.reason) {
+                continue;
+            }
+            // Not tried again as an event: the next round plans anew.
+            if let Err(error) = self
+                .apply(&id, &Event::Planned(planned), Transaction::default())
+                .await
+            {
+                tracing::warn!(job = %id, %error, "a plan was not stored");
+                return;
+            }
+        }
+    }
+
+    fn plan_nodes(&self) -> Vec<PlanNode> {
+        let used = self.used_slots();
+        self.members
+            .members()
+            .iter()
+            .map(|(id, member)| PlanNode {
+                id: id.clone(),
+                slots: member.hello.slots,
+                free: member
+                    .hello
+                    .slots
+                    .saturating_sub(used.get(id).map_or(0, |ranks| ranks.len() as u32)),
+                usable: member.usable(),
+            })
+            .collect()
+    }
+
+    /// Ranks that hold a slot, by node: what agents list, and what they were told to start.
+    pub(super) fn used_slots(&self) -> BTreeMap<NodeId, BTreeSet<RankKey>> {
+        let mut used: BTreeMap<NodeId, BTreeSet<RankKey>> = BTreeMap::new();
+        for (node, member) in self.members.members() {
+            used.entry(node.clone())
+                .or_default()
+                .extend(member.hello.ranks.keys().cloned());
+        }
+        for (_, id) in &self.live {
+            let Some(Entry { job, .. }) = self.jobs.get(id) else {
+                continue;
+            };
+            for (index, rank) in job
+                .ranks
+                .iter()
+                .enumerate()
+                .filter(|(_, rank)| rank.process.occupies())
+            {
+                let key = RankKey {
+                    job: id.clone(),
+                    generation: job.generation,
+                    rank: Rank(index as u32),
+                };
+                used.entry(rank.node.clone()).or_default().insert(key);
+            }
+        }
+        used
+    }
+}
+
+fn decoded<T: Message + Default>(key: &str, bytes: &[u8]) -> Result<T, ControlError> {
+    T::decode(bytes)
+        .map_err(|error| ControlError::Unavailable(format!("record {key} cannot be read: {error}")))
+}

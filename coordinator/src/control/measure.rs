@@ -1,0 +1,181 @@
+//! Turns what happened into metrics. Labels are job ids, and words of closed sets; what no metric needs any more
+//! goes stale and is dropped by the exporter.
+
+use super::Control;
+use crate::{
+    job::{Job, Now, Phase},
+    membership::Liveness,
+    telemetry as t,
+};
+use arcface_proto::{
+    types::JobId,
+    v1::{CheckpointManifest, Evaluation, StepMetrics},
+};
+use metrics::{counter, gauge, histogram};
+use std::collections::BTreeMap;
+
+/// Phases of a step that are reported; others are left out, because a label is never free text.
+const PHASES: [&str; 8] = [
+    "data_wait",
+    "forward",
+    "head",
+    "backward",
+    "comm",
+    "optimizer",
+    "checkpoint",
+    "eval",
+];
+
+/// The series of a job that has ended are shown for so long: several scrapes see how it ended.
+const RETIRE_MS: u64 = 15 * 60 * 1000;
+
+/// Seconds by phase over a job's life with this coordinator.
+pub(super) type PhaseSeconds = BTreeMap<&'static str, f64>;
+
+/// A job that was submitted or loaded from the store.
+pub(super) fn job_loaded(job: &Job) {
+    if !job.phase.is_terminal() {
+        gauge!(t::JOB_INFO, "job_id" => job.id.to_string(), "backbone" => job.spec.model.network.clone(),
+            "head" => job.spec.head.implementation.as_str())
+        .set(1.0);
+        state_of(job);
+    }
+}
+
+fn state_of(job: &Job) {
+    let id = job.id.to_string();
+    for phase in Phase::ALL {
+        let value = if phase == job.phase { 1.0 } else { 0.0 };
+        gauge!(t::JOB_STATE, "job_id" => id.clone(), "state" => phase.to_string()).set(value);
+    }
+    gauge!(t::JOB_WORLD_SIZE, "job_id" => id.clone()).set(job.ranks.len() as f64);
+    gauge!(t::JOB_WORLD_SIZE_TARGET, "job_id" => id.clone()).set(f64::from(job.spec.world_size));
+    gauge!(t::RENDEZVOUS_GENERATION, "job_id" => id).set(job.generation.0 as f64);
+}
+
+/// A transition of a job.
+pub(super) fn job_changed(before: &Job, after: &Job) {
+    let id = after.id.to_string();
+    if before.phase != after.phase || before.generation != after.generation {
+        state_of(after);
+    }
+    if after.generation > before.generation && before.generation.0 > 0 {
+        counter!(t::WORKER_RESTARTS_TOTAL, "job_id" => id.clone()).increment(1);
+    }
+    for recovery in after.recoveries.iter().skip(before.recoveries.len()) {
+        counter!(t::WORKER_FAILURES_TOTAL, "job_id" => id.clone(), "reason" => recovery.kind.as_str())
+            .increment(1);
+        histogram!(t::RECOVERY_DURATION_SECONDS, "job_id" => id.clone(), "stage" => "detect")
+            .record(recovery.detected_s);
+    }
+    for (old, new) in before.recoveries.iter().zip(&after.recoveries) {
+        if let (None, Some(total_s)) = (old.total_s, new.total_s) {
+            histogram!(t::RECOVERY_DURATION_SECONDS, "job_id" => id.clone(), "stage" => "total")
+                .record(total_s);
+        }
+    }
+}
+
+/// All ranks of a generation have met.
+pub(super) fn met(job: &Job, now: Now) {
+    let seconds = now.mono_ms.saturating_sub(job.launched_ms) as f64 / 1000.0;
+    histogram!(t::RENDEZVOUS_DURATION_SECONDS, "job_id" => job.id.to_string()).record(seconds);
+}
+
+/// A log interval of `steps` new steps.
+pub(super) fn trained(job: &Job, steps: u64, metrics: &StepMetrics, phase_seconds: &mut PhaseSeconds) {
+    let id = job.id.to_string();
+    counter!(t::TRAIN_STEPS_TOTAL, "job_id" => id.clone()).increment(steps);
+    counter!(t::TRAIN_SAMPLES_TOTAL, "job_id" => id.clone())
+        .increment(steps.saturating_mul(job.spec.global_batch()));
+    for (name, value) in [
+        (t::TRAIN_LOSS, metrics.loss),
+        (t::TRAIN_LEARNING_RATE, metrics.learning_rate),
+        (t::TRAIN_GRAD_NORM, metrics.grad_norm),
+        (t::TRAIN_SAMPLES_PER_SECOND, metrics.samples_per_second),
+        (t::TRAIN_ETA_SECONDS, metrics.eta_seconds),
+    ] {
+        gauge!(name, "job_id" => id.clone()).set(value);
+    }
+    let total = job.progress.total_steps.max(1);
+    gauge!(t::TRAIN_PROGRESS_RATIO, "job_id" => id.clone()).set(job.progress.step as f64 / total as f64);
+    if metrics.step_seconds.is_finite() && metrics.step_seconds >= 0.0 {
+        histogram!(t::TRAIN_STEP_DURATION_SECONDS, "job_id" => id.clone(), "rank" => "0")
+            .record(metrics.step_seconds);
+    }
+    for phase in PHASES {
+        if let Some(seconds) = metrics
+            .phase_seconds
+            .get(phase)
+            .filter(|s| s.is_finite() && **s >= 0.0)
+        {
+            // Counters are whole numbers; what is under a second waits in the sum.
+            let sum = phase_seconds.entry(phase).or_insert(0.0);
+            *sum += seconds;
+            counter!(t::TRAIN_PHASE_SECONDS_TOTAL, "job_id" => id.clone(), "rank" => "0", "phase" => phase)
+                .absolute(*sum as u64);
+        }
+    }
+}
+
+/// An evaluation result.
+pub(super) fn evaluated(id: &JobId, evaluation: &Evaluation) {
+    let labels = [
+        ("job_id", id.to_string()),
+        ("dataset", evaluation.dataset.clone()),
+    ];
+    gauge!(t::EVAL_ACCURACY_RATIO, &labels).set(evaluation.accuracy);
+    gauge!(t::EVAL_DURATION_SECONDS, &labels).set(evaluation.seconds);
+    for far in ["1e-3", "1e-4", "1e-5", "1e-6"] {
+        if let Some(rate) = evaluation.tar_at_far.get(far) {
+            gauge!(t::EVAL_TAR_RATIO, "job_id" => id.to_string(), "dataset" => evaluation.dataset.clone(), "far" => far)
+                .set(*rate);
+        }
+    }
+}
+
+/// A committed checkpoint.
+pub(super) fn checkpointed(id: &JobId, manifest: &CheckpointManifest, now: Now) {
+    let bytes: u64 = manifest
+        .parts
+        .iter()
+        .fold(0, |sum, part| sum.saturating_add(part.bytes));
+    let id = id.to_string();
+    gauge!(t::CHECKPOINT_BYTES, "job_id" => id.clone()).set(bytes as f64);
+    gauge!(t::CHECKPOINT_LAST_COMMITTED_STEP, "job_id" => id.clone()).set(manifest.step as f64);
+    gauge!(t::CHECKPOINT_LAST_COMMITTED_TIMESTAMP_SECONDS, "job_id" => id).set(now.unix_ms as f64 / 1000.0);
+}
+
+impl Control {
+    /// What is true of the cluster as a whole at this moment.
+    pub(super) fn measure(&mut self, now: Now) {
+        while let Some((ended_ms, _)) = self.retiring.front()
+            && now.mono_ms >= ended_ms + RETIRE_MS
+        {
+            if let Some((_, id)) = self.retiring.pop_front() {
+                crate::exporter::retire(id.as_str());
+            }
+        }
+        let count = |wanted: fn(Liveness) -> bool| {
+            self.members
+                .members()
+                .values()
+                .filter(|member| wanted(member.liveness))
+                .count() as f64
+        };
+        gauge!(t::COORDINATOR_NODES, "state" => "healthy").set(count(|l| l == Liveness::Healthy));
+        gauge!(t::COORDINATOR_NODES, "state" => "suspect")
+            .set(count(|l| matches!(l, Liveness::Suspect | Liveness::Awaited)));
+        gauge!(t::COORDINATOR_NODES, "state" => "lost").set(count(|l| l == Liveness::Lost));
+        let totals = self.cluster();
+        gauge!(t::COORDINATOR_SLOTS, "use" => "used").set(f64::from(totals.slots_used));
+        gauge!(t::COORDINATOR_SLOTS, "use" => "free")
+            .set(f64::from(totals.slots_total.saturating_sub(totals.slots_used)));
+        for (id, member) in self.members.members() {
+            if member.liveness != Liveness::Lost {
+                let age_s = now.mono_ms.saturating_sub(member.heard_ms) as f64 / 1000.0;
+                gauge!(t::HEARTBEAT_AGE_SECONDS, "node" => id.to_string()).set(age_s);
+            }
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! The one task that owns the cluster's state. It takes commands from [`Handle`]s, asks the pure modules what they
+//! mean, and performs effects after the store has said yes. Only it reads the clock and calls the store.
+//!
+//! A coordinator that restarts finds its jobs in the store. Their ranks train on; when their agents join again and
+//! list them, they are taken over as they are. Ranks that are not listed are gone, and their jobs recover.
+
+mod error;
+mod handle;
+mod jobs;
+mod measure;
+mod nodes;
+mod prepared;
+mod ranks;
+mod records;
+mod rendezvous;
+mod watch;
+
+pub use error::ControlError;
+pub use handle::{AgentSession, Handle, JobFilter, ReportSession, Watch};
+pub use nodes::rank_list;
+pub use watch::{BUFFER as WATCH_BUFFER, Watcher};
+
+use crate::{
+    job::{self, Job, Now},
+    membership::{self, Membership},
+    server::Timers,
+    store::{StateStore, StoreError, Transaction},
+};
+use arcface_proto::{
+    types::{JobId, NodeId},
+    v1::{CheckpointManifest, ReportResponse},
+};
+use handle::Command;
+use prepared::Prepared;
+use prost::Message;
+use records::keys;
+use rendezvous::Rendezvous;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+use tokio::{sync::mpsc, task::JoinHandle, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+/// Commands that may wait for the task; callers beyond it wait with a deadline.
+const COMMANDS: usize = 1024;
+/// Jobs that are not at their end; a submit beyond it is refused.
+const MAX_LIVE_JOBS: usize = 10_000;
+/// Nodes that may be known at once.
+const MAX_NODES: usize = 5_000;
+/// Events that wait for a store that does not answer.
+const MAX_RETRIES: usize = 10_000;
+/// A lost node is shown for so long.
+const FORGET_MS: u64 = 600_000;
+
+/// The process's clocks.
+struct Clock {
+    start: Instant,
+}
+
+impl Clock {
+    fn now(&self) -> Now {
+        Now {
+            mono_ms: self.start.elapsed().as_millis() as u64,
+            // A clock before 1970 shows as 1970: times of day are shown, never compared.
+            unix_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_millis() as u64),
+        }
+    }
+}
+
+/// A job and everything that hangs on it.
+struct Entry {
+    job: Job,
+    /// Counts the stored changes of the job.
+    revision: u64,
+    /// The store's revision of its record.
+    store_revision: u64,
+    /// Newest committed checkpoint.
+    resume: Option<CheckpointManifest>,
+    rendezvous: Rendezvous,
+    prepared: Prepared,
+    /// Open report streams by rank, with the stream's number.
+    reports: HashMap<u32, (u64, mpsc::Sender<ReportResponse>)>,
+    /// Commands for rank 0 that came while it had no stream.
+    outbox: VecDeque<ReportResponse>,
+    watchers: watch::Hub,
+    /// When ranks were last told to stop.
+    killed_ms: Option<u64>,
+    phase_seconds: measure::PhaseSeconds,
+}
+
+impl Entry {
+    fn new(job: Job, revision: u64, store_revision: u64) -> Self {
+        Self {
+            job,
+            revision,
+            store_revision,
+            resume: None,
+            rendezvous: Rendezvous::default(),
+            prepared: Prepared::default(),
+            reports: HashMap::new(),
+            outbox: VecDeque::new(),
+            watchers: watch::Hub::default(),
+            killed_ms: None,
+            phase_seconds: measure::PhaseSeconds::new(),
+        }
+    }
+
+    /// True while it needs attention: not at its end, or with ranks that still run.
+    fn is_live(&self) -> bool {
+        !self.job.phase.is_terminal() || self.job.ranks.iter().any(|rank| rank.process.occupies())
+    }
+
+    /// Jobs in the order of their submission.
+    fn age(&self) -> (u64, JobId) {
+        (self.job.submitted_unix_ms, self.job.id.clone())
+    }
+}
+
+/// The state of the cluster.
+struct Control {
+    store: Arc<dyn StateStore>,
+    clock: Clock,
+    timers: Timers,
+    limits: job::Limits,
+    serving_since_ms: u64,
+    jobs: BTreeMap<JobId, Entry>,
+    /// All jobs, oldest first.
+    ages: BTreeSet<(u64, JobId)>,
+    /// Those that need attention.
+    live: BTreeSet<(u64, JobId)>,
+    members: Membership,
+    agents: HashMap<NodeId, nodes::Agent>,
+    drains: BTreeSet<NodeId>,
+    next_stream: u64,
+    /// Events whose change the store did not take yet, in their order.
+    retries: VecDeque<(JobId, job::Event)>,
+    /// Jobs that have ended, with the time, until their metrics are retired.
+    retiring: VecDeque<(u64, JobId)>,
+    /// Set when this coordinator must stop.
+    fatal: Option<StoreError>,
+}
+
+/// Loads the store and starts the task. It ends when `stop` is cancelled, or with the error that ended it.
+///
+/// # Errors
+/// A store that cannot be read.
+pub async fn start(
+    store: Arc<dyn StateStore>,
+    timers: Timers,
+    stop: CancellationToken,
+) -> Result<(Handle, JoinHandle<Result<(), StoreError>>), StoreError> {
+    let mut control = Control::load(store, timers).await?;
+    let (sender, receiver) = mpsc::channel(COMMANDS);
+    let task = tokio::spawn(async move { control.run(receiver, stop).await });
+    Ok((Handle::new(sender), task))
+}
+
+impl Control {
+    /// Everything that a restart rebuilds from the store; see `store` for the order.
+    async fn load(store: Arc<dyn StateStore>, timers: Timers) -> Result<Self, StoreError> {
+        let clock = Clock {
+            start: Instant::now(),
+        };
+        let now = clock.now();
+        let mut control = Self {
+            store,
+            serving_since_ms: now.unix_ms,
+            timers,
+            limits: job::Limits {
+                backoff_ms: timers.backoff_ms,
+                backoff_max_ms: timers.backoff_max_ms,
+                spawn_ms: timers.rendezvous_ms,
+                grace_ms: timers.grace_ms,
+            },
+            jobs: BTreeMap::new(),
+            ages: BTreeSet::new(),
+            live: BTreeSet::new(),
+            members: Membership::new(membership::Limits {
+                suspect_ms: timers.suspect_ms,
+                lost_ms: timers.lost_ms,
+                rejoin_ms: timers.rejoin_ms,
+                orphan_ms: timers.orphan_ms,
+                forget_ms: FORGET_MS.max(timers.orphan_ms * 2),
+            }),
+            agents: HashMap::new(),
+            drains: BTreeSet::new(),
+            next_stream: 0,
+            retries: VecDeque::new(),
+            retiring: VecDeque::new(),
+            fatal: None,
+            clock,
+        };
+        for record in control.list_all(keys::JOBS).await? {
+            let (job, revision) = records::decode(&record.value).map_err(|problem| {
+                StoreError::Failed(format!("record {} cannot be read: {problem}", record.key))
+            })?;
+            if !job.phase.is_terminal() {
+                for rank in &job.ranks {
+                    control.members.await_node(rank.node.clone(), now.mono_ms);
+                }
+            }
+            let id = job.id.clone();
+            let mut entry = Entry::new(job, revision, record.revision);
+            if entry.is_live() {
+                entry.resume = control.newest_checkpoint(&id).await?;
+                tracing::info!(job = %id, state = %entry.job.phase, generation = %entry.job.generation, "job loaded");
+            }
+            control.ages.insert(entry.age());
+            if entry.is_live() {
+                control.live.insert(entry.age());
+            }
+            measure::job_loaded(&entry.job);
+            control.jobs.insert(id, entry);
+        }
+        for record in control.list_all(keys::DRAINS).await? {
+            if let Some(Ok(node)) = record.key.strip_prefix(keys::DRAINS).map(str::parse) {
+                control.drains.insert(node);
+            }
+        }
+        tracing::info!(
+            epoch = control.store.epoch(),
+            jobs = control.jobs.len(),
+            live = control.live.len(),
+            "state loaded"
+        );
+        Ok(control)
+    }
+
+    async fn list_all(&self, prefix: &str) -> Result<Vec<crate::store::Entry>, StoreError> {
+        const PAGE: usize = 1000;
+        let mut all: Vec<crate::store::Entry> = Vec::new();
+        loop {
+            let page = self
+                .store
+                .list(prefix, all.last().map(|entry| entry.key.as_str()), PAGE)
+                .await?;
+            let is_last = page.len() < PAGE;
+            all.extend(page);
+            if is_last {
+                return Ok(all);
+            }
+        }
+    }
+
+    async fn newest_checkpoint(&self, id: &JobId) -> Result<Option<CheckpointManifest>, StoreError> {
+        let records = self.list_all(&keys::checkpoints(id)).await?;
+        let newest = records
+            .last()
+            .map(|record| CheckpointManifest::decode(record.value.as_slice()));
+        newest
+            .transpose()
+            .map_err(|error| StoreError::Failed(format!("checkpoints of {id} cannot be read: {error}")))
+    }
+
+    async fn run(
+        &mut self,
+        mut commands: mpsc::Receiver<Command>,
+        stop: CancellationToken,
+    ) -> Result<(), StoreError> {
+        let mut ticks = tokio::time::interval(Duration::from_millis(
+            (self.timers.heartbeat_ms / 5).clamp(5, 100),
+        ));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(1.0);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                command = commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => break,
+                },
+                _ = ticks.tick() => self.tick().await,
+            }
+            self.schedule().await;
+            if let Some(error) = self.fatal.take() {
+                metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(0.0);
+                tracing::error!(%error, "this coordinator must stop");
+                return Err(error);
+            }
+        }
+        metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(0.0);
+        Ok(())
+    }
+
+    async fn tick(&mut self) {
+        let now = self.clock.now();
+        for _ in 0..self.retries.len() {
+            let Some((id, event)) = self.retries.pop_front() else {
+                break;
+            };
+            let before = self.retries.len();
+            self.happened(&id, event).await;
+            if self.retries.len() > before {
+                break; // The store still refuses; the rest keeps its order behind this one.
+            }
+        }
+        for change in self.members.tick(now.mono_ms) {
+            self.node_changed(change).await;
+        }
+        for (_, id) in self.live.clone() {
+            let Some(entry) = self.jobs.get_mut(&id) else {
+                continue;
+            };
+            entry.rendezvous.tick(now.mono_ms, self.timers.rendezvous_ms);
+            let waited_ms = now.mono_ms.saturating_sub(entry.job.launched_ms);
+            if entry.job.phase == job::Phase::Starting && waited_ms >= self.limits.spawn_ms {
+                self.happened(&id, job::Event::Tick).await;
+            }
+        }
+        self.measure(now);
+    }
+
+    /// Commits a job's new state and what belongs to it.
+    async fn store_job(&mut self, next: &Job, with: Transaction) -> Result<(), ControlError> {
+        let Some(entry) = self.jobs.get(&next.id) else {
+            return Err(ControlError::not_found("job", next.id.as_str()));
+        };
+        let key = keys::job(&next.id);
+        let record = records::encode(next, entry.revision + 1);
+        let transaction = with
+            .expect_revision(&key, entry.store_revision)
+            .put(&key, record.clone());
+        let store_revision = match self.store.commit(transaction).await {
+            Ok(revision) => revision,
+            Err(StoreError::Unknown(why)) => match self.store.get(&key).await {
+                // Maybe done: what is in the store decides. The record is a part of the whole transaction.
+                Ok(Some(stored)) if stored.value == record => stored.revision,
+                _ => return Err(StoreError::Unknown(why).into()),
+            },
+            Err(error) => return Err(self.store_failed(error)),
+        };
+        if let Some(entry) = self.jobs.get_mut(&next.id) {
+            entry.store_revision = store_revision;
+            entry.revision += 1;
+        }
+        Ok(())
+    }
+
+    /// A store that has another owner ends this coordinator; other failures are the caller's.
+    fn store_failed(&mut self, error: StoreError) -> ControlError {
+        let answer = ControlError::Unavailable(error.to_string());
+        if matches!(error, StoreError::Fenced { .. } | StoreError::Conflict { .. }) {
+            self.fatal = Some(error);
+        }
+        answer
+    }
+}

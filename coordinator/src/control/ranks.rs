@@ -1,0 +1,336 @@
+//! Messages of rank processes: rendezvous, reports, checkpoints. Each is fenced by its generation.
+
+use super::{Control, ControlError, ReportSession, keys, measure, nodes::tame, rendezvous};
+use crate::{
+    job::{self, Event, Progress, Refused},
+    store::{Transaction, Write},
+};
+use arcface_proto::{
+    timestamp::from_unix_ms,
+    types::{Generation, JobId, Rank},
+    v1::{
+        CheckpointCommitted, CheckpointManifest, CommitCheckpointRequest, Evaluation, RankId,
+        RendezvousRequest, ReportResponse, StepMetrics, report_request::Report, report_response,
+        watch_job_response,
+    },
+};
+use prost::Message;
+use tokio::sync::mpsc;
+
+/// Commands that may wait for one rank.
+const RANK_BUFFER: usize = 32;
+/// Longest name of a data set: it is part of a key and a label.
+const MAX_DATASET_BYTES: usize = 200;
+
+impl Control {
+    /// The job that a rank belongs to, if its generation is the newest and stands.
+    fn fenced(&mut self, rank: &RankId) -> Result<&mut super::Entry, ControlError> {
+        let id: JobId = rank
+            .job_id
+            .parse()
+            .map_err(|error: arcface_proto::types::InvalidId| {
+                ControlError::invalid("rank.job_id", error.to_string())
+            })?;
+        let entry = self
+            .jobs
+            .get_mut(&id)
+            .ok_or_else(|| ControlError::not_found("job", id.as_str()))?;
+        let job = &entry.job;
+        let generation = Generation(rank.generation);
+        if generation != job.generation {
+            return Err(Refused::Stale {
+                job: id,
+                got: generation,
+                current: job.generation,
+            }
+            .into());
+        }
+        if !job.phase.wants_ranks() {
+            return Err(Refused::Ended {
+                job: id,
+                generation,
+                phase: job.phase,
+            }
+            .into());
+        }
+        let world_size = job.ranks.len();
+        if rank.rank as usize >= world_size {
+            return Err(Refused::NoSuchRank {
+                job: id,
+                rank: Rank(rank.rank),
+                world_size,
+            }
+            .into());
+        }
+        Ok(entry)
+    }
+
+    pub(super) fn rendezvous(&mut self, rank: &RankId, request: RendezvousRequest, reply: rendezvous::Reply) {
+        let now = self.clock.now();
+        match self.fenced(rank) {
+            Err(error) => super::jobs::reply(reply, Err(error)),
+            Ok(entry) => {
+                let world_size = entry.job.ranks.len();
+                let complete = entry.rendezvous.join(
+                    rank.rank,
+                    world_size,
+                    request.endpoint,
+                    request.nccl_unique_id,
+                    reply,
+                    now.mono_ms,
+                );
+                if complete {
+                    measure::met(&entry.job, now);
+                    tracing::info!(job = %entry.job.id, generation = rank.generation, world_size, "ranks have met");
+                }
+            }
+        }
+    }
+
+    pub(super) fn open_report(&mut self, rank: &RankId) -> Result<ReportSession, ControlError> {
+        self.next_stream += 1;
+        let stream = self.next_stream;
+        let entry = self.fenced(rank)?;
+        let (sender, commands) = mpsc::channel(RANK_BUFFER);
+        if rank.rank == 0 {
+            // The buffer holds more than the outbox.
+            entry
+                .outbox
+                .drain(..)
+                .for_each(|response| drop(sender.try_send(response)));
+        }
+        entry.reports.insert(rank.rank, (stream, sender));
+        Ok(ReportSession { stream, commands })
+    }
+
+    pub(super) fn close_report(&mut self, rank: &RankId, stream: u64) {
+        let entry = rank
+            .job_id
+            .parse::<JobId>()
+            .ok()
+            .and_then(|id| self.jobs.get_mut(&id));
+        if let Some(entry) = entry
+            && entry
+                .reports
+                .get(&rank.rank)
+                .is_some_and(|(open, _)| *open == stream)
+        {
+            entry.reports.remove(&rank.rank);
+        }
+    }
+
+    pub(super) async fn rank_says(&mut self, rank: &RankId, report: Report) -> Result<(), ControlError> {
+        let generation = Generation(rank.generation);
+        // A permanent error may come after a peer's complaint has ended the generation: the job decides.
+        let id: JobId = match &report {
+            Report::Error(_) => rank
+                .job_id
+                .parse()
+                .map_err(|_| ControlError::invalid("rank.job_id", "is not a job id"))?,
+            _ => self.fenced(rank)?.job.id.clone(),
+        };
+        let rank = Rank(rank.rank);
+        if rank != Rank(0) && matches!(report, Report::Metrics(_) | Report::Evaluation(_)) {
+            return Err(ControlError::invalid(
+                "rank.rank",
+                "only rank 0 reports metrics and evaluations",
+            ));
+        }
+        let none = Transaction::default();
+        match report {
+            Report::Started(started) => {
+                let event = Event::Started {
+                    generation,
+                    rank,
+                    step: started.step,
+                    total_steps: started.total_steps,
+                };
+                self.apply(&id, &event, none).await
+            }
+            Report::Metrics(metrics) => self.metrics(&id, generation, metrics).await,
+            Report::Evaluation(evaluation) => self.evaluation(&id, generation, evaluation).await,
+            Report::Error(error) => {
+                let event = Event::Error {
+                    generation,
+                    rank,
+                    message: tame(&error.message),
+                    permanent: error.permanent,
+                    peer: error.peer.map(Rank),
+                };
+                self.apply(&id, &event, none).await
+            }
+            Report::Finished(finished) => {
+                self.apply(
+                    &id,
+                    &Event::Finished {
+                        generation,
+                        rank,
+                        step: finished.step,
+                    },
+                    none,
+                )
+                .await
+            }
+        }
+    }
+
+    async fn metrics(
+        &mut self,
+        id: &JobId,
+        generation: Generation,
+        metrics: StepMetrics,
+    ) -> Result<(), ControlError> {
+        let finite = |value: f64| value.is_finite().then_some(value);
+        let progress = Progress {
+            step: metrics.step,
+            total_steps: metrics.total_steps,
+            epoch: metrics.epoch,
+            loss: finite(metrics.loss),
+            learning_rate: finite(metrics.learning_rate),
+            samples_per_second: finite(metrics.samples_per_second),
+        };
+        let before = self.jobs.get(id).map_or(0, |entry| entry.job.progress.step);
+        let event = Event::Metrics {
+            generation,
+            progress,
+            step_seconds: metrics.step_seconds,
+        };
+        self.apply(id, &event, Transaction::default()).await?;
+        let now = self.clock.now();
+        if let Some(entry) = self.jobs.get_mut(id) {
+            let steps = metrics.step.saturating_sub(before);
+            measure::trained(&entry.job, steps, &metrics, &mut entry.phase_seconds);
+            entry.watchers.publish(
+                from_unix_ms(now.unix_ms),
+                &watch_job_response::Event::Metrics(metrics),
+            );
+        }
+        Ok(())
+    }
+
+    async fn evaluation(
+        &mut self,
+        id: &JobId,
+        generation: Generation,
+        mut evaluation: Evaluation,
+    ) -> Result<(), ControlError> {
+        let dataset = &evaluation.dataset;
+        if dataset.is_empty() || dataset.len() > MAX_DATASET_BYTES || dataset.chars().any(char::is_control) {
+            let problem = format!("is not 1 to {MAX_DATASET_BYTES} bytes of printable text");
+            return Err(ControlError::invalid("evaluation.dataset", problem));
+        }
+        let now = self.clock.now();
+        evaluation.generation = generation.0;
+        evaluation.at = Some(from_unix_ms(now.unix_ms));
+        let key = keys::evaluation(id, evaluation.step, dataset);
+        let transaction = Transaction::default().put(key, evaluation.encode_to_vec());
+        if let Err(error) = self.store.commit(transaction).await {
+            return Err(self.store_failed(error));
+        }
+        tracing::info!(job = %id, dataset, step = evaluation.step, accuracy = evaluation.accuracy, "evaluated");
+        if let Some(entry) = self.jobs.get_mut(id) {
+            measure::evaluated(id, &evaluation);
+            entry.watchers.publish(
+                from_unix_ms(now.unix_ms),
+                &watch_job_response::Event::Evaluation(evaluation),
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes one rank's parts, and commits the checkpoint when they are the last.
+    pub(super) async fn commit_checkpoint(
+        &mut self,
+        rank: &RankId,
+        request: &CommitCheckpointRequest,
+    ) -> Result<bool, ControlError> {
+        let now = self.clock.now();
+        let entry = self.fenced(rank)?;
+        let id = entry.job.id.clone();
+        match entry.job.checkpoint_step {
+            // Repeated after its answer was lost, or written again by a generation that resumed from it.
+            Some(newest) if request.step == newest => return Ok(true),
+            Some(newest) if request.step < newest => {
+                let refused = format!(
+                    "step {} is older than the committed checkpoint of step {newest}",
+                    request.step
+                );
+                return Err(ControlError::Refused(refused));
+            }
+            _ => {}
+        }
+        let world_size = entry.job.ranks.len() as u32;
+        let Some(mut manifest) = entry.prepared.add(rank, request, world_size)? else {
+            return Ok(false);
+        };
+        let keep = entry.job.spec.checkpoint.keep as usize;
+        manifest.committed_at = Some(from_unix_ms(now.unix_ms));
+        let (expired, deletions) = self.expired(&id, keep, &manifest).await?;
+        let mut transaction =
+            Transaction::default().put(keys::checkpoint(&id, manifest.step), manifest.encode_to_vec());
+        transaction.writes.extend(deletions);
+        // Known before the effects of the event run: a drained job is relaunched from this checkpoint.
+        let before = self
+            .jobs
+            .get_mut(&id)
+            .and_then(|entry| entry.resume.replace(manifest.clone()));
+        let event = Event::Committed {
+            generation: Generation(rank.generation),
+            step: manifest.step,
+        };
+        if let Err(error) = self.apply(&id, &event, transaction).await {
+            if let Some(entry) = self.jobs.get_mut(&id) {
+                entry.resume = before;
+            }
+            return Err(error);
+        }
+        self.committed(&id, manifest, expired, now);
+        Ok(true)
+    }
+
+    /// Directories that retention no longer keeps, and the deletions of their manifests.
+    async fn expired(
+        &self,
+        id: &JobId,
+        keep: usize,
+        newest: &CheckpointManifest,
+    ) -> Result<(Vec<String>, Vec<Write>), ControlError> {
+        let old = self.list_all(&keys::checkpoints(id)).await?;
+        let surplus = (old.len() + 1).saturating_sub(keep.max(1));
+        let mut directories = Vec::new();
+        let mut deletions = Vec::new();
+        for record in old.into_iter().take(surplus) {
+            match CheckpointManifest::decode(record.value.as_slice()) {
+                Ok(manifest) if manifest.directory != newest.directory => {
+                    directories.push(manifest.directory)
+                }
+                Ok(_) => {}
+                Err(error) => tracing::warn!(key = record.key, %error, "expired checkpoint cannot be read"),
+            }
+            deletions.push(Write::Delete(record.key));
+        }
+        Ok((directories, deletions))
+    }
+
+    fn committed(&mut self, id: &JobId, manifest: CheckpointManifest, expired: Vec<String>, now: job::Now) {
+        tracing::info!(job = %id, step = manifest.step, directory = manifest.directory, "checkpoint committed");
+        let Some(entry) = self.jobs.get_mut(id) else {
+            return;
+        };
+        entry.prepared.committed(manifest.step);
+        measure::checkpointed(id, &manifest, now);
+        let event = watch_job_response::Event::Checkpoint(manifest.clone());
+        entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
+        let committed = CheckpointCommitted {
+            manifest: Some(manifest),
+            expired_directories: expired,
+        };
+        let command = report_response::Command::CheckpointCommitted(committed);
+        self.tell_rank_0(
+            id,
+            ReportResponse {
+                command: Some(command),
+            },
+        );
+    }
+}
