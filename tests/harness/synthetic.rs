@@ -88,16 +88,23 @@ impl JobFile {
     }
 }
 
-/// Draws identities into `directory` (`train.rec`, `train.idx`) and a verification set of others.
+/// Draws identities into a folder below `scratch` (`train.rec`, `train.idx`) and pairs of others (`synth.bin`).
 ///
 /// # Errors
 /// If `arcface-worker data synth` fails.
-pub fn write_identities(scratch: &Path, directory: &str, identities: u32, images_each: u32) -> Result<()> {
+pub fn write_identities(
+    scratch: &Path,
+    folder: &str,
+    identities: u32,
+    images_each: u32,
+    pairs: u32,
+) -> Result<()> {
     let mut command = command("arcface-worker", scratch)?;
     command
-        .args(["data", "synth", directory])
+        .args(["data", "synth", "--output", folder])
         .args(["--identities", &identities.to_string()])
-        .args(["--images", &images_each.to_string()]);
+        .args(["--images-per-identity", &images_each.to_string()])
+        .args(["--pairs", &pairs.to_string()]);
     Finished::of(command, Duration::from_secs(60))?.expect(0)?;
     Ok(())
 }
