@@ -6,5 +6,6 @@ pub mod export;
 pub mod import;
 pub mod infer;
 pub mod networks;
+pub mod output;
 pub mod rank;
 pub mod verify;
