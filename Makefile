@@ -29,12 +29,11 @@ test: setup ## Run all tests: unit, property, golden and cluster
 	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)
 
 golden: setup ## Run the golden tests alone, on the data in ARCFACE_GOLDEN
-	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS) golden -- --nocapture
+	@$(ENV) $(CARGO) test --package arcface-worker --locked $(CARGO_FLAGS) --test 'golden_*' -- --nocapture
 
 lint: setup ## Check format, clippy, docs, lock file, protocol, scripts and spelling
 	@scripts/setup.sh lint
 	@scripts/lint.sh
 
-clean: ## Remove build outputs and the demo's work; the cache stays
+clean: ## Remove build outputs; the cache stays
 	@$(CARGO) clean
-	@rm -rf work_dirs/demo
