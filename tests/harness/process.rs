@@ -229,3 +229,86 @@ pub fn living_in(scratch: &Path) -> Vec<u32> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn shell(script: &str, scratch: &Path) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", script])
+            .env(MARK, scratch)
+            .stdin(Stdio::null());
+        command
+    }
+
+    #[test]
+    fn a_dropped_process_takes_what_it_started_with_it() -> Result<()> {
+        let scratch = tempfile::tempdir()?;
+        let parent = shell("sleep 1000 & sleep 1000", scratch.path());
+        let process = Process::start("parent", scratch.path(), parent)?;
+        wait::until("parent and child", SOON, || {
+            let living = living_in(scratch.path());
+            Ok(if living.len() >= 2 && living.contains(&process.pid()) {
+                Seen::Yes(())
+            } else {
+                Seen::NotYet(format!("{living:?}"))
+            })
+        })?;
+        drop(process);
+        wait::until("nothing to be left", SOON, || {
+            let living = living_in(scratch.path());
+            Ok(if living.is_empty() {
+                Seen::Yes(())
+            } else {
+                Seen::NotYet(format!("{living:?}"))
+            })
+        })
+    }
+
+    #[test]
+    fn codes_signals_and_outputs_are_told() -> Result<()> {
+        let scratch = tempfile::tempdir()?;
+        let finished = Finished::of(shell("echo out; echo err >&2; exit 3", scratch.path()), SOON)?;
+        assert_eq!(
+            (finished.code, finished.stdout.as_str(), finished.stderr.as_str()),
+            (3, "out\n", "err\n")
+        );
+        let message = finished.expect(0).expect_err("3 is not 0").to_string();
+        assert!(message.contains("code 3") && message.contains("err"), "{message}");
+        let killed = Finished::of(shell("kill -9 $$", scratch.path()), SOON)?;
+        assert_eq!(killed.code, 137);
+        Ok(())
+    }
+
+    #[test]
+    fn a_deadline_says_what_was_seen_last() {
+        let never = wait::until("rain", Duration::ZERO, || {
+            Ok(Seen::<()>::NotYet("sunshine".into()))
+        });
+        let message = format!("{:#}", never.expect_err("it never comes"));
+        assert!(
+            message.contains("rain") && message.contains("sunshine"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_command_that_hangs_is_killed_at_its_deadline() -> Result<()> {
+        let scratch = tempfile::tempdir()?;
+        let hangs = shell("echo waiting >&2; sleep 1000", scratch.path());
+        let error = Finished::of(hangs, Duration::from_millis(200)).expect_err("it hangs");
+        assert!(format!("{error:#}").contains("waited"), "{error:#}");
+        wait::until("it to be gone", SOON, || {
+            let living = living_in(scratch.path());
+            Ok(if living.is_empty() {
+                Seen::Yes(())
+            } else {
+                Seen::NotYet(format!("{living:?}"))
+            })
+        })
+    }
+}
