@@ -3,6 +3,9 @@
 //! JPEG (baseline, progressive, grayscale) goes through zune-jpeg, PNG through the image crate. A record of a
 //! packed data set must have the network's size already, so another size is an error: resizing it silently would hide
 //! crops that were aligned for another network. An image folder is raw material: there it is resized.
+//!
+//! A JPEG has no checksum: damage in its headers and bytes that end early are seen, a changed byte amid the coded pixels
+//! may decode to other pixels without an error.
 
 use image::{ImageFormat, ImageReader, Limits, RgbImage, imageops};
 use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};

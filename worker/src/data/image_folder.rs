@@ -82,8 +82,8 @@ impl ImageFolder {
 
     fn open_folders(root: &Path) -> Result<Self, DataError> {
         let mut entries = Vec::new();
-        let mut label = 0u32;
-        for folder in visible(root)?.into_iter().filter(|name| root.join(name).is_dir()) {
+        let folders = visible(root)?.into_iter().filter(|name| root.join(name).is_dir());
+        for (label, folder) in (0u32..).zip(folders) {
             let images: Vec<PathBuf> = visible(&root.join(&folder))?
                 .into_iter()
                 .filter(|name| is_image(name))
@@ -96,7 +96,6 @@ impl ImageFolder {
                 path: folder.join(name),
                 label,
             }));
-            label += 1;
         }
         Self::from_entries(root.into(), entries).ok_or_else(|| {
             let message = format!(
@@ -113,6 +112,11 @@ impl ImageFolder {
             entries,
             num_classes,
         })
+    }
+
+    /// Folder that the entries' paths are relative to.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Files and identities, in order.

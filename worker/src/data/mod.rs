@@ -2,6 +2,7 @@
 //! rank's life and no gRPC. A new format is one new file and one line in [`open`].
 
 pub mod augment;
+pub mod bin_write;
 pub mod decode;
 mod error;
 pub mod image_folder;

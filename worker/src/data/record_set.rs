@@ -40,25 +40,31 @@ impl RecordSet {
     pub fn open(path: &Path, num_classes: Option<u32>) -> Result<Self, DataError> {
         let file = RecordFile::open(path, Access::Random)?;
         file.check_offsets()?;
-        Self::from_file(file, num_classes)
-    }
-
-    fn from_file(file: RecordFile, num_classes: Option<u32>) -> Result<Self, DataError> {
-        let header = read_header(&file)?;
-        let images = header
-            .as_ref()
-            .map_or(Images::All, |header| Images::UpTo(header.last_image));
-        let mut set = Self {
-            file,
-            images,
-            num_classes: u32::MAX,
-        };
-        set.num_classes = match (header.and_then(|header| header.identities), num_classes) {
+        let (mut set, identities) = Self::from_file(file)?;
+        set.num_classes = match (identities, num_classes) {
             (Some(identities), _) => identities,
             (None, Some(given)) if set.file.index().len() > COUNT_CLASSES_BELOW => given,
             (None, _) => set.count_classes()?,
         };
         Ok(set)
+    }
+
+    /// Opens a file that may be damaged, to look at its records one by one: offsets are not checked, and where no header
+    /// says how many identities there are every label passes.
+    pub fn open_unchecked(path: &Path) -> Result<Self, DataError> {
+        let (mut set, identities) = Self::from_file(RecordFile::open(path, Access::Sequential)?)?;
+        set.num_classes = identities.unwrap_or(u32::MAX);
+        Ok(set)
+    }
+
+    fn from_file(file: RecordFile) -> Result<(Self, Option<u32>), DataError> {
+        let header = read_header(&file)?;
+        let set = Self {
+            file,
+            images: header.map_or(Images::All, |header| Images::UpTo(header.last_image)),
+            num_classes: u32::MAX,
+        };
+        Ok((set, header.and_then(|header| header.identities)))
     }
 
     /// The records below.
@@ -139,7 +145,7 @@ impl Dataset for RecordSet {
 pub fn class(record: &ImageRecord<'_>) -> Result<u32, String> {
     let label = record.labels.first().copied().unwrap_or(f32::NAN);
     // 2^32 itself is the first f32 above every u32.
-    match label >= 0.0 && label < 4_294_967_296.0 && label.fract() == 0.0 {
+    match (0.0..4_294_967_296.0).contains(&label) && label.fract() == 0.0 {
         true => Ok(label as u32),
         false => Err(format!("label {label} is not a class number")),
     }
@@ -166,7 +172,7 @@ fn read_header(file: &RecordFile) -> Result<Option<Header>, DataError> {
     let &[end, end_identities, ..] = record.labels.as_slice() else {
         return Err(file.error(0, format!("the header record has {} labels, not 2", record.flag)));
     };
-    let whole = |x: f32| x >= 1.0 && x < 1e12 && x.fract() == 0.0;
+    let whole = |x: f32| (1.0..1e12).contains(&x) && x.fract() == 0.0;
     if !whole(end) || !whole(end_identities) || end_identities < end {
         return Err(file.error(
             0,

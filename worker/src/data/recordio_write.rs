@@ -51,9 +51,13 @@ impl RecordWriter {
         self.write_payload(key, &pack(header, body))
     }
 
+    fn name(&self, key: u64) -> String {
+        format!("{}: record {key}", self.rec_path.display())
+    }
+
     /// Appends a payload as another file has it.
     pub fn write_payload(&mut self, key: u64, payload: &[u8]) -> Result<(), DataError> {
-        let framed = frame(payload).map_err(|message| DataError::record(format!("record {key}"), message))?;
+        let framed = frame(payload).map_err(|message| DataError::record(self.name(key), message))?;
         writeln!(self.idx, "{key}\t{}", self.offset)
             .and_then(|()| self.rec.write_all(&framed))
             .map_err(|e| DataError::io(&temporary(&self.rec_path), e))?;
@@ -80,6 +84,83 @@ impl RecordWriter {
         }
         self.finished = true;
         sync_parent(&self.rec_path)
+    }
+}
+
+/// Writes the whole InsightFace layout: a header record, the images under keys 1..=N, one record for each identity with
+/// its range of keys. Images come in order of their labels.
+#[derive(Debug)]
+pub struct LayoutWriter {
+    writer: RecordWriter,
+    num_image: u64,
+    num_classes: u32,
+    /// Keys of the first image of each identity so far.
+    first_keys: Vec<u64>,
+    next_key: u64,
+}
+
+impl LayoutWriter {
+    /// Begins `path` (`.rec`) for so many images and identities.
+    pub fn create(path: &Path, num_image: u64, num_classes: u32) -> Result<Self, DataError> {
+        let mut writer = RecordWriter::create(path)?;
+        let end = num_image + 1;
+        let header = RecordHeader {
+            // f32 rounds from 2^24 on; readers find the border by the first record without an image.
+            labels: vec![end as f32, (end + u64::from(num_classes)) as f32],
+            id: 0,
+        };
+        writer.write(0, &header, b"")?;
+        Ok(Self {
+            writer,
+            num_image,
+            num_classes,
+            first_keys: Vec::new(),
+            next_key: 1,
+        })
+    }
+
+    /// Appends an image. Labels must be 0, 1, 2, ... without a gap, each as often as it has images.
+    pub fn write(&mut self, label: u32, body: &[u8]) -> Result<(), DataError> {
+        let key = self.next_key;
+        let seen = self.first_keys.len() as u64;
+        if u64::from(label) == seen {
+            self.first_keys.push(key);
+        } else if u64::from(label) + 1 != seen {
+            let message = format!(
+                "label {label} comes after {seen} identities, but labels must be in order without a gap"
+            );
+            return Err(DataError::record(self.writer.name(key), message));
+        }
+        let header = RecordHeader {
+            labels: vec![label as f32],
+            id: key,
+        };
+        self.next_key += 1;
+        self.writer.write(key, &header, body)
+    }
+
+    /// Writes the identity records and gives the files their names.
+    pub fn finish(mut self) -> Result<(), DataError> {
+        let end = self.num_image + 1;
+        if self.next_key != end || self.first_keys.len() as u64 != u64::from(self.num_classes) {
+            let message = format!(
+                "{} images of {} identities were written, not {} of {}",
+                self.next_key - 1,
+                self.first_keys.len(),
+                self.num_image,
+                self.num_classes
+            );
+            return Err(DataError::format(&self.writer.rec_path, message));
+        }
+        let ends = self.first_keys.iter().skip(1).copied().chain([end]);
+        for ((first, last), key) in self.first_keys.iter().zip(ends).zip(end..) {
+            let header = RecordHeader {
+                labels: vec![*first as f32, last as f32],
+                id: key,
+            };
+            self.writer.write(key, &header, b"")?;
+        }
+        self.writer.finish()
     }
 }
 
@@ -172,7 +253,7 @@ fn frame(payload: &[u8]) -> Result<Vec<u8>, String> {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{mmap::Access, recordio::RecordFile},
+        super::{Dataset, mmap::Access, record_set::RecordSet, recordio::RecordFile},
         *,
     };
     use proptest::prelude::*;
@@ -204,6 +285,38 @@ mod tests {
                 prop_assert_eq!((record.id, record.id2), (9, 0));
             }
         }
+    }
+
+    #[test]
+    fn the_layout_is_the_one_that_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.rec");
+        let mut writer = LayoutWriter::create(&path, 3, 2).unwrap();
+        for label in [0, 0, 1] {
+            writer.write(label, b"jpeg").unwrap();
+        }
+        writer.finish().unwrap();
+        let set = RecordSet::open(&path, None).unwrap();
+        assert_eq!((set.len(), set.num_classes()), (3, 2));
+        assert_eq!(set.file().read(0).unwrap().labels, [4.0, 6.0]);
+        assert_eq!(set.file().read(4).unwrap().labels, [1.0, 3.0]);
+        assert_eq!(set.file().read(5).unwrap().labels, [3.0, 4.0]);
+        let mut writer = LayoutWriter::create(&path, 3, 2).unwrap();
+        writer.write(0, b"jpeg").unwrap();
+        assert!(
+            writer
+                .write(2, b"jpeg")
+                .unwrap_err()
+                .to_string()
+                .contains("without a gap")
+        );
+        assert!(
+            writer
+                .finish()
+                .unwrap_err()
+                .to_string()
+                .contains("1 images of 1 identities")
+        );
     }
 
     #[test]

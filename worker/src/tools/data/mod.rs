@@ -1,0 +1,54 @@
+//! `arcface-worker data`: looks at, checks, makes and converts data sets. One file a subcommand.
+
+mod bin;
+mod inspect;
+mod pack;
+mod progress;
+mod shuffle;
+mod source;
+mod synth;
+mod verify;
+
+/// Arguments of `data`.
+#[derive(clap::Args, Debug)]
+pub struct DataArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// Says what a data set holds: images, identities, sizes.
+    Inspect(inspect::InspectArgs),
+    /// Decodes every record and lists the damaged ones; exits with 1 if there are any.
+    Verify(verify::VerifyArgs),
+    /// Packs an image folder, or a list of images, into train.rec and train.idx.
+    Pack(pack::PackArgs),
+    /// Copies a train.rec with its records in random order, for disks that read slowly at random.
+    Shuffle(shuffle::ShuffleArgs),
+    /// Makes a verification set (.bin) from a list of pairs.
+    Bin(bin::BinArgs),
+    /// Draws synthetic identities: train.rec, train.idx and a verification set of other identities.
+    Synth(synth::SynthArgs),
+}
+
+/// How a report is printed.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Output {
+    /// Lines for people.
+    Table,
+    /// One JSON object.
+    Json,
+}
+
+/// Runs `data`.
+pub fn run(args: DataArgs) -> anyhow::Result<()> {
+    match args.command {
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Pack(args) => pack::run(&args),
+        Command::Shuffle(args) => shuffle::run(&args),
+        Command::Bin(args) => bin::run(&args),
+        Command::Synth(args) => synth::run(&args),
+    }
+}
