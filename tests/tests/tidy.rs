@@ -214,7 +214,11 @@ const RULES: [Rule; 14] = [
 ];
 
 /// Files with unsafe code, each with its reason in its head and `SAFETY:` at every block (clippy sees to that).
-const UNSAFE: [&str; 3] = ["worker/src/collective/memory.rs", "worker/src/data/mmap.rs", "worker/src/device.rs"];
+const UNSAFE: [&str; 3] = [
+    "worker/src/collective/memory.rs",
+    "worker/src/data/mmap.rs",
+    "worker/src/device.rs",
+];
 
 /// A file longer than this hides two subjects.
 const MOST_LINES: usize = 700;

@@ -77,7 +77,7 @@ fn check(dataset: &dyn Dataset) -> Report {
             .map(|index| read_pixels(dataset, index, &mut [0; PIXEL_BYTES]))
             .collect();
         bar.inc(results.len() as u64);
-        for result in results {
+        for (index, result) in (first..).zip(results) {
             match result {
                 // A label alone may not cost memory: one that is far above all others leaves a gap by itself.
                 Ok(label) if u64::from(label) < dataset.len() => {
@@ -85,7 +85,12 @@ fn check(dataset: &dyn Dataset) -> Report {
                     seen.resize(seen.len().max(label + 1), false);
                     seen[label] = true;
                 }
-                Ok(label) => damaged.push(format!("label {label} is above the number of images")),
+                Ok(label) => {
+                    let (name, images) = (dataset.name(index), dataset.len());
+                    damaged.push(format!(
+                        "{name}: label {label} is not below the number of images, {images}"
+                    ));
+                }
                 Err(error) => damaged.push(error.to_string()),
             }
         }
