@@ -14,7 +14,7 @@ pub fn flips(augment: Augment, seed: u64, epoch: u64, index: u64) -> bool {
     }
 }
 
-/// `(x/255 - 0.5) / 0.5`, from rows of RGB to planes: `out` is [3, 112, 112]; mirrored left to right if `flip`.
+/// `(x/255 - 0.5) / 0.5`, from rows of RGB to planes: `out` is `[3, 112, 112]`; mirrored left to right if `flip`.
 pub fn normalise(pixels: &Pixels, flip: bool, out: &mut [f32; PIXEL_BYTES]) {
     let table = normalised_levels();
     let (red, rest) = out.split_at_mut(SIDE * SIDE);

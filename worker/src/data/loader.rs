@@ -41,9 +41,9 @@ pub struct LoaderOptions {
 /// A micro-batch on the CPU.
 #[derive(Debug)]
 pub struct Batch {
-    /// [b, 3, 112, 112] f32, normalised; b may be 0.
+    /// `[b, 3, 112, 112]` f32, normalised; b may be 0.
     pub images: Tensor,
-    /// [b] i64, identities over all ranks.
+    /// `[b]` i64, identities over all ranks.
     pub labels: Tensor,
     /// What it is.
     pub micro: MicroBatch,

@@ -9,6 +9,7 @@ pub mod image_folder;
 pub mod loader;
 mod mmap;
 pub mod pickle;
+pub mod record_index;
 pub mod record_set;
 pub mod recordio;
 pub mod recordio_write;

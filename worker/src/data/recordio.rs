@@ -1,5 +1,5 @@
-//! MXNet RecordIO: the bytes of `train.rec` and `train.idx`. Owns the framing, the image-record header and the index;
-//! knows nothing of data sets, labels' meaning or image formats.
+//! MXNet RecordIO: the bytes of `train.rec`. Owns the framing and the image-record header; knows nothing of data sets,
+//! labels' meaning or image formats.
 //!
 //! A record is one or more parts: u32 magic, u32 `cflag << 29 | length`, the bytes, zero padding to 4. A payload that
 //! contains the magic at a 4-byte aligned place is split there (cflag 1 first, 2 middle, 3 last; 0 whole) and
@@ -14,6 +14,7 @@ use std::{
 use super::{
     error::DataError,
     mmap::{Access, MappedFile},
+    record_index::Index,
 };
 
 /// First word of every part.
@@ -268,104 +269,6 @@ fn parse_image_record(payload: Cow<'_, [u8]>) -> Result<ImageRecord<'_>, String>
     })
 }
 
-/// `train.idx`: a line "key<TAB>offset" a record.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Index {
-    // Keys are nearly always consecutive: then only the first one is kept, and the offsets.
-    keys: Keys,
-    offsets: Vec<u64>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Keys {
-    From(u64),
-    Sorted(Vec<u64>),
-}
-
-impl Index {
-    /// Reads an index file.
-    pub fn open(path: &Path) -> Result<Self, DataError> {
-        let map = MappedFile::open(path, Access::Sequential).map_err(|e| DataError::io(path, e))?;
-        Self::parse(&map).map_err(|message| DataError::format(path, message))
-    }
-
-    fn parse(text: &[u8]) -> Result<Self, String> {
-        let mut entries: Vec<(u64, u64)> = Vec::new();
-        for (line, number) in text.split(|&b| b == b'\n').zip(1u64..) {
-            let line = line.trim_ascii();
-            if line.is_empty() {
-                continue;
-            }
-            let entry = || {
-                let (key, offset) = std::str::from_utf8(line).ok()?.split_once('\t')?;
-                Some((key.trim().parse().ok()?, offset.trim().parse().ok()?))
-            };
-            match entry() {
-                Some(entry) => entries.push(entry),
-                None => {
-                    let shown = String::from_utf8_lossy(line.get(..40).unwrap_or(line)).into_owned();
-                    return Err(format!("line {number}: {shown:?} is not \"key<TAB>offset\""));
-                }
-            }
-        }
-        if !entries.is_sorted_by_key(|(key, _)| *key) {
-            entries.sort_unstable();
-        }
-        if let Some(twice) = entries.windows(2).find(|w| w[0].0 == w[1].0) {
-            return Err(format!(
-                "key {} comes twice, at offsets {} and {}",
-                twice[0].0, twice[0].1, twice[1].1
-            ));
-        }
-        let first = entries.first().map_or(0, |(key, _)| *key);
-        let consecutive = entries
-            .last()
-            .is_none_or(|(key, _)| key - first == entries.len() as u64 - 1);
-        Ok(Self {
-            keys: match consecutive {
-                true => Keys::From(first),
-                false => Keys::Sorted(entries.iter().map(|(key, _)| *key).collect()),
-            },
-            offsets: entries.into_iter().map(|(_, offset)| offset).collect(),
-        })
-    }
-
-    /// Records.
-    pub fn len(&self) -> usize {
-        self.offsets.len()
-    }
-
-    /// Whether there is no record.
-    pub fn is_empty(&self) -> bool {
-        self.offsets.is_empty()
-    }
-
-    /// Key of the record at a place in key order.
-    pub fn key(&self, place: usize) -> Option<u64> {
-        match &self.keys {
-            Keys::From(first) => (place < self.len()).then(|| first + place as u64),
-            Keys::Sorted(keys) => keys.get(place).copied(),
-        }
-    }
-
-    /// Offset of a record in the `.rec`, in bytes.
-    pub fn offset(&self, key: u64) -> Option<u64> {
-        let place = match &self.keys {
-            Keys::From(first) => usize::try_from(key.checked_sub(*first)?).ok()?,
-            Keys::Sorted(keys) => keys.binary_search(&key).ok()?,
-        };
-        self.offsets.get(place).copied()
-    }
-
-    /// (key, offset) in key order.
-    pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.offsets
-            .iter()
-            .enumerate()
-            .filter_map(|(place, &offset)| Some((self.key(place)?, offset)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -438,32 +341,12 @@ mod tests {
         assert_eq!(error, "23 bytes are too few for the record header");
     }
 
-    #[test]
-    fn an_index_may_have_gaps_and_any_order() {
-        let index = Index::parse(b"7\t80\r\n3\t40\n\n5\t0\n").unwrap();
-        assert_eq!(index.iter().collect::<Vec<_>>(), [(3, 40), (5, 0), (7, 80)]);
-        assert_eq!((index.offset(5), index.offset(4)), (Some(0), None));
-        let index = Index::parse(b"0\t0\n1\t40\n").unwrap();
-        assert_eq!(index.keys, Keys::From(0));
-        assert_eq!(
-            (index.offset(1), index.offset(2), index.key(2)),
-            (Some(40), None, None)
-        );
-        assert!(
-            Index::parse(b"1\t0\n1\t8\n")
-                .unwrap_err()
-                .contains("key 1 comes twice")
-        );
-        assert!(Index::parse(b"1\t0\nx 8\n").unwrap_err().starts_with("line 2"));
-    }
-
     proptest! {
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), offset in 0u64..220) {
             if let Ok((_, payload)) = read_parts(&bytes, offset) {
                 let _ = parse_image_record(payload);
             }
-            let _ = Index::parse(&bytes);
         }
 
         #[test]

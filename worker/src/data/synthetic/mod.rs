@@ -1,8 +1,8 @@
 //! Synthetic identities: procedurally drawn faces as a data set without files. For demos, tests and benchmarks where no
 //! photographs may be shipped; not a substitute for them.
 //!
-//! An identity fixes geometry and colours ([`identity`]); pose, light, expression, occlusion, blur and noise vary from
-//! image to image ([`render`]). A picture is a function of (seed, identity, image) alone.
+//! An identity fixes geometry and colours; pose, light, expression, occlusion, blur and noise vary from
+//! image to image. A picture is a function of (seed, identity, image) alone.
 
 mod canvas;
 mod identity;
