@@ -1,5 +1,5 @@
 //! A folder of JPEG and PNG files as a data set: one sub-folder an identity, numbered in the order of their names, or a
-//! list `label.txt` with lines "path<TAB>label" at its root. Hidden files (`.DS_Store`) and other files are ignored.
+//! list `label.txt` with lines `path<TAB>label` at its root. Hidden files (`.DS_Store`) and other files are ignored.
 
 use std::{
     fs,

@@ -7,7 +7,7 @@ use super::{
     mmap::{Access, MappedFile},
 };
 
-/// `train.idx`: a line "key<TAB>offset" a record.
+/// `train.idx`: a line `key<TAB>offset` a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Index {
     // Keys are nearly always consecutive: then only the first one is kept, and the offsets.
