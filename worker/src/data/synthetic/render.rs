@@ -33,34 +33,34 @@ struct Shot {
 
 impl Shot {
     fn draw(stream: &mut Stream) -> Self {
-        let gain = stream.next_in(-0.45, 0.3).exp() as f32;
+        let gain = stream.next_in(-0.35, 0.25).exp() as f32;
         let mut draw = |low: f64, high: f64| stream.next_in(low, high) as f32;
         let light = [draw(-1.0, 1.0), draw(-0.9, 0.4), draw(0.35, 1.0)];
         let length = light.iter().map(|v| v * v).sum::<f32>().sqrt();
         // From lamp light to shade: red against blue, and a little green.
-        let (warm, green) = (draw(-0.2, 0.2), draw(-0.08, 0.08));
+        let (warm, green) = (draw(-0.17, 0.17), draw(-0.07, 0.07));
         Self {
             view: View {
-                shift: [draw(-4.5, 4.5), draw(-4.5, 4.5)],
-                roll: draw(-0.2, 0.2),
-                scale: draw(0.9, 1.13),
+                shift: [draw(-4.0, 4.0), draw(-4.0, 4.0)],
+                roll: draw(-0.17, 0.17),
+                scale: draw(0.92, 1.1),
                 slant: [draw(-0.0015, 0.0015), draw(-0.0015, 0.0015)],
             },
-            yaw: draw(-0.42, 0.42),
-            pitch: draw(-0.25, 0.25),
+            yaw: draw(-0.35, 0.35),
+            pitch: draw(-0.2, 0.2),
             eyes: draw(0.6, 1.1),
             gaze: [draw(-0.45, 0.45), draw(-0.3, 0.3)],
             brows: draw(-1.0, 1.8),
             smile: draw(-1.5, 3.0),
             mouth_open: draw(-4.0, 5.0).max(0.0),
             light: light.map(|v| v / length),
-            directed: draw(0.1, 0.7),
+            directed: draw(0.1, 0.6),
             cast: [gain * (1.0 + warm), gain * (1.0 + green), gain * (1.0 - warm)],
-            gamma: draw(0.75, 1.35),
+            gamma: draw(0.82, 1.22),
             contrast: draw(0.75, 1.15),
             haze: draw(-0.04, 0.12),
-            gradient: [draw(-0.35, 0.35), draw(-0.35, 0.35)],
-            noise: draw(0.0, 0.045),
+            gradient: [draw(-0.27, 0.27), draw(-0.27, 0.27)],
+            noise: draw(0.0, 0.038),
             blurs: draw(0.0, 3.0) as u32,
         }
     }
@@ -344,7 +344,7 @@ fn accessories(canvas: &mut Canvas, shot: &Shot, stream: &mut Stream) {
             }
         }
     }
-    if stream.next_uniform() < 0.2 {
+    if stream.next_uniform() < 0.14 {
         let at = [
             stream.next_in(-45.0, 45.0) as f32,
             stream.next_in(-45.0, 50.0) as f32,
