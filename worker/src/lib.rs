@@ -13,6 +13,8 @@ pub mod export;
 pub mod head;
 pub mod model;
 pub mod optim;
+pub mod paths;
 pub mod random;
 pub mod rank;
+pub mod telemetry;
 pub mod tools;

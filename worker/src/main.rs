@@ -1,4 +1,252 @@
 //! `arcface-worker`: the agent of a node (`--join`), one training rank (`rank`, started by the agent) and the
-//! offline tools.
+//! offline tools. Parse, run, exit code; nothing else happens here.
 
-fn main() {}
+use anyhow::Context;
+use arcface_proto::failure::{self, ExitCode, Failure};
+use arcface_proto::types::NodeId;
+use arcface_worker::agent::{self, AgentOptions, RankCommand};
+use arcface_worker::device::{self, Device, DeviceChoice};
+use arcface_worker::telemetry::{self, LogFormat};
+use arcface_worker::tools;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::warn;
+
+const EXAMPLES: &str = "\
+Examples:
+  arcface-worker --join 127.0.0.1:1234
+  arcface-worker --join c1:1234,c2:1234 --slots 2 --data-root /data --output-root /train
+  arcface-worker verify --network r50 --weights model.safetensors lfw.bin
+  arcface-worker networks";
+
+#[derive(Parser, Debug)]
+#[command(
+    name = "arcface-worker",
+    version,
+    about = "Runs the training ranks of a node, and offline tools for models and data",
+    after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true
+)]
+struct Cli {
+    #[command(flatten)]
+    agent: AgentArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Args, Debug)]
+struct AgentArgs {
+    /// Coordinators to join, tried in order.
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        env = "ARCFACE_COORDINATOR"
+    )]
+    join: Vec<String>,
+    /// What computes; `auto` takes the best that this version can use.
+    #[arg(long, value_enum, default_value = "auto", env = "ARCFACE_DEVICE")]
+    device: DeviceChoice,
+    /// Ranks that run at once [default: 1 on the CPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), env = "ARCFACE_SLOTS")]
+    slots: Option<u32>,
+    /// Name of this node, unique in the cluster [default: host name and process id].
+    #[arg(long, value_name = "ID", env = "ARCFACE_NODE_ID")]
+    node_id: Option<NodeId>,
+    /// Host at which the ranks of other nodes reach this one [default: the address that faces the coordinator].
+    #[arg(long, value_name = "HOST", env = "ARCFACE_ADVERTISE")]
+    advertise: Option<String>,
+    /// Folder that jobs may read training data from; repeatable [default: any].
+    #[arg(long, value_name = "DIR")]
+    data_root: Vec<PathBuf>,
+    /// Folder that jobs write to [default: the current directory, absolute paths anywhere].
+    #[arg(long, value_name = "DIR", env = "ARCFACE_OUTPUT_ROOT")]
+    output_root: Option<PathBuf>,
+    /// Serve Prometheus metrics of this node at this address.
+    #[arg(long, value_name = "ADDR", env = "ARCFACE_WORKER_METRICS")]
+    metrics: Option<SocketAddr>,
+    /// How log lines on standard error are written.
+    #[arg(long, value_enum, default_value = "text", env = "ARCFACE_LOG_FORMAT")]
+    log_format: LogFormat,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Embed images, or a tensor of images.
+    Infer(tools::infer::InferArgs),
+    /// Measure accuracy on verification sets (.bin).
+    Verify(tools::verify::VerifyArgs),
+    /// Bring PyTorch weights into safetensors, checked against a network's names and shapes.
+    Import(tools::import::ImportArgs),
+    /// List the backbones.
+    Networks(tools::networks::NetworksArgs),
+    /// Write weights for other programs.
+    Export(tools::export::ExportArgs),
+    /// Inspect, verify, pack and make data sets.
+    Data(tools::data::DataArgs),
+    /// Measure parts of the training on this machine.
+    Bench(tools::bench::BenchArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Shell.
+        shell: clap_complete::Shell,
+    },
+    /// One training process; the agent starts it.
+    #[command(hide = true)]
+    Rank(tools::rank::RankArgs),
+}
+
+fn main() -> std::process::ExitCode {
+    // Usage errors end here with exit code 2 and clap's own hint.
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            let (text, code) = failure::report(error.as_ref());
+            eprintln!("{text}");
+            std::process::ExitCode::from(code as u8)
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        None => join(cli.agent),
+        Some(Command::Infer(args)) => tools::infer::run(args),
+        Some(Command::Verify(args)) => tools::verify::run(args),
+        Some(Command::Import(args)) => tools::import::run(args),
+        Some(Command::Networks(args)) => tools::networks::run(args),
+        Some(Command::Export(args)) => tools::export::run(args),
+        Some(Command::Data(args)) => tools::data::run(args),
+        Some(Command::Bench(args)) => tools::bench::run(args),
+        Some(Command::Rank(args)) => tools::rank::run(args),
+        Some(Command::Completions { shell }) => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "arcface-worker", &mut script);
+            std::io::Write::write_all(&mut std::io::stdout(), &script).context("write to standard output")
+        }
+    }
+}
+
+/// The reader of our output left (`| head`): it has what it wanted.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}
+
+fn join(args: AgentArgs) -> anyhow::Result<()> {
+    if args.join.is_empty() {
+        let message = "nothing to do: neither --join nor a subcommand was given";
+        return Err(Failure::new(ExitCode::Usage, message)
+            .hint("arcface-worker --join HOST:PORT runs a node; arcface-worker --help lists the tools")
+            .into());
+    }
+    for address in &args.join {
+        check_address(address)?;
+    }
+    let device = device::resolve(args.device)?;
+    telemetry::init_logs(args.log_format);
+    if args.device == DeviceChoice::Auto && device == Device::Cpu && device::nvidia_gpu_present() {
+        warn!("a GPU is present, but this version computes on the CPU only");
+    }
+    let output_root = match &args.output_root {
+        Some(root) => {
+            std::fs::create_dir_all(root)
+                .with_context(|| format!("--output-root {}: cannot make the directory", root.display()))?;
+            existing_directory("--output-root", root)?
+        }
+        None => String::new(),
+    };
+    let data_roots = args
+        .data_root
+        .iter()
+        .map(|root| existing_directory("--data-root", root))
+        .collect::<Result<_, _>>()?;
+    let options = AgentOptions {
+        coordinators: args.join,
+        node_id: match args.node_id {
+            Some(id) => id,
+            None => default_node_id()?,
+        },
+        advertise: args.advertise,
+        slots: args.slots.unwrap_or(device.default_slots()),
+        device: device.as_str().into(),
+        output_root,
+        data_roots,
+        rank_command: RankCommand::of_this_executable()?,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(async {
+        if let Some(address) = args.metrics {
+            telemetry::serve_metrics(address)?;
+        }
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
+        agent::run(options, async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        })
+        .await
+    })
+}
+
+fn check_address(address: &str) -> Result<(), Failure> {
+    let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    match valid {
+        true => Ok(()),
+        false => Err(
+            Failure::new(ExitCode::Usage, format!("--join: {address:?} is not HOST:PORT"))
+                .hint("the coordinator listens at 127.0.0.1:1234 by default"),
+        ),
+    }
+}
+
+/// The directory as an absolute path without links.
+fn existing_directory(flag: &str, path: &Path) -> Result<String, Failure> {
+    let real = path.canonicalize().map_err(|error| {
+        Failure::new(ExitCode::NotFound, format!("{flag} {}: {error}", path.display()))
+            .hint("name a directory that exists on this node")
+    })?;
+    match (real.is_dir(), real.to_str()) {
+        (true, Some(text)) => Ok(text.to_owned()),
+        (true, None) => Err(Failure::new(
+            ExitCode::Usage,
+            format!("{flag} {}: the path is not UTF-8", real.display()),
+        )),
+        (false, _) => Err(Failure::new(
+            ExitCode::Usage,
+            format!("{flag} {}: is not a directory", real.display()),
+        )),
+    }
+}
+
+fn default_node_id() -> anyhow::Result<NodeId> {
+    let host = nix::unistd::gethostname().context("read the host name")?;
+    let host: String = host
+        .to_string_lossy()
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+                c
+            } else {
+                '-'
+            }
+        })
+        .take(100)
+        .collect();
+    Ok(format!("{host}-{}", std::process::id()).parse()?)
+}

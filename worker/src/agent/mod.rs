@@ -1,1 +1,403 @@
-//! agent.
+//! The node agent: joins the coordinator, sends heartbeats, starts rank processes when told, reaps them, kills them
+//! when told or when orphaned. It never touches a tensor and does not know what a rank computes.
+//!
+//! One task owns all state ([`run`]); the pure parts are `table` (what a command means), `liveness` and `backoff`.
+
+mod backoff;
+mod link;
+mod liveness;
+mod outbox;
+mod process;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use process::RankCommand;
+
+use crate::telemetry as names;
+use arcface_proto::types::{Generation, JobId, NodeId};
+use arcface_proto::v1::{
+    Heartbeat, Hello, JoinRequest, JoinResponse, KillRanks, RankAssignment, RankStarted,
+};
+use arcface_proto::v1::{RankExited, join_request::Message as Request, join_response::Message as Response};
+use link::{Link, LinkEvent};
+use liveness::Liveness;
+use outbox::Outbox;
+use process::RankProcess;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+use table::{Effect, ExitFacts, RankKey, Table};
+use tokio::sync::mpsc;
+use tracing::{error, info, warn};
+
+/// Time between SIGTERM and SIGKILL for ranks of an agent that stops.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+/// Longest time that a stopping agent waits for its ranks and for the coordinator to hear of it.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Heartbeat period before the first Welcome sets it.
+const FIRST_HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// What an agent is started with.
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    /// Coordinators, `host:port`, in the order of trying; at least one.
+    pub coordinators: Vec<String>,
+    /// Node's id.
+    pub node_id: NodeId,
+    /// Host at which this node's ranks listen for their peers; `None`: the address that faces the coordinator.
+    pub advertise: Option<String>,
+    /// Ranks at once.
+    pub slots: u32,
+    /// `"cpu"`.
+    pub device: String,
+    /// Folder of relative job outputs; empty: the current directory, and absolute outputs anywhere.
+    pub output_root: String,
+    /// Folders that training data may be read from; empty: any.
+    pub data_roots: Vec<String>,
+    /// What a rank process is.
+    pub rank_command: RankCommand,
+}
+
+/// Runs the agent until `shutdown` is done, then stops the ranks, tells the coordinator and returns.
+///
+/// Await it on the main thread (`Runtime::block_on`): rank processes are started on the calling thread, and end
+/// with it. Completion of `shutdown` a second time is not waited for: ranks get [`STOP_GRACE`].
+///
+/// # Errors
+/// None so far: what goes wrong is logged and tried again.
+pub async fn run(options: AgentOptions, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let (exits_sender, mut exits) = mpsc::channel(64);
+    let mut agent = Agent::new(options, exits_sender);
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut stop_at: Option<tokio::time::Instant> = None;
+    let mut ticks = tokio::time::interval(agent.heartbeat);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            event = agent.link.next() => {
+                if agent.on_link(event, stop_at.is_some()) {
+                    ticks = tokio::time::interval(agent.heartbeat);
+                    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                }
+            }
+            Some((key, facts)) = exits.recv() => agent.on_exit(&key, facts),
+            _ = ticks.tick() => agent.on_tick(Instant::now()),
+            () = &mut shutdown, if stop_at.is_none() => {
+                info!("stopping: ranks are ended");
+                stop_at = Some(tokio::time::Instant::now() + STOP_LIMIT);
+                let effects = agent.table.stop_all("the worker was stopped", STOP_GRACE);
+                agent.perform(effects);
+            }
+            () = sleep_until(stop_at) => {
+                warn!("stopped before every rank and message was seen off");
+                return Ok(());
+            }
+        }
+        let told = !agent.link.is_up() || agent.outbox.is_empty();
+        if stop_at.is_some() && agent.table.is_idle() && told {
+            info!("stopped");
+            return Ok(());
+        }
+    }
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+struct Agent {
+    options: AgentOptions,
+    boot_id: String,
+    advertise: String,
+    table: Table,
+    processes: HashMap<RankKey, RankProcess>,
+    exits: mpsc::Sender<(RankKey, ExitFacts)>,
+    link: Link,
+    outbox: Outbox,
+    liveness: Liveness,
+    /// Highest epoch that a coordinator has shown: commands of lower ones are refused.
+    epoch: u64,
+    heartbeat: Duration,
+    orphan: Option<Duration>,
+    last_complaint: String,
+}
+
+impl Agent {
+    fn new(options: AgentOptions, exits: mpsc::Sender<(RankKey, ExitFacts)>) -> Self {
+        metrics::gauge!(names::AGENT_SLOTS).set(f64::from(options.slots));
+        metrics::gauge!(names::AGENT_RANKS).set(0.0);
+        metrics::gauge!(names::AGENT_JOINED).set(0.0);
+        Self {
+            boot_id: uuid::Uuid::new_v4().to_string(),
+            advertise: String::new(),
+            table: Table::new(options.slots),
+            processes: HashMap::new(),
+            exits,
+            link: Link::new(options.coordinators.clone()),
+            outbox: Outbox::default(),
+            liveness: Liveness::new(Instant::now()),
+            epoch: 0,
+            heartbeat: FIRST_HEARTBEAT,
+            orphan: None,
+            last_complaint: String::new(),
+            options,
+        }
+    }
+
+    /// True if the heartbeat's period may have changed.
+    fn on_link(&mut self, event: LinkEvent, stopping: bool) -> bool {
+        match event {
+            LinkEvent::Due => {
+                let hello = self.hello();
+                self.link.connect(hello);
+            }
+            LinkEvent::Joined {
+                address,
+                epoch,
+                welcome,
+                hello_sent,
+            } => {
+                if epoch < self.epoch {
+                    let reason = format!(
+                        "its epoch {epoch} is older than {}, which was seen before",
+                        self.epoch
+                    );
+                    let lost = self.link.abandon(&reason);
+                    return self.on_link(lost, stopping);
+                }
+                self.epoch = epoch;
+                self.liveness.joined(hello_sent);
+                self.heartbeat = Duration::from_millis(u64::from(welcome.heartbeat_ms.max(10)));
+                self.orphan =
+                    Some(Duration::from_millis(u64::from(welcome.orphan_ms))).filter(|d| !d.is_zero());
+                self.last_complaint.clear();
+                metrics::gauge!(names::AGENT_JOINED).set(1.0);
+                info!(coordinator = %address, epoch, heartbeat_ms = welcome.heartbeat_ms, "joined");
+                for exit in self.outbox.resend() {
+                    self.link.send(Request::RankExited(exit));
+                }
+                return true;
+            }
+            LinkEvent::Message(message) => self.on_message(message, stopping),
+            LinkEvent::Lost {
+                address,
+                reason,
+                attempts,
+            } => {
+                metrics::gauge!(names::AGENT_JOINED).set(0.0);
+                metrics::counter!(names::AGENT_CONNECTIONS_LOST).increment(1);
+                // The same complaint is made once, not at every try.
+                let complaint = format!("{address}: {reason}");
+                if complaint != self.last_complaint || attempts.is_multiple_of(20) {
+                    warn!(coordinator = %address, attempts, "not joined, trying on: {reason}");
+                    self.last_complaint = complaint;
+                }
+            }
+        }
+        false
+    }
+
+    fn on_message(&mut self, message: JoinResponse, stopping: bool) {
+        if message.epoch < self.epoch {
+            warn!(
+                epoch = message.epoch,
+                seen = self.epoch,
+                "refused a command of an older coordinator"
+            );
+            return;
+        }
+        self.epoch = message.epoch;
+        match message.message {
+            Some(Response::HeartbeatAck(ack)) => {
+                if self.liveness.acknowledged(ack.sequence) {
+                    metrics::counter!(names::AGENT_HEARTBEATS).increment(1);
+                    self.outbox.acknowledged(ack.sequence);
+                }
+            }
+            Some(Response::Launch(_)) if stopping => warn!("refused to launch ranks: the worker stops"),
+            Some(Response::Launch(launch)) => {
+                for assignment in launch.assignments {
+                    let assignment = self.completed(assignment);
+                    let effects = self.table.launch(assignment);
+                    self.perform(effects);
+                }
+            }
+            Some(Response::Kill(kill)) => self.on_kill(&kill),
+            Some(Response::Welcome(_)) | None => {}
+        }
+    }
+
+    fn on_kill(&mut self, kill: &KillRanks) {
+        match kill.job_id.parse::<JobId>() {
+            Ok(job) => {
+                let grace = Duration::from_millis(u64::from(kill.grace_ms));
+                info!(%job, through_generation = kill.generation, "told to stop ranks");
+                let effects = self.table.kill(&job, Generation(kill.generation), grace);
+                self.perform(effects);
+            }
+            Err(invalid) => warn!("refused a kill command: {invalid}"),
+        }
+    }
+
+    /// The fields of an assignment that only the node knows.
+    fn completed(&self, mut assignment: RankAssignment) -> RankAssignment {
+        assignment.coordinators = self.options.coordinators.clone();
+        assignment.output_root = self.options.output_root.clone();
+        assignment.data_roots = self.options.data_roots.clone();
+        assignment.device = self.options.device.clone();
+        if assignment.address.is_empty() {
+            assignment.address = self.advertise.clone();
+        }
+        assignment
+    }
+
+    fn on_exit(&mut self, key: &RankKey, facts: ExitFacts) {
+        self.processes.remove(key);
+        metrics::gauge!(names::AGENT_RANKS).set(self.processes.len() as f64);
+        let effects = self.table.exited(key, facts);
+        self.perform(effects);
+    }
+
+    fn on_tick(&mut self, now: Instant) {
+        let silence = self.liveness.silence(now);
+        metrics::gauge!(names::AGENT_HEARTBEAT_AGE).set(silence.as_secs_f64());
+        if let Some(orphan) = self.orphan.filter(|orphan| silence > *orphan) {
+            let reason = format!("killed as an orphan: no word from the coordinator for {orphan:?}");
+            let effects = self.table.stop_all(&reason, Duration::ZERO);
+            if !effects.is_empty() {
+                error!(?silence, "orphaned: ranks are killed");
+            }
+            self.perform(effects);
+        }
+        if !self.link.is_up() {
+            return;
+        }
+        // A connection that looks open but carries no answers is worse than none.
+        let patience = (self.heartbeat * 6).max(Duration::from_secs(3));
+        let ranks = self.table.running();
+        let sequence = self.liveness.next_sequence(now);
+        let sent = self.link.send(Request::Heartbeat(Heartbeat { sequence, ranks }));
+        if !sent || silence > patience {
+            let lost = self.link.abandon("heartbeats are not answered");
+            self.on_link(lost, false);
+            return;
+        }
+        self.outbox.heartbeat_sent(sequence);
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Spawn(key, assignment) => self.spawn(key, &assignment),
+                Effect::Kill(key, grace) => {
+                    if let Some(process) = self.processes.get(&key) {
+                        process.kill(grace);
+                    }
+                }
+                Effect::Report(exit) => self.report(exit),
+                Effect::Refuse(why) => warn!("refused a command: {why}"),
+            }
+        }
+    }
+
+    fn spawn(&mut self, key: RankKey, assignment: &RankAssignment) {
+        match process::spawn(&self.options.rank_command, &key, assignment, self.exits.clone()) {
+            Ok(process) => {
+                info!(job = %key.job, generation = key.generation.0, rank = key.rank.0, pid = process.pid, "rank started");
+                metrics::counter!(names::AGENT_RANK_STARTS).increment(1);
+                self.table.spawned(&key, process.pid);
+                let rank = Some(key.to_wire(process.pid));
+                // If it does not arrive, Hello and every heartbeat list the rank.
+                self.link.send(Request::RankStarted(RankStarted { rank }));
+                self.processes.insert(key, process);
+                metrics::gauge!(names::AGENT_RANKS).set(self.processes.len() as f64);
+            }
+            Err(cause) => {
+                let facts = ExitFacts {
+                    exit_code: Some(1),
+                    last_error: format!("cannot start the rank: {cause:#}"),
+                    ..ExitFacts::default()
+                };
+                let effects = self.table.exited(&key, facts);
+                self.perform(effects);
+            }
+        }
+    }
+
+    fn report(&mut self, exit: RankExited) {
+        let outcome = match (exit.requested, exit.exit_code) {
+            (true, _) => "requested",
+            (false, Some(0)) => "ok",
+            (false, Some(_)) => "error",
+            (false, None) => "signal",
+        };
+        metrics::counter!(names::AGENT_RANK_EXITS, "outcome" => outcome).increment(1);
+        let rank = exit.rank.clone().unwrap_or_default();
+        info!(
+            job = %rank.job_id, generation = rank.generation, rank = rank.rank, pid = rank.pid,
+            exit_code = exit.exit_code, signal = exit.signal, requested = exit.requested, "rank ended"
+        );
+        let joined = self.link.is_up();
+        let sent = self.link.send(Request::RankExited(exit.clone()));
+        self.outbox.push(exit);
+        if joined && !sent {
+            // Sent again after the reconnect; a heartbeat on this connection must not count as its receipt.
+            let lost = self.link.abandon("messages pile up");
+            self.on_link(lost, false);
+        }
+    }
+
+    fn hello(&mut self) -> JoinRequest {
+        let address = match &self.options.advertise {
+            Some(address) => address.clone(),
+            None => facing_address(&self.options.coordinators),
+        };
+        if address != self.advertise && !is_loopback(&address) {
+            warn!(
+                "ranks listen at {address} without encryption while they train: whoever reaches it can read and \
+                 disturb them; use a private network"
+            );
+        }
+        self.advertise = address;
+        JoinRequest {
+            message: Some(Request::Hello(Hello {
+                node_id: self.options.node_id.to_string(),
+                boot_id: self.boot_id.clone(),
+                address: self.advertise.clone(),
+                slots: self.options.slots,
+                device: self.options.device.clone(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                ranks: self.table.running(),
+            })),
+        }
+    }
+}
+
+/// The local address that packets to the first reachable coordinator leave from; loopback if there is none.
+/// Connecting a UDP socket sends nothing: it only asks the kernel for the route.
+pub fn facing_address(coordinators: &[String]) -> String {
+    let route = |coordinator: &String| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")
+            .ok()
+            .filter(|socket| socket.connect(coordinator).is_ok())
+            .or_else(|| {
+                let socket = std::net::UdpSocket::bind("[::]:0").ok()?;
+                socket.connect(coordinator).ok().map(|()| socket)
+            })?;
+        Some(socket.local_addr().ok()?.ip().to_string())
+    };
+    coordinators
+        .iter()
+        .find_map(route)
+        .unwrap_or_else(|| "127.0.0.1".into())
+}
+
+fn is_loopback(host: &str) -> bool {
+    host == "localhost"
+        || host
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}

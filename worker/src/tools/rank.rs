@@ -1,10 +1,50 @@
-//! `arcface-worker rank`.
+//! `arcface-worker rank`: one training process. The agent starts it; people do not.
+
+use anyhow::Context;
+use arcface_proto::failure::{ExitCode, Failure};
+use arcface_proto::v1::RankAssignment;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::unistd::getppid;
+use std::io::Read;
+
+/// Longest assignment that is read: a manifest of thousands of parts fits ten times.
+const LONGEST_ASSIGNMENT: u64 = 64 << 20;
 
 /// Arguments of `rank`.
 #[derive(clap::Args, Debug)]
-pub struct RankArgs {}
+pub struct RankArgs {
+    /// Process id of the agent; the rank ends with it.
+    #[arg(long, value_name = "PID")]
+    parent_pid: Option<i32>,
+}
 
-/// Runs `rank`.
-pub fn run(_args: RankArgs) -> anyhow::Result<()> {
-    anyhow::bail!("rank is being built")
+/// Runs `rank`: the assignment comes as JSON on standard input.
+pub fn run(args: RankArgs) -> anyhow::Result<()> {
+    if let Some(parent) = args.parent_pid {
+        end_with_parent(parent)?;
+    }
+    let mut text = String::new();
+    std::io::stdin()
+        .take(LONGEST_ASSIGNMENT)
+        .read_to_string(&mut text)
+        .context("read the assignment from standard input")?;
+    let assignment: RankAssignment = serde_json::from_str(&text).map_err(|error| {
+        Failure::new(
+            ExitCode::Usage,
+            format!("standard input is not a rank assignment: {error}"),
+        )
+        .hint("the agent starts ranks by itself: arcface-worker --join HOST:PORT")
+    })?;
+    crate::rank::run(assignment)
+}
+
+/// Asks the kernel for SIGKILL when the agent ends, so that no rank is left behind on its device.
+fn end_with_parent(parent: i32) -> anyhow::Result<()> {
+    set_pdeathsig(Signal::SIGKILL).context("tie this process to its agent")?;
+    // The agent may have died before the line above took effect.
+    if getppid().as_raw() != parent {
+        anyhow::bail!("the agent (process {parent}) is gone");
+    }
+    Ok(())
 }

@@ -1,0 +1,119 @@
+//! Where a job may write and read on a node: pure decisions about paths, except that existing directories are
+//! resolved so that a symbolic link does not lead out of a root.
+
+use arcface_proto::failure::{ExitCode, Failure};
+use std::path::{Component, Path, PathBuf};
+
+/// Directory of a job's model, log and checkpoints.
+///
+/// A relative `output` lies under `root`; an absolute one must lie inside `root` if the node names one.
+/// `root` is empty when the node was started without `--output-root`: then relative paths start at the current
+/// directory and absolute ones may lie anywhere.
+///
+/// # Errors
+/// For an empty path, one with `..`, and one outside the root.
+pub fn output_directory(root: &str, output: &str) -> Result<PathBuf, Failure> {
+    let wanted = Path::new(output);
+    if output.is_empty() || output.contains('\0') {
+        return Err(Failure::new(
+            ExitCode::Usage,
+            "output: the job names no output directory",
+        ));
+    }
+    if wanted.components().any(|part| part == Component::ParentDir) {
+        return Err(Failure::new(
+            ExitCode::Usage,
+            format!("output: {output:?} must not contain \"..\""),
+        ));
+    }
+    if root.is_empty() {
+        return Ok(wanted.to_path_buf());
+    }
+    let root = Path::new(root);
+    let joined = root.join(wanted);
+    if !resolved(&joined).starts_with(resolved(root)) {
+        return Err(Failure::new(
+            ExitCode::Usage,
+            format!(
+                "output: {output:?} is outside this node's output root {}",
+                root.display()
+            ),
+        )
+        .hint("write a relative path, or start the worker with another --output-root"));
+    }
+    Ok(joined)
+}
+
+/// True if `path` lies in one of `roots`; no roots means anywhere.
+pub fn is_inside(roots: &[String], path: &Path) -> bool {
+    let path = resolved(path);
+    roots.is_empty()
+        || roots
+            .iter()
+            .any(|root| path.starts_with(resolved(Path::new(root))))
+}
+
+/// The path with links of its longest existing part followed; what does not exist yet is kept as written.
+fn resolved(path: &Path) -> PathBuf {
+    let mut missing = Vec::new();
+    let mut existing = path;
+    loop {
+        if let Ok(mut real) = existing.canonicalize() {
+            real.extend(missing.iter().rev());
+            return real;
+        }
+        match (existing.parent(), existing.file_name()) {
+            (Some(parent), Some(name)) => {
+                missing.push(name);
+                existing = if parent.as_os_str().is_empty() {
+                    Path::new(".")
+                } else {
+                    parent
+                };
+            }
+            _ => return path.to_path_buf(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_stay_under_the_root() {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = scratch.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        let root_text = root.to_str().unwrap();
+        assert_eq!(output_directory(root_text, "a/b").unwrap(), root.join("a/b"));
+        let inside = format!("{root_text}/a");
+        assert_eq!(output_directory(root_text, &inside).unwrap(), root.join("a"));
+        for outside in ["../x", "a/../../x", "/etc", "", &format!("{root_text}2/x")] {
+            assert!(output_directory(root_text, outside).is_err(), "{outside:?}");
+        }
+        // A link that leads out of the root is followed before the comparison.
+        std::os::unix::fs::symlink("/etc", root.join("link")).unwrap();
+        assert!(output_directory(root_text, "link/x").is_err());
+    }
+
+    #[test]
+    fn without_a_root_a_job_may_write_where_it_says() {
+        assert_eq!(output_directory("", "a").unwrap(), PathBuf::from("a"));
+        assert_eq!(output_directory("", "/tmp/a").unwrap(), PathBuf::from("/tmp/a"));
+        assert!(output_directory("", "../a").is_err());
+    }
+
+    #[test]
+    fn data_roots_bound_what_is_read() {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = scratch.path().to_str().unwrap().to_owned();
+        assert!(is_inside(&[], Path::new("/etc")));
+        assert!(is_inside(
+            std::slice::from_ref(&root),
+            &scratch.path().join("set")
+        ));
+        assert!(!is_inside(std::slice::from_ref(&root), Path::new("/etc")));
+        assert!(!is_inside(&[root.clone()], &scratch.path().join("../other")));
+    }
+}
