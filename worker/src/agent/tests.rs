@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request as Call, Response as Answer, Status, Streaming};
 
 const JOB: &str = "job-0123456789ab";
@@ -61,7 +62,9 @@ impl WorkerService for Fake {
                         .await
                         .ok();
                 }
-                fake.events.send((message, outgoing.clone())).await.ok();
+                if fake.events.send((message, outgoing.clone())).await.is_err() {
+                    return; // the coordinator of this test is gone: so is the stream
+                }
             }
         });
         Ok(Answer::new(ReceiverStream::new(receiver)))
@@ -74,6 +77,7 @@ struct Coordinator {
     outgoing: Option<Outgoing>,
     epoch: u64,
     acknowledge: Arc<Mutex<bool>>,
+    stop: CancellationToken,
     server: JoinHandle<()>,
 }
 
@@ -90,10 +94,15 @@ impl Coordinator {
             acknowledge: acknowledge.clone(),
             events: sender,
         };
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
         let server = tokio::spawn(async move {
             tonic::transport::Server::builder()
-                .add_service(WorkerServiceServer::new(fake))
-                .serve_with_incoming(TcpListenerStream::new(listener))
+                .serve_with_incoming_shutdown(
+                    WorkerServiceServer::new(fake),
+                    TcpListenerStream::new(listener),
+                    stopped.cancelled_owned(),
+                )
                 .await
                 .unwrap();
         });
@@ -103,6 +112,7 @@ impl Coordinator {
             outgoing: None,
             epoch,
             acknowledge,
+            stop,
             server,
         }
     }
@@ -344,10 +354,10 @@ async fn ranks_outlive_a_coordinator_that_comes_back_and_exits_are_told_again() 
     let rank = first.started().await;
     first.heartbeat_with(1).await;
     let address = first.address;
-    first.server.abort();
-    assert!(first.server.await.unwrap_err().is_cancelled());
     drop(first.events);
     drop(first.outgoing);
+    first.stop.cancel();
+    first.server.await.unwrap();
     let mut second = Coordinator::start(Some(address), 2, 60_000).await;
     let again = second.hello().await;
     assert_eq!(again.boot_id, hello.boot_id);
