@@ -1,1 +1,34 @@
-//! export.
+//! Files that hold named tensors: safetensors (ours, read and written) and PyTorch's `state_dict` (read and written
+//! without Python, executing nothing).
+//!
+//! Owns the formats and atomic writing. It must not know where tensors come from or what they are for, except
+//! [`weights`], which fits a file to a backbone.
+
+pub mod atomic;
+mod error;
+pub mod npy;
+pub mod pytorch;
+mod pytorch_write;
+pub mod safetensors;
+pub mod weights;
+
+pub use error::FileError;
+
+use tch::{Device, Kind, Tensor};
+
+/// The values of a tensor as bytes, row major, in the machine's byte order (the build is for little-endian machines).
+fn bytes(tensor: &Tensor) -> Vec<u8> {
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+    tensor.copy_data_u8(&mut bytes, tensor.numel());
+    bytes
+}
+
+/// A tensor of little-endian bytes, if they are exactly as many as the shape needs.
+fn from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Option<Tensor> {
+    let elements = shape
+        .iter()
+        .try_fold(1usize, |n, &d| n.checked_mul(usize::try_from(d).ok()?))?;
+    let wanted = elements.checked_mul(kind.elt_size_in_bytes())?;
+    (wanted == bytes.len()).then(|| Tensor::from_data_size(bytes, shape, kind))
+}

@@ -1,0 +1,144 @@
+//! Weights files for backbones: any format that [`super`] reads, fitted to a network by name.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use arcface_proto::failure::{ExitCode, Failure};
+use tch::Tensor;
+
+use super::{FileError, pytorch, safetensors};
+use crate::model::{Backbone, BackboneConfig, ModelError};
+
+/// Why weights do not end up in a network.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// The file cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The network does not exist.
+    #[error(transparent)]
+    Network(ModelError),
+    /// The file's tensors are not the network's.
+    #[error("{}: {source}", path.display())]
+    Fit {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        source: ModelError,
+    },
+}
+
+impl From<WeightsError> for Failure {
+    fn from(error: WeightsError) -> Self {
+        match error {
+            WeightsError::File(error) => error.into(),
+            WeightsError::Network(error) => {
+                Failure::new(ExitCode::Usage, error.to_string()).hint("arcface-worker networks lists them")
+            }
+            WeightsError::Fit { .. } => Failure::new(ExitCode::Failed, error.to_string())
+                .hint("is --network the one that these weights were trained with?"),
+        }
+    }
+}
+
+/// The tensors of a weights file by name.
+pub struct Weights {
+    path: PathBuf,
+    tensors: HashMap<String, Tensor>,
+    /// As the file lists them.
+    names: Vec<String>,
+}
+
+/// Start of every zip archive.
+const ZIP: &[u8] = b"PK\x03\x04";
+/// Start of what `torch.save` wrote before 1.6: a pickle of its magic number.
+const LEGACY_TORCH: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
+
+impl Weights {
+    /// Reads a safetensors file or a PyTorch state_dict; the content decides which, not the name.
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let mut start = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(LEGACY_TORCH.len() as u64).read_to_end(&mut start))
+            .map_err(FileError::io(path))?;
+        if start == LEGACY_TORCH {
+            return Err(FileError::Malformed {
+                path: path.to_owned(),
+                what: "written by torch.save before 1.6, in a format that is not supported".to_owned(),
+                hint: "load it in Python and torch.save it again",
+            });
+        }
+        let tensors = match start.starts_with(ZIP) {
+            true => pytorch::read(path)?,
+            false => safetensors::read(path)?.tensors,
+        };
+        let names = tensors.iter().map(|(name, _)| name.clone()).collect();
+        Ok(Self {
+            path: path.to_owned(),
+            tensors: tensors.into_iter().collect(),
+            names,
+        })
+    }
+
+    /// Sets every tensor of the backbone. Missing, additional and misshapen ones are errors.
+    pub fn load_into(&self, backbone: &mut Backbone) -> Result<(), WeightsError> {
+        let fit = |source| WeightsError::Fit {
+            path: self.path.clone(),
+            source,
+        };
+        backbone
+            .load_state(&mut |name| self.tensors.get(name).map(Tensor::shallow_clone))
+            .map_err(fit)?;
+        let known: std::collections::HashSet<&str> =
+            backbone.state().iter().map(|entry| entry.name.as_str()).collect();
+        let unknown: Vec<&String> = self
+            .names
+            .iter()
+            .filter(|name| !known.contains(name.as_str()))
+            .collect();
+        match unknown.first() {
+            None => Ok(()),
+            Some(&key) => Err(fit(ModelError::Unexpected {
+                network: backbone.config().network.clone(),
+                key: key.clone(),
+                others: unknown.len() - 1,
+            })),
+        }
+    }
+
+    /// Builds a network with these weights; they say how long its embedding is.
+    pub fn backbone(&self, network: &str) -> Result<Backbone, WeightsError> {
+        let registered = Backbone::registered(network).map_err(WeightsError::Network)?;
+        let fit = |source| WeightsError::Fit {
+            path: self.path.clone(),
+            source,
+        };
+        let size = match self.tensors.get(registered.embedding_entry) {
+            Some(entry) => entry.numel() as i64,
+            None => {
+                return Err(fit(ModelError::Missing {
+                    network: network.to_owned(),
+                    key: registered.embedding_entry.to_owned(),
+                    others: 0,
+                }));
+            }
+        };
+        let mut backbone = Backbone::new(&BackboneConfig::new(network, size)).map_err(fit)?;
+        self.load_into(&mut backbone)?;
+        Ok(backbone)
+    }
+}
+
+/// Sets a backbone's tensors from a file.
+pub fn load_backbone(path: &Path, backbone: &mut Backbone) -> Result<(), WeightsError> {
+    Weights::read(path)?.load_into(backbone)
+}
+
+/// Builds a network with the weights of a file.
+pub fn open_backbone(path: &Path, network: &str) -> Result<Backbone, WeightsError> {
+    Weights::read(path)?.backbone(network)
+}
