@@ -130,11 +130,8 @@ async fn exchange(
     let mut open = true;
     loop {
         tokio::select! {
-            command = session.commands.recv(), if open => match command {
-                Some(command) => if send(answers, Ok(command), stop).await.is_err() { return Ok(()) },
-                // The generation is over; the rank may still say why it ends.
-                None => open = false,
-            },
+            // What a rank said last counts, also if it has gone since.
+            biased;
             message = messages.message() => {
                 let Ok(Some(ReportRequest { rank: from, report })) = message else { return Ok(()) };
                 if from.as_ref() != Some(rank) {
@@ -144,6 +141,11 @@ async fn exchange(
                     control.rank_says(rank.clone(), report).await.map_err(status::from_control)?;
                 }
             }
+            command = session.commands.recv(), if open => match command {
+                Some(command) => if send(answers, Ok(command), stop).await.is_err() { return Ok(()) },
+                // The generation is over; the rank may still say why it ends.
+                None => open = false,
+            },
             () = answers.closed() => return Ok(()),
             () = stop.cancelled() => return Err(status::stopping()),
         }

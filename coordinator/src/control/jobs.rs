@@ -77,7 +77,7 @@ impl Control {
             Command::Rendezvous { rank, request, reply } => self.rendezvous(&rank, request, reply),
             Command::OpenReport { rank, answer } => reply(answer, self.open_report(&rank)),
             Command::RankSays { rank, report, answer } => reply(answer, self.rank_says(&rank, report).await),
-            Command::CloseReport { rank, stream } => self.close_report(&rank, stream),
+            Command::CloseReport { rank, stream } => self.close_report(&rank, stream).await,
             Command::CommitCheckpoint {
                 rank,
                 request,

@@ -138,6 +138,8 @@ struct Control {
     next_stream: u64,
     /// Events whose change the store did not take yet, in their order.
     retries: VecDeque<(JobId, job::Event)>,
+    /// Good exits of ranks whose last reports may still be on their way.
+    deferred: Vec<nodes::DeferredExit>,
     /// Jobs that have ended, with the time, until their metrics are retired.
     retiring: VecDeque<(u64, JobId)>,
     /// Set when this coordinator must stop.
@@ -191,6 +193,7 @@ impl Control {
             next_stream: 0,
             retries: VecDeque::new(),
             retiring: VecDeque::new(),
+            deferred: Vec::new(),
             fatal: None,
             clock,
         };
@@ -311,6 +314,7 @@ impl Control {
                 self.happened(&id, job::Event::Tick).await;
             }
         }
+        self.settle_exits(now, None).await;
         self.measure(now);
     }
 

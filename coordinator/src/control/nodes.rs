@@ -25,6 +25,18 @@ const MAX_ERROR_CHARS: usize = 1000;
 /// A kill that had no effect is repeated after its grace and this much.
 const KILL_AGAIN_MS: u64 = 2000;
 
+/// Longest that a good exit waits for the end of the rank's reports: a connection that died with its process closes
+/// at once, one whose network died does not.
+const LAST_REPORTS_MS: u64 = 2000;
+
+/// A rank's exit with 0 that came, on its agent's stream, before the end of the rank's own stream. It may end the job,
+/// and an ended job takes no reports: the last ones go first.
+pub(super) struct DeferredExit {
+    key: RankKey,
+    event: Event,
+    until_ms: u64,
+}
+
 /// The stream that speaks for a node.
 pub(super) struct Agent {
     stream: u64,
@@ -121,6 +133,9 @@ impl Control {
     fn listed(&self, id: &JobId, node: &NodeId, joined: bool) -> Option<Event> {
         let job = &self.jobs.get(id)?.job;
         let list = &self.members.members().get(node)?.hello.ranks;
+        if self.deferred.iter().any(|exit| &exit.key.job == id) {
+            return None; // A rank is off the list because it ended well.
+        }
         let on_list = |index: usize| {
             let key = RankKey {
                 job: id.clone(),
@@ -289,8 +304,28 @@ impl Control {
             exit,
             silent_ms,
         };
+        let reports_open = self
+            .jobs
+            .get(&key.job)
+            .is_some_and(|entry| entry.reports.contains_key(&key.rank.0));
+        if exited.exit_code == Some(0) && reports_open {
+            let until_ms = self.clock.now().mono_ms + LAST_REPORTS_MS;
+            self.deferred.push(DeferredExit { key, event, until_ms });
+            return Ok(());
+        }
         self.happened(&key.job, event).await;
         Ok(())
+    }
+
+    /// Lets deferred exits happen: those of a rank whose reports have ended, and all that waited long enough.
+    pub(super) async fn settle_exits(&mut self, now: job::Now, ended: Option<(&JobId, Rank)>) {
+        let due = |exit: &mut DeferredExit| {
+            now.mono_ms >= exit.until_ms || ended == Some((&exit.key.job, exit.key.rank))
+        };
+        let exits: Vec<DeferredExit> = self.deferred.extract_if(.., due).collect();
+        for exit in exits {
+            self.happened(&exit.key.job, exit.event).await;
+        }
     }
 
     /// True if the newest generation placed that rank on that node: an agent speaks only for its own ranks.

@@ -103,19 +103,21 @@ impl Control {
         Ok(ReportSession { stream, commands })
     }
 
-    pub(super) fn close_report(&mut self, rank: &RankId, stream: u64) {
-        let entry = rank
-            .job_id
-            .parse::<JobId>()
-            .ok()
-            .and_then(|id| self.jobs.get_mut(&id));
-        if let Some(entry) = entry
-            && entry
-                .reports
-                .get(&rank.rank)
-                .is_some_and(|(open, _)| *open == stream)
+    pub(super) async fn close_report(&mut self, rank: &RankId, stream: u64) {
+        let Ok(id) = rank.job_id.parse::<JobId>() else {
+            return;
+        };
+        let Some(entry) = self.jobs.get_mut(&id) else {
+            return;
+        };
+        if entry
+            .reports
+            .get(&rank.rank)
+            .is_some_and(|(open, _)| *open == stream)
         {
             entry.reports.remove(&rank.rank);
+            self.settle_exits(self.clock.now(), Some((&id, Rank(rank.rank))))
+                .await;
         }
     }
 

@@ -1,0 +1,882 @@
+//! The coordinator as agents, ranks and clients meet it: whole lives of jobs over real gRPC, with fakes on the other
+//! side.
+
+mod fakes;
+
+use arcface_coordinator::server;
+use arcface_proto::{
+    failure::{ExitCode, report},
+    v1::{
+        self, CancelJobRequest, DrainNodeRequest, Evaluation, GetClusterRequest, GetJobRequest, JobState,
+        ListCheckpointsRequest, ListEvaluationsRequest, ListJobsRequest, ListNodesRequest, RankError,
+        SubmitJobRequest, TrainingFinished, report_request::Report, report_response,
+        watch_job_response::Event,
+    },
+};
+use fakes::{Agent, Cluster, Rank, generation, options, spec, training, within};
+use std::sync::Arc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+#[tokio::test]
+async fn a_submit_is_idempotent_by_its_request_id_also_after_a_restart() {
+    let cluster = Cluster::start().await;
+    let request = SubmitJobRequest {
+        request_id: "r1".into(),
+        spec: Some(spec(2)),
+        validate_only: false,
+    };
+    let first = cluster
+        .jobs()
+        .submit_job(request.clone())
+        .await
+        .expect("submit")
+        .into_inner()
+        .job
+        .expect("job");
+    let again = cluster
+        .jobs()
+        .submit_job(request.clone())
+        .await
+        .expect("submit")
+        .into_inner()
+        .job
+        .expect("job");
+    assert_eq!(first.id, again.id);
+    assert_eq!(
+        first
+            .spec
+            .as_ref()
+            .and_then(|s| s.train.as_ref())
+            .and_then(|t| t.batch_size),
+        Some(128),
+        "defaults"
+    );
+
+    let cluster = cluster.restart().await;
+    let again = cluster
+        .jobs()
+        .submit_job(request.clone())
+        .await
+        .expect("submit")
+        .into_inner()
+        .job
+        .expect("job");
+    assert_eq!(first.id, again.id);
+    let other = SubmitJobRequest {
+        spec: Some(spec(3)),
+        ..request
+    };
+    let refused = cluster.jobs().submit_job(other).await.expect_err("another job");
+    assert_eq!(refused.code(), Code::AlreadyExists, "{refused}");
+    let jobs = cluster
+        .jobs()
+        .list_jobs(ListJobsRequest::default())
+        .await
+        .expect("list")
+        .into_inner()
+        .jobs;
+    assert_eq!(jobs.len(), 1);
+}
+
+#[tokio::test]
+async fn a_bad_job_lists_every_bad_field_and_stores_nothing() {
+    let cluster = Cluster::start().await;
+    let mut bad = spec(0);
+    bad.head = Some(v1::HeadSection {
+        sample_rate: Some(1.5),
+        ..Default::default()
+    });
+    let request = SubmitJobRequest {
+        spec: Some(bad),
+        ..Default::default()
+    };
+    let refused = cluster.jobs().submit_job(request).await.expect_err("refused");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let details = refused.get_details_bad_request().expect("google.rpc.BadRequest");
+    let fields: Vec<_> = details
+        .field_violations
+        .iter()
+        .map(|violation| violation.field.as_str())
+        .collect();
+    assert!(
+        fields.contains(&"job.world_size") && fields.contains(&"head.sample_rate"),
+        "{fields:?}"
+    );
+
+    let valid = SubmitJobRequest {
+        spec: Some(spec(1)),
+        validate_only: true,
+        ..Default::default()
+    };
+    let job = cluster
+        .jobs()
+        .submit_job(valid)
+        .await
+        .expect("valid")
+        .into_inner()
+        .job
+        .expect("job");
+    assert_eq!(job.id, "");
+    let jobs = cluster
+        .jobs()
+        .list_jobs(ListJobsRequest::default())
+        .await
+        .expect("list")
+        .into_inner()
+        .jobs;
+    assert!(jobs.is_empty());
+}
+
+#[tokio::test]
+async fn jobs_are_found_by_prefix_and_listed_in_pages_newest_first() {
+    let cluster = Cluster::start().await;
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        ids.push(cluster.submit(spec(1)).await);
+    }
+    assert_eq!(cluster.job(&ids[2][..14]).await.id, ids[2], "a prefix");
+    let ambiguous = cluster
+        .jobs()
+        .get_job(GetJobRequest {
+            job_id: "job-".into(),
+        })
+        .await
+        .expect_err("five");
+    assert_eq!(ambiguous.code(), Code::InvalidArgument, "{ambiguous}");
+    let missing = cluster
+        .jobs()
+        .get_job(GetJobRequest {
+            job_id: "nothing".into(),
+        })
+        .await
+        .expect_err("none");
+    assert_eq!(missing.code(), Code::NotFound, "{missing}");
+
+    let (mut seen, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = ListJobsRequest {
+            page_size: 2,
+            page_token,
+            states: vec![JobState::Queued.into()],
+        };
+        let page = cluster
+            .jobs()
+            .list_jobs(request)
+            .await
+            .expect("list")
+            .into_inner();
+        assert!(page.jobs.len() <= 2);
+        seen.extend(
+            page.jobs
+                .into_iter()
+                .map(|job| (job.submitted_at.expect("time").seconds, job.id)),
+        );
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert!(
+        seen.windows(2).all(|pair| pair[0].0 >= pair[1].0),
+        "newest first: {seen:?}"
+    );
+    let mut found: Vec<String> = seen.into_iter().map(|(_, id)| id).collect();
+    found.sort();
+    ids.sort();
+    assert_eq!(found, ids, "every job once");
+
+    let garbage = ListJobsRequest {
+        page_token: "x".into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        cluster
+            .jobs()
+            .list_jobs(garbage)
+            .await
+            .expect_err("refused")
+            .code(),
+        Code::InvalidArgument
+    );
+    let too_many = ListJobsRequest {
+        page_size: 1001,
+        ..Default::default()
+    };
+    assert_eq!(
+        cluster
+            .jobs()
+            .list_jobs(too_many)
+            .await
+            .expect_err("refused")
+            .code(),
+        Code::InvalidArgument
+    );
+}
+
+#[tokio::test]
+async fn a_job_waits_with_a_reason_trains_and_succeeds() {
+    let cluster = Cluster::start().await;
+    let id = cluster.submit(spec(2)).await;
+    let reason = |job: &v1::Job| job.reason == "wants 2 ranks, 0 slots free on 0 nodes";
+    cluster.job_until(&id, "says what it waits for", reason).await;
+    let mut a = Agent::join(&cluster, "node-a", 1).await;
+    cluster
+        .job_until(&id, "waits for one more", |job| {
+            job.reason.contains("1 slot free on 1 node")
+        })
+        .await;
+    let mut b = Agent::join(&cluster, "node-b", 1).await;
+    let (mut zero, one) = generation(&cluster, &mut a, &mut b).await;
+    cluster.job_in(&id, JobState::Running).await;
+    assert_eq!(
+        (zero.assignment.world_size, zero.assignment.local_world_size),
+        (2, 1)
+    );
+    assert_eq!(
+        zero.assignment
+            .spec
+            .as_ref()
+            .and_then(|s| s.train.as_ref())
+            .and_then(|t| t.lr),
+        Some(0.1)
+    );
+
+    let mut events = cluster.watch(&id).await;
+    zero.metrics(10).await;
+    let evaluation = Evaluation {
+        dataset: "lfw".into(),
+        step: 10,
+        pairs: 6000,
+        accuracy: 0.9,
+        ..Default::default()
+    };
+    zero.report(Report::Evaluation(evaluation)).await;
+    for step in [10, 20, 30, 40] {
+        assert!(
+            !one.commit(step).await.expect("taken"),
+            "rank 0's parts are missing"
+        );
+        assert!(zero.commit(step).await.expect("taken"), "step {step} is complete");
+        assert!(
+            zero.commit(step).await.expect("taken"),
+            "repeating it changes nothing"
+        );
+    }
+    // keep = 3: the fourth lets the first go.
+    let expired = within("expiry", async {
+        loop {
+            let message = zero.commands.message().await.expect("stream").expect("command");
+            if let Some(report_response::Command::CheckpointCommitted(committed)) = message.command
+                && !committed.expired_directories.is_empty()
+            {
+                return committed;
+            }
+        }
+    })
+    .await;
+    assert_eq!(expired.expired_directories, ["checkpoints/step-10"]);
+    assert_eq!(expired.manifest.expect("manifest").step, 40);
+
+    for rank in [&zero, &one] {
+        rank.report(Report::Finished(TrainingFinished { step: 100 }))
+            .await;
+    }
+    a.exit(&zero.assignment, Some(0), None).await;
+    b.exit(&one.assignment, Some(0), None).await;
+    zero.close().await;
+    one.close().await;
+    let mut seen = Vec::new();
+    let last = within("the end of the watch", async {
+        let mut last = None;
+        while let Some(message) = events.message().await.expect("watch") {
+            match message.event.expect("event") {
+                Event::Job(job) => last = Some(job),
+                Event::Metrics(metrics) => seen.push(format!("metrics {}", metrics.step)),
+                Event::Evaluation(evaluation) => {
+                    seen.push(format!("{} {}", evaluation.dataset, evaluation.accuracy))
+                }
+                Event::Checkpoint(manifest) => seen.push(format!("checkpoint {}", manifest.step)),
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        last.expect("a job")
+    })
+    .await;
+    assert_eq!(
+        seen,
+        [
+            "metrics 10",
+            "lfw 0.9",
+            "checkpoint 10",
+            "checkpoint 20",
+            "checkpoint 30",
+            "checkpoint 40"
+        ]
+    );
+    assert_eq!(last.state(), JobState::Succeeded);
+    assert_eq!(
+        (last.step, last.checkpoint_step, last.loss),
+        (100, Some(40), Some(9.5))
+    );
+
+    // It is all there after a restart.
+    let cluster = cluster.restart().await;
+    let job = cluster.job(&id).await;
+    assert_eq!(
+        (job.state(), job.step, job.generation),
+        (JobState::Succeeded, 100, 1)
+    );
+    let request = ListCheckpointsRequest {
+        job_id: id.clone(),
+        ..Default::default()
+    };
+    let manifests = cluster
+        .jobs()
+        .list_checkpoints(request)
+        .await
+        .expect("list")
+        .into_inner()
+        .checkpoints;
+    assert_eq!(
+        manifests.iter().map(|manifest| manifest.step).collect::<Vec<_>>(),
+        [40, 30, 20]
+    );
+    assert_eq!(manifests[0].parts.len(), 3);
+    let request = ListEvaluationsRequest {
+        job_id: id.clone(),
+        ..Default::default()
+    };
+    let evaluations = cluster
+        .jobs()
+        .list_evaluations(request)
+        .await
+        .expect("list")
+        .into_inner()
+        .evaluations;
+    assert_eq!(
+        (
+            evaluations.len(),
+            evaluations[0].accuracy,
+            evaluations[0].generation
+        ),
+        (1, 0.9, 1)
+    );
+    let mut events = cluster.watch(&id).await;
+    let first = events.message().await.expect("watch").expect("snapshot");
+    assert!(matches!(first.event, Some(Event::Job(job)) if job.state() == JobState::Succeeded));
+    assert!(
+        within("end", events.message()).await.expect("watch").is_none(),
+        "nothing follows the end"
+    );
+}
+
+#[tokio::test]
+async fn a_dead_rank_ends_its_generation_and_the_next_resumes_from_the_checkpoint() {
+    let cluster = Cluster::start().await;
+    let (id, mut a, mut b, mut zero, one) = training(&cluster, spec(2)).await;
+    one.commit(20).await.expect("taken");
+    assert!(zero.commit(20).await.expect("taken"));
+    zero.metrics(30).await;
+    cluster.job_when(&id, "reports", |job| job.step == 30).await;
+    b.exit(&one.assignment, None, Some(9)).await;
+    assert_eq!(a.killed().await.generation, 1, "the whole generation ends");
+
+    let (new_zero, new_one) = generation(&cluster, &mut a, &mut b).await;
+    assert_eq!(new_zero.id.generation, 2);
+    assert_eq!(
+        new_zero.assignment.resume.as_ref().map(|manifest| manifest.step),
+        Some(20)
+    );
+    assert_eq!(
+        (
+            new_zero.assignment.node_id.as_str(),
+            new_one.assignment.node_id.as_str()
+        ),
+        ("node-a", "node-b")
+    );
+    new_zero.metrics(31).await;
+    let done = |job: &v1::Job| job.state() == JobState::Running;
+    let job = cluster.job_until(&id, "trains again", done).await;
+    let recovery = &job.recoveries[0];
+    assert_eq!(
+        (recovery.reason.as_str(), recovery.kind.as_str()),
+        ("rank 1 on node-b was killed by signal 9", "crash")
+    );
+    assert_eq!((recovery.resumed_step, recovery.lost_steps), (Some(20), Some(10)));
+
+    // The old generation's messages are refused.
+    zero.metrics(40).await;
+    assert_eq!(zero.refused().await.code(), Code::FailedPrecondition);
+    let stale = zero.commit(40).await.expect_err("stale");
+    assert_eq!(stale.code(), Code::FailedPrecondition, "{stale}");
+    assert_eq!(
+        zero.rendezvous().await.expect_err("stale").code(),
+        Code::FailedPrecondition
+    );
+    assert_eq!(cluster.job(&id).await.checkpoint_step, Some(20));
+
+    // A report of the wrong rank does not pass for another.
+    let mut forged = Rank::connect(&cluster, new_one.assignment.clone()).await;
+    forged.metrics(50).await;
+    assert_eq!(forged.refused().await.code(), Code::InvalidArgument);
+    new_zero.metrics(41).await;
+    assert!(new_zero.commit(41).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_permanent_error_fails_the_job_at_once() {
+    let cluster = Cluster::start().await;
+    let (id, mut a, mut b, zero, _one) = training(&cluster, spec(2)).await;
+    let error = RankError {
+        message: "record 7: label 12 is outside [0, 10)".into(),
+        permanent: true,
+        peer: None,
+    };
+    zero.report(Report::Error(error)).await;
+    let job = cluster.job_in(&id, JobState::Failed).await;
+    assert_eq!(
+        job.reason,
+        "rank 0 on node-a: record 7: label 12 is outside [0, 10)"
+    );
+    a.killed().await;
+    b.killed().await;
+    assert_eq!(cluster.job(&id).await.generation, 1, "no second try");
+}
+
+#[tokio::test]
+async fn a_crash_loop_gives_up_and_says_why() {
+    let cluster = Cluster::start().await;
+    let mut a = Agent::join(&cluster, "node-a", 1).await;
+    let mut spec = spec(1);
+    spec.job.as_mut().expect("section").max_restarts = Some(2);
+    let id = cluster.submit(spec).await;
+    for attempt in 1..=3 {
+        let rank = a.launched().await;
+        assert_eq!(rank.generation, attempt);
+        a.exit(&rank, Some(1), None).await;
+    }
+    let job = cluster.job_in(&id, JobState::Failed).await;
+    assert_eq!(
+        job.reason,
+        "gave up after 2 restarts: rank 0 on node-a exited with 1"
+    );
+    assert_eq!((job.generation, job.recoveries.len()), (3, 2));
+}
+
+#[tokio::test]
+async fn a_cancel_stops_the_ranks_and_is_final() {
+    let cluster = Cluster::start().await;
+    let (id, mut a, mut b, zero, _one) = training(&cluster, spec(2)).await;
+    let cancel = CancelJobRequest {
+        job_id: id.clone(),
+        reason: "enough".into(),
+    };
+    let job = cluster
+        .jobs()
+        .cancel_job(cancel.clone())
+        .await
+        .expect("cancel")
+        .into_inner()
+        .job
+        .expect("job");
+    assert_eq!(
+        (job.state(), job.reason.as_str()),
+        (JobState::Cancelling, "cancelled: enough")
+    );
+    assert_eq!(a.killed().await.grace_ms, 100);
+    b.killed().await;
+    cluster.job_in(&id, JobState::Cancelled).await;
+    assert_eq!(
+        zero.commit(10).await.expect_err("over").code(),
+        Code::FailedPrecondition
+    );
+    let again = cluster
+        .jobs()
+        .cancel_job(cancel)
+        .await
+        .expect("no error")
+        .into_inner()
+        .job
+        .expect("job");
+    assert_eq!(again.state(), JobState::Cancelled);
+    let totals = cluster
+        .nodes()
+        .get_cluster(GetClusterRequest {})
+        .await
+        .expect("cluster")
+        .into_inner();
+    assert_eq!(
+        (totals.slots_total, totals.slots_used, totals.jobs_active),
+        (2, 0, 0)
+    );
+}
+
+#[tokio::test]
+async fn a_restart_of_the_coordinator_does_not_disturb_training() {
+    let cluster = Cluster::start().await;
+    let (id, a, b, zero, one) = training(&cluster, spec(2)).await;
+    zero.metrics(10).await;
+    one.commit(10).await.expect("taken");
+    let (ranks_a, ranks_b) = (a.vanish(), b.vanish());
+    let epoch = cluster
+        .nodes()
+        .get_cluster(GetClusterRequest {})
+        .await
+        .expect("cluster")
+        .into_inner()
+        .epoch;
+
+    let cluster = cluster.restart().await;
+    let totals = cluster
+        .nodes()
+        .get_cluster(GetClusterRequest {})
+        .await
+        .expect("cluster")
+        .into_inner();
+    assert_eq!(totals.epoch, epoch + 1);
+    let _a = Agent::join_as(&cluster, "node-a", "boot-1", 1, ranks_a)
+        .await
+        .expect("welcome");
+    let _b = Agent::join_as(&cluster, "node-b", "boot-1", 1, ranks_b)
+        .await
+        .expect("welcome");
+    let zero = Rank::connect(&cluster, zero.assignment).await;
+    let one = Rank::connect(&cluster, one.assignment).await;
+    let mut events = cluster.watch(&id).await;
+    zero.metrics(20).await;
+    within("metrics of the same generation", async {
+        loop {
+            let event = events.message().await.expect("watch").expect("event").event;
+            match event {
+                Some(Event::Metrics(metrics)) if metrics.step == 20 => return,
+                Some(Event::Job(job)) => assert_eq!((job.state(), job.generation), (JobState::Running, 1)),
+                _ => {}
+            }
+        }
+    })
+    .await;
+    // A checkpoint that pended is committed when its parts are told again.
+    one.commit(10).await.expect("taken");
+    assert!(zero.commit(10).await.expect("taken"));
+    let nodes = cluster
+        .nodes()
+        .list_nodes(ListNodesRequest::default())
+        .await
+        .expect("list")
+        .into_inner()
+        .nodes;
+    assert!(nodes.iter().all(|node| node.ranks.len() == 1), "{nodes:?}");
+    let job = cluster.job(&id).await;
+    assert_eq!((job.generation, job.recoveries.len()), (1, 0));
+}
+
+#[tokio::test]
+async fn ranks_that_died_while_no_coordinator_ran_are_replaced() {
+    let cluster = Cluster::start().await;
+    let (id, a, b, ..) = training(&cluster, spec(2)).await;
+    let (ranks_a, ranks_b) = (a.vanish(), b.vanish());
+    ranks_b.lock().expect("ranks").clear();
+    let cluster = cluster.restart().await;
+    let mut a = Agent::join_as(&cluster, "node-a", "boot-1", 1, ranks_a)
+        .await
+        .expect("welcome");
+    let mut b = Agent::join_as(&cluster, "node-b", "boot-1", 1, ranks_b)
+        .await
+        .expect("welcome");
+    let (zero, _one) = generation(&cluster, &mut a, &mut b).await;
+    assert_eq!(zero.id.generation, 2);
+    let job = cluster.job_in(&id, JobState::Running).await;
+    assert!(
+        job.recoveries[0].reason.starts_with("rank 1 on node-b is gone"),
+        "{:?}",
+        job.recoveries
+    );
+}
+
+#[tokio::test]
+async fn a_lost_node_shrinks_an_elastic_job_and_its_old_rank_is_stopped_when_it_comes_back() {
+    let cluster = Cluster::start().await;
+    let mut elastic = spec(2);
+    let section = elastic.job.as_mut().expect("section");
+    section.elastic = Some("shrink".into());
+    section.min_world_size = Some(1);
+    let (id, mut a, b, ..) = training(&cluster, elastic).await;
+    let ranks_b = b.vanish();
+    let alone = a.launched().await;
+    assert_eq!((alone.generation, alone.world_size, alone.rank), (2, 1, 0));
+    let job = cluster.job(&id).await;
+    assert_eq!(job.recoveries[0].kind, "lost");
+    assert!(
+        job.recoveries[0].detected_s >= 2.5 && job.recoveries[0].detected_s < 4.0,
+        "{:?}",
+        job.recoveries
+    );
+    let mut b = Agent::join_as(&cluster, "node-b", "boot-1", 1, ranks_b)
+        .await
+        .expect("welcome");
+    assert_eq!(b.killed().await.generation, 1);
+    assert_eq!(cluster.job(&id).await.generation, 2, "the job goes on");
+}
+
+#[tokio::test]
+async fn a_second_agent_with_the_id_of_a_healthy_node_is_refused_and_a_restarted_one_is_not() {
+    let cluster = Cluster::start().await;
+    let (id, a, mut b, ..) = training(&cluster, spec(2)).await;
+    let refused = Agent::join_as(&cluster, "node-a", "boot-2", 1, Default::default())
+        .await
+        .err()
+        .expect("refused");
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    assert!(
+        refused.message().contains("node-a has already joined"),
+        "{refused}"
+    );
+
+    a.vanish();
+    let mut a = within("the old stream's end", async {
+        loop {
+            match Agent::join_as(&cluster, "node-a", "boot-2", 1, Default::default()).await {
+                Ok(agent) => return agent,
+                Err(status) => assert_eq!(status.code(), Code::AlreadyExists),
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let _ranks = generation(&cluster, &mut a, &mut b).await;
+    let job = cluster.job_in(&id, JobState::Running).await;
+    assert_eq!(
+        job.recoveries[0].reason,
+        "the agent on node-a was restarted; it had run rank 0"
+    );
+}
+
+#[tokio::test]
+async fn a_drained_node_is_left_after_a_checkpoint_and_stays_drained() {
+    let cluster = Cluster::start().await;
+    let (id, mut a, b, mut zero, one) = training(&cluster, spec(2)).await;
+    let mut c = Agent::join(&cluster, "node-c", 1).await;
+    let drain = DrainNodeRequest {
+        node_id: "node-b".into(),
+        undo: false,
+    };
+    let node = cluster
+        .nodes()
+        .drain_node(drain)
+        .await
+        .expect("drain")
+        .into_inner()
+        .node
+        .expect("node");
+    assert_eq!(node.state(), v1::NodeState::Draining);
+    let command = within("command", zero.commands.message())
+        .await
+        .expect("stream")
+        .expect("command")
+        .command;
+    assert!(
+        matches!(command, Some(report_response::Command::CheckpointNow(_))),
+        "{command:?}"
+    );
+    one.commit(5).await.expect("taken");
+    assert!(zero.commit(5).await.expect("taken"));
+    let (zero, one) = generation(&cluster, &mut a, &mut c).await;
+    assert_eq!(
+        zero.assignment.resume.as_ref().map(|manifest| manifest.step),
+        Some(5)
+    );
+    assert_eq!(one.assignment.node_id, "node-c");
+    assert_eq!(
+        cluster.job_in(&id, JobState::Running).await.recoveries[0].kind,
+        "drained"
+    );
+
+    drop((a, c));
+    let ranks = b.vanish();
+    let cluster = cluster.restart().await;
+    let _b = Agent::join_as(&cluster, "node-b", "boot-1", 1, ranks)
+        .await
+        .expect("welcome");
+    let nodes = cluster
+        .nodes()
+        .list_nodes(ListNodesRequest::default())
+        .await
+        .expect("list")
+        .into_inner()
+        .nodes;
+    let b = nodes.iter().find(|node| node.id == "node-b").expect("node-b");
+    assert_eq!(b.state(), v1::NodeState::Draining);
+    let unknown = DrainNodeRequest {
+        node_id: "node-z".into(),
+        undo: false,
+    };
+    assert_eq!(
+        cluster
+            .nodes()
+            .drain_node(unknown)
+            .await
+            .expect_err("unknown")
+            .code(),
+        Code::NotFound
+    );
+}
+
+#[tokio::test]
+async fn a_watcher_that_does_not_read_misses_events_and_is_told_how_many() {
+    let cluster = Cluster::start().await;
+    let mut a = Agent::join(&cluster, "node-a", 1).await;
+    let id = cluster.submit(spec(1)).await;
+    let rank = Rank::connect(&cluster, a.launched().await).await;
+    rank.started(0).await;
+    cluster.job_in(&id, JobState::Running).await;
+    let mut slow = cluster.narrow_watch(&id).await;
+    // Several times the buffer and what HTTP/2 takes in flight (64 KiB of window, 400 KiB of the server's buffer).
+    let steps = 20_000;
+    for step in 1..=steps {
+        rank.metrics(step).await;
+    }
+    rank.report(Report::Finished(TrainingFinished { step: steps }))
+        .await;
+    // The word of the exit overtakes the reports on another stream; they count all the same.
+    a.exit(&rank.assignment, Some(0), None).await;
+    rank.close().await;
+    cluster.job_in(&id, JobState::Succeeded).await;
+    let (mut got, mut missed, mut last_step) = (0, 0, 0);
+    while let Some(message) = within("events", slow.message()).await.expect("watch") {
+        match message.event.expect("event") {
+            Event::Metrics(metrics) => {
+                assert!(metrics.step > last_step, "in order");
+                last_step = metrics.step;
+                got += 1;
+            }
+            Event::Missed(count) => missed += count,
+            _ => {}
+        }
+    }
+    assert!(missed > 0, "the buffer is bounded: {got} got");
+    // The markers count all events, of which all but the last change of state are metrics.
+    assert_eq!(got + missed, steps, "no silent gap");
+    assert_eq!(last_step, steps, "the newest are kept");
+}
+
+#[tokio::test]
+async fn foreign_clients_find_health_and_reflection_and_prometheus_its_metrics() {
+    let cluster = Cluster::start().await;
+    let (_id, _a, _b, zero, _one) = training(&cluster, spec(2)).await;
+    zero.metrics(10).await;
+    let mut health = tonic_health::pb::health_client::HealthClient::new(cluster.channel.clone());
+    for service in ["", "arcface.v1.JobService", "arcface.v1.RankService"] {
+        let request = tonic_health::pb::HealthCheckRequest {
+            service: service.into(),
+        };
+        let answer = health.check(request).await.expect("health").into_inner();
+        assert_eq!(
+            answer.status(),
+            tonic_health::pb::health_check_response::ServingStatus::Serving,
+            "{service:?}"
+        );
+    }
+    use tonic_reflection::pb::v1alpha::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = ServerReflectionClient::new(cluster.channel.clone())
+        .server_reflection_info(tokio_stream::iter([request]))
+        .await
+        .expect("reflection")
+        .into_inner();
+    let answer = answers
+        .message()
+        .await
+        .expect("stream")
+        .expect("answer")
+        .message_response
+        .expect("response");
+    let MessageResponse::ListServicesResponse(list) = answer else {
+        panic!("{answer:?}")
+    };
+    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in [
+        "arcface.v1.JobService",
+        "arcface.v1.WorkerService",
+        "grpc.health.v1.Health",
+    ] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+
+    let address = cluster.running.metrics.expect("metrics address");
+    let scrape = async || {
+        let mut socket = tokio::net::TcpStream::connect(address).await.expect("connect");
+        socket
+            .write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            .await
+            .expect("ask");
+        let mut text = String::new();
+        socket.read_to_string(&mut text).await.expect("read");
+        text
+    };
+    let text = within("the loss", async {
+        loop {
+            let text = scrape().await;
+            if text.contains("arcface_train_loss{") {
+                return text;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(text.starts_with("HTTP/1.1 200 OK\r\n"));
+    for name in [
+        "arcface_build_info{version=",
+        "arcface_job_state{",
+        "arcface_train_steps_total{",
+        "arcface_train_step_duration_seconds_bucket{",
+        "arcface_coordinator_nodes{state=\"healthy\"}",
+        "arcface_grpc_requests_total{service=\"arcface.v1.JobService\",method=\"SubmitJob\",code=\"Ok\"}",
+    ] {
+        assert!(text.contains(name), "{name} is not in {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_second_coordinator_on_the_store_or_the_port_is_one_clear_line() {
+    let cluster = Cluster::start().await;
+    let error = server::start(options(cluster.store.path()))
+        .await
+        .err()
+        .expect("the store is in use");
+    let (text, code) = report(&*error);
+    assert_eq!(code, ExitCode::Unreachable, "{text}");
+    assert!(
+        text.contains("is in use by another coordinator") && text.contains("\nhint: "),
+        "{text}"
+    );
+
+    let other = Arc::new(tempfile::tempdir().expect("scratch directory"));
+    let mut taken = options(other.path());
+    taken.listen = cluster.running.grpc;
+    let error = server::start(taken).await.err().expect("the port is in use");
+    let (text, code) = report(&*error);
+    assert_eq!(code, ExitCode::Unreachable);
+    assert!(
+        text.contains(&format!("listen on {}: the port is in use", cluster.running.grpc)),
+        "{text}"
+    );
+    assert!(
+        std::fs::read_dir(other.path()).expect("read").next().is_none(),
+        "the store was not touched"
+    );
+
+    let addresses = std::fs::read_to_string(cluster.store.path().join("addresses")).expect("address file");
+    let metrics = cluster.running.metrics.expect("metrics");
+    assert_eq!(
+        addresses,
+        format!("grpc={}\nmetrics={metrics}\n", cluster.running.grpc)
+    );
+}
