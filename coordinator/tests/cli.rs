@@ -1,8 +1,10 @@
 //! The command line as a person or a script meets it: the built binary, its exit codes, and one clear line for each
 //! thing that is wrong.
 
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
@@ -237,6 +239,50 @@ fn run_without_a_worker_says_where_it_looked() {
         .expect("start");
     assert_eq!(output.status.code(), Some(3));
     assert!(String::from_utf8_lossy(&output.stderr).contains("none: no such file\nhint: "));
+}
+
+#[test]
+fn run_whose_workers_end_says_what_they_said_last_and_where_the_rest_is() {
+    let folder = TempDir::new().expect("scratch");
+    let file = job_file(folder.path(), SMALLEST);
+    let worker = folder.path().join("worker");
+    std::fs::write(
+        &worker,
+        "#!/bin/sh\necho first\necho \"cannot start with $*\" >&2\nexit 7\n",
+    )
+    .expect("write");
+    std::fs::set_permissions(&worker, Permissions::from_mode(0o755)).expect("make it executable");
+    let output = arcface(&["run", &file, "--nodes", "1", "--device", "cpu"])
+        .env("ARCFACE_WORKER", &worker)
+        .current_dir(folder.path())
+        .output()
+        .expect("start");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(
+        (output.status.code(), output.stdout.as_slice()),
+        (Some(1), &b""[..]),
+        "{stderr}"
+    );
+    let said = "error: worker node-1 ended (exit status: 7): cannot start with --join 127.0.0.1:";
+    assert!(stderr.contains(said), "{stderr}");
+    assert!(
+        stderr.contains("--slots 1 --node-id node-1 --device cpu\nhint: its whole log is "),
+        "{stderr}"
+    );
+    assert!(folder.path().join("o/x/run/metrics.prom").is_file(), "{stderr}");
+
+    // The job of that run is not taken up by the next one, which has the same store.
+    let again = arcface(&["run", &file, "--nodes", "1"])
+        .env("ARCFACE_WORKER", &worker)
+        .current_dir(folder.path())
+        .output()
+        .expect("start");
+    assert_eq!(
+        again.status.code(),
+        Some(1),
+        "{}",
+        String::from_utf8_lossy(&again.stderr)
+    );
 }
 
 #[test]

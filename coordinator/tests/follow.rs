@@ -44,7 +44,10 @@ impl JobService for Script {
         if request.request_id == "refused" {
             let details = ErrorDetails::with_bad_request(vec![
                 FieldViolation::new("data.rec", "/d is not there"),
-                FieldViolation::new("head.num_classes", "5 is not the data set's 7"),
+                FieldViolation::new(
+                    "head.num_classes",
+                    "5 is not the data set's 7 (hint: leave it out)",
+                ),
             ]);
             return Err(Status::with_error_details(
                 tonic::Code::InvalidArgument,
@@ -409,7 +412,7 @@ async fn refusals_have_their_exit_codes() {
     assert_eq!((code, stdout.as_str()), (2, ""));
     assert_eq!(
         stderr,
-        "error: data.rec: /d is not there\nerror: head.num_classes: 5 is not the data set's 7\n"
+        "error: data.rec: /d is not there\nerror: head.num_classes: 5 is not the data set's 7\nhint: leave it out\n"
     );
 
     let (code, stdout, _) = run(&["submit", file], &address).await;

@@ -83,8 +83,13 @@ fn refusals(status: &Status) -> Vec<Failure> {
         return fields
             .into_iter()
             .map(|field| {
-                let hint = field.localized_message.map(|m| m.message).unwrap_or_default();
-                Failure::new(code, format!("{}: {}", field.field, field.description)).hint(hint)
+                // The API has one text for a field: the hint stands at its end in brackets.
+                let hinted = field
+                    .description
+                    .strip_suffix(')')
+                    .and_then(|text| text.split_once(" (hint: "));
+                let (problem, hint) = hinted.unwrap_or((&field.description, ""));
+                Failure::new(code, format!("{}: {problem}", field.field)).hint(hint)
             })
             .collect();
     }

@@ -80,6 +80,7 @@ impl Progress {
         let bar = io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
             bar.set_style(waiting());
+            bar.set_message("attaching");
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
@@ -107,8 +108,13 @@ impl Progress {
         }
         let state = words::state(job);
         if state != self.state {
-            // How it ended is said by whoever asked to follow.
-            if !words::has_ended(job.state()) {
+            // How it ended is said by whoever asked to follow, and what a recovery is from by the recovery's line.
+            let told = job.state() == v1::JobState::Recovering
+                && job
+                    .recoveries
+                    .last()
+                    .is_some_and(|recovery| recovery.reason == job.reason);
+            if !told && !words::has_ended(job.state()) {
                 self.line(&state);
             }
             self.state = state;

@@ -123,15 +123,7 @@ pub fn job(job: &v1::Job, evaluations: &[v1::Evaluation]) -> String {
     let wanted = spec.job.as_ref().and_then(|j| j.world_size).unwrap_or(0);
     let epochs = spec.train.as_ref().and_then(|t| t.num_epoch).unwrap_or(0);
     let mut lines: Vec<(&str, String)> = vec![("job", job.id.clone()), ("name", job_name(job))];
-    let state = job_state(job.state());
-    lines.push((
-        "state",
-        if job.reason.is_empty() {
-            state.into()
-        } else {
-            format!("{state}: {}", job.reason)
-        },
-    ));
+    lines.push(("state", words::with_reason(job_state(job.state()), &job.reason)));
     if job.generation > 0 {
         lines.push((
             "ranks",

@@ -182,7 +182,15 @@ pub fn state(job: &v1::Job) -> String {
                 job.generation
             )
         }
+        _ => with_reason(state, &reason),
+    }
+}
+
+/// A state and why; the reason may begin with the state itself.
+pub fn with_reason(state: &str, reason: &str) -> String {
+    match reason.strip_prefix(state) {
         _ if reason.is_empty() => state.to_owned(),
+        Some(rest) if !rest.starts_with(char::is_alphanumeric) => reason.to_owned(),
         _ => format!("{state}: {reason}"),
     }
 }
@@ -263,6 +271,16 @@ mod tests {
             }),
             "1970-01-01T00:00:00Z"
         );
+    }
+
+    #[test]
+    fn a_state_is_said_once() {
+        assert_eq!(with_reason("cancelled", ""), "cancelled");
+        assert_eq!(
+            with_reason("cancelled", "cancelled: wrong margin"),
+            "cancelled: wrong margin"
+        );
+        assert_eq!(with_reason("failed", "rank 0 ended"), "failed: rank 0 ended");
     }
 
     #[test]
