@@ -68,11 +68,6 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let format = args.log.log_format.unwrap_or_else(LogFormat::of_stderr);
     telemetry::start_logging(format, &args.log.log, LogSink::Stderr)?;
     let store = args.store.unwrap_or_else(default_store);
-    for (flag, address) in [("--listen", args.listen), ("--metrics", args.metrics)] {
-        if !address.ip().is_loopback() {
-            tracing::warn!(%flag, %address, "without TLS: whoever reaches this address can read and change every job");
-        }
-    }
     let options = ServeOptions {
         listen: args.listen,
         metrics: Some(args.metrics),
