@@ -1,5 +1,5 @@
 //! The command line: what can be typed, which code runs, how it ends. One file for each group of commands; only
-//! this module decides on exit codes, only [`output`] writes to standard output.
+//! this module decides on exit codes, only `output` writes to standard output.
 
 mod connect;
 mod follow;
