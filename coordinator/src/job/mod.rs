@@ -1,4 +1,4 @@
-//! Pure: the life of one job. [`step`] takes a job and an event and returns the job after it and the effects that the
+//! Pure: the life of one job. [`step()`] takes a job and an event and returns the job after it and the effects that the
 //! caller must perform, once the store has said yes. No clock, no I/O; times come in with [`Now`].
 //!
 //! ```text
