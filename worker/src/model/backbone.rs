@@ -247,7 +247,7 @@ impl Backbone {
         self.run(images, &mut Pass::new(mode, Some(tap)))
     }
 
-    fn run(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
+    pub(super) fn run(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
         let size = images.size();
         let [n, 3, IMAGE_SIZE, IMAGE_SIZE] = size[..] else {
             panic!("images have shape {size:?}, expected [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]");
@@ -258,11 +258,10 @@ impl Backbone {
         self.network.forward(&channels_last(images), pass)
     }
 
-    /// Multiply-accumulates of convolutions and linear layers for one image, counted where they happen: one image of
-    /// zeros goes through the network.
+    /// Multiply-accumulates of convolutions and linear layers for one image, counted as it goes through the layers.
     pub fn macs(&self) -> u64 {
         let mode = ForwardMode::evaluation(Precision::Fp32);
-        let mut pass = Pass::new(&mode, None);
+        let mut pass = Pass::counting(&mode);
         let image = Tensor::zeros([1, 3, IMAGE_SIZE, IMAGE_SIZE], (Kind::Float, Device::Cpu));
         let _embedding = tch::no_grad(|| self.run(&image, &mut pass));
         pass.macs()

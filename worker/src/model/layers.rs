@@ -70,6 +70,16 @@ impl ConvShape {
         Self { groups, ..self }
     }
 
+    /// \[N, output, H', W'\] for an input of \[N, input, H, W\].
+    fn output_size(self, input: &[i64]) -> Vec<i64> {
+        let mut size = input.to_vec();
+        size[1] = self.output;
+        for side in &mut size[2..] {
+            *side = (*side + 2 * self.padding - self.kernel) / self.stride + 1;
+        }
+        size
+    }
+
     /// Weights that one output element is made of.
     fn fan_in(self) -> i64 {
         self.input / self.groups * self.kernel * self.kernel
@@ -104,22 +114,29 @@ impl Conv2d {
 
     /// \[N, input, H, W\] to \[N, output, H', W'\] in the pass's precision.
     pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let y = match pass.counts_only() {
+            true => Tensor::zeros(self.shape.output_size(&x.size()), (pass.kind(), x.device())),
+            false => self.convolve(x, pass.kind()),
+        };
+        pass.count_macs(&y, self.shape.fan_in());
+        y
+    }
+
+    fn convolve(&self, x: &Tensor, kind: Kind) -> Tensor {
         let ConvShape {
             stride,
             padding,
             groups,
             ..
         } = self.shape;
-        let y = x.to_kind(pass.kind()).conv2d(
-            &self.weight.to_kind(pass.kind()),
+        x.to_kind(kind).conv2d(
+            &self.weight.to_kind(kind),
             None::<Tensor>,
             [stride, stride],
             [padding, padding],
             [1, 1],
             groups,
-        );
-        pass.count_macs(&y, self.shape.fan_in());
-        y
+        )
     }
 }
 

@@ -131,11 +131,15 @@ impl DepthWise {
 /// A child of the trunk.
 enum Stage {
     Conv(ConvBlock),
-    Down(DepthWise),
+    Down(Box<DepthWise>),
     Residual(Vec<DepthWise>),
 }
 
 impl Stage {
+    fn down(b: Builder, input: i64, hidden: i64, output: i64) -> Self {
+        Stage::Down(Box::new(DepthWise::down(b, input, hidden, output)))
+    }
+
     fn residual(mut b: Builder, blocks: usize, channels: i64, hidden: i64) -> Self {
         let block = |i| DepthWise::residual(b.child(format_args!("layers.{i}")), channels, hidden);
         Stage::Residual((0..blocks).map(block).collect())
@@ -179,11 +183,11 @@ pub fn build(mut b: Builder, config: &BackboneConfig, layout: &Layout) -> Box<dy
         1 => Stage::Conv(ConvBlock::new(b, ConvShape::three(narrow, narrow, 1).groups(64))),
         _ => Stage::residual(b, first, narrow, 128),
     });
-    stage(b, &|b| Stage::Down(DepthWise::down(b, narrow, 128, narrow)));
+    stage(b, &|b| Stage::down(b, narrow, 128, narrow));
     stage(b, &|b| Stage::residual(b, second, narrow, 128));
-    stage(b, &|b| Stage::Down(DepthWise::down(b, narrow, 256, wide)));
+    stage(b, &|b| Stage::down(b, narrow, 256, wide));
     stage(b, &|b| Stage::residual(b, third, wide, 256));
-    stage(b, &|b| Stage::Down(DepthWise::down(b, wide, 512, wide)));
+    stage(b, &|b| Stage::down(b, wide, 512, wide));
     stage(b, &|b| Stage::residual(b, fourth, wide, 256));
 
     let size = config.embedding_size;

@@ -21,3 +21,6 @@ pub use state::{Builder, Init, Role, StateEntry};
 
 /// Height and width of every network's input in pixels.
 pub const IMAGE_SIZE: i64 = 112;
+
+#[cfg(test)]
+mod tests;

@@ -57,6 +57,7 @@ pub struct Pass<'a> {
     mode: &'a ForwardMode,
     kind: Kind,
     tap: Option<Tap<'a>>,
+    counts_only: bool,
     macs: u64,
 }
 
@@ -72,8 +73,22 @@ impl<'a> Pass<'a> {
             mode,
             kind,
             tap,
+            counts_only: false,
             macs: 0,
         }
+    }
+
+    /// A pass that counts and does not compute: convolutions give zeros of the right shape.
+    pub fn counting(mode: &'a ForwardMode) -> Self {
+        Self {
+            counts_only: true,
+            ..Self::new(mode, None)
+        }
+    }
+
+    /// Whether convolutions need not compute.
+    pub fn counts_only(&self) -> bool {
+        self.counts_only
     }
 
     /// Whether the network trains.
@@ -120,7 +135,7 @@ impl<'a> Pass<'a> {
             first_sample,
         } = self.mode.dropout;
         let rows = x.size().first().map_or(0, |&n| n as u64);
-        let per_row = if rows == 0 { 0 } else { x.numel() as u64 / rows };
+        let per_row = (x.numel() as u64).checked_div(rows).unwrap_or(0);
         let keep = (1.0 / (1.0 - p)) as f32;
         let mut mask: Vec<f32> = Vec::with_capacity(x.numel());
         for row in 0..rows {

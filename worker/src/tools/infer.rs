@@ -1,10 +1,268 @@
-//! `arcface-worker infer`.
+//! `arcface-worker infer`: embeddings of image files, or of a tensor of prepared images.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use arcface_proto::{
+    failure::{ExitCode, Failure},
+    spec::Precision,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+use serde_json::json;
+use tch::{Kind, Tensor};
+
+use crate::{
+    data::{
+        augment,
+        decode::{self, OtherSize, PIXEL_BYTES},
+        image_folder::read_image_file,
+    },
+    export::{npy, safetensors, weights},
+    model::{Backbone, ForwardMode, IMAGE_SIZE},
+};
 
 /// Arguments of `infer`.
 #[derive(clap::Args, Debug)]
-pub struct InferArgs {}
+#[command(after_help = "Examples:\n  \
+    arcface-worker infer --network r50 --weights model.safetensors faces/ --out faces.npy\n  \
+    arcface-worker infer --network r50 --weights backbone.pth --flip a.jpg b.png --out pair.json\n  \
+    arcface-worker infer --network mbf --weights w.safetensors --tensor in.safetensors --out out.safetensors")]
+pub struct InferArgs {
+    /// Aligned faces, JPEG or PNG; folders are walked in order of their names. Images of another size than 112x112 are
+    /// scaled to it, without keeping the ratio of their sides.
+    #[arg(value_name = "IMAGE", required_unless_present = "tensor")]
+    pub images: Vec<PathBuf>,
+    /// Network that the weights belong to; `arcface-worker networks` lists them.
+    #[arg(long)]
+    pub network: String,
+    /// Weights: .safetensors, or a PyTorch state_dict (.pth, .pt).
+    #[arg(long, value_name = "FILE")]
+    pub weights: PathBuf,
+    /// Instead of images: a .safetensors file with tensor `input` [N, 3, 112, 112], float32, RGB in [-1, 1].
+    #[arg(long, value_name = "FILE", conflicts_with = "images")]
+    pub tensor: Option<PathBuf>,
+    /// Add the embedding of the mirrored image to each one.
+    #[arg(long)]
+    pub flip: bool,
+    /// Where the embeddings [N, D], float32, go: .safetensors (tensor `embedding`), .npy or .json.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Images embedded at a time.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub batch: u32,
+    /// Arithmetic of the network: fp32 or bf16.
+    #[arg(long, default_value = "fp32", value_parser = precision)]
+    pub precision: Precision,
+}
+
+fn precision(name: &str) -> Result<Precision, String> {
+    match name {
+        "fp32" => Ok(Precision::Fp32),
+        "bf16" => Ok(Precision::Bf16),
+        other => Err(format!("{other:?} is neither fp32 nor bf16")),
+    }
+}
+
+/// Form of the output file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Safetensors,
+    Npy,
+    Json,
+}
+
+impl Format {
+    fn of(path: &Path) -> Result<Self, Failure> {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("safetensors") => Ok(Format::Safetensors),
+            Some("npy") => Ok(Format::Npy),
+            Some("json") => Ok(Format::Json),
+            _ => Err(Failure::new(
+                ExitCode::Usage,
+                format!("--out {}: unknown form of file", path.display()),
+            )
+            .hint("end the name in .safetensors, .npy or .json")),
+        }
+    }
+}
+
+/// Where images come from.
+enum Source {
+    Files(Vec<PathBuf>),
+    Tensor(Tensor),
+}
+
+impl Source {
+    fn len(&self) -> usize {
+        match self {
+            Source::Files(files) => files.len(),
+            Source::Tensor(input) => input.size()[0] as usize,
+        }
+    }
+
+    /// Images `start..end` as \[n, 3, 112, 112\] f32.
+    fn batch(&self, start: usize, end: usize) -> anyhow::Result<Tensor> {
+        match self {
+            Source::Files(files) => load(&files[start..end]),
+            Source::Tensor(input) => Ok(input.narrow(0, start as i64, (end - start) as i64)),
+        }
+    }
+}
 
 /// Runs `infer`.
-pub fn run(_args: InferArgs) -> anyhow::Result<()> {
-    anyhow::bail!("infer is being built")
+pub fn run(args: InferArgs) -> anyhow::Result<()> {
+    // What is cheap to refuse comes before the weights are read.
+    let format = Format::of(&args.out)?;
+    let source = match &args.tensor {
+        Some(path) => Source::Tensor(read_input(path)?),
+        None => Source::Files(image_files(&args.images)?),
+    };
+    let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
+    let embedding = embed(&backbone, &source, &args)?;
+    let names = match &source {
+        Source::Files(files) => Some(files.iter().map(|file| file.display().to_string()).collect()),
+        Source::Tensor(_) => None,
+    };
+    write(&args.out, format, &embedding, names)
 }
+
+fn embed(backbone: &Backbone, source: &Source, args: &InferArgs) -> anyhow::Result<Tensor> {
+    let mode = ForwardMode::evaluation(args.precision);
+    let total = source.len();
+    // Shown on a terminal only.
+    let bar = ProgressBar::new(total as u64);
+    let style = "{wide_bar} {pos}/{len} images, {per_sec}, {eta} left";
+    bar.set_style(ProgressStyle::with_template(style).context("progress bar")?);
+    let mut parts = vec![Tensor::zeros(
+        [0, backbone.config().embedding_size],
+        (Kind::Float, tch::Device::Cpu),
+    )];
+    for start in (0..total).step_by(args.batch as usize) {
+        let end = total.min(start + args.batch as usize);
+        let images = source.batch(start, end)?;
+        let embedding = tch::no_grad(|| {
+            let plain = backbone.forward(&images, &mode);
+            // The mirrored width, as verification adds it.
+            if args.flip {
+                plain + backbone.forward(&images.flip([3]), &mode)
+            } else {
+                plain
+            }
+        });
+        parts.push(embedding);
+        bar.inc((end - start) as u64);
+    }
+    bar.finish_and_clear();
+    Ok(Tensor::cat(&parts, 0))
+}
+
+fn read_input(path: &Path) -> anyhow::Result<Tensor> {
+    let file = safetensors::read(path).map_err(Failure::from)?;
+    let refuse = |what: String| {
+        Failure::new(ExitCode::Failed, format!("{}: {what}", path.display())).hint(format!(
+            "it must have a tensor input [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}] of float32"
+        ))
+    };
+    let input = file
+        .get("input")
+        .ok_or_else(|| refuse("no tensor input".to_owned()))?;
+    match (input.size().as_slice(), input.kind()) {
+        ([_, 3, IMAGE_SIZE, IMAGE_SIZE], Kind::Float) => Ok(input.shallow_clone()),
+        (size, kind) => Err(refuse(format!("tensor input is {kind:?} {size:?}")).into()),
+    }
+}
+
+/// The images that the arguments name, folders walked in order.
+fn image_files(arguments: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in arguments {
+        let kind = fs::metadata(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => {
+                Failure::new(ExitCode::NotFound, format!("{} does not exist", path.display()))
+            }
+            _ => Failure::new(ExitCode::Failed, format!("{}: {error}", path.display())),
+        })?;
+        if kind.is_dir() {
+            let before = files.len();
+            walk(path, &mut files).with_context(|| format!("list {}", path.display()))?;
+            if files.len() == before {
+                let what = format!("{}: no .jpg, .jpeg or .png file in it", path.display());
+                return Err(Failure::new(ExitCode::NotFound, what).into());
+            }
+        } else {
+            files.push(path.clone());
+        }
+    }
+    Ok(files)
+}
+
+/// Hidden files and links to folders are left out, so that a walk ends.
+fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+    let mut entries = fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let path = entry.path();
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        let extension = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .unwrap_or("")
+            .to_ascii_lowercase();
+        if entry.file_type()?.is_dir() {
+            walk(&path, files)?;
+        } else if ["jpg", "jpeg", "png"].contains(&extension.as_str()) {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// Images as the network wants them: \[n, 3, 112, 112\] f32.
+fn load(files: &[PathBuf]) -> anyhow::Result<Tensor> {
+    let mut values = vec![0f32; files.len() * PIXEL_BYTES];
+    let (planes, _) = values.as_chunks_mut::<PIXEL_BYTES>();
+    files
+        .par_iter()
+        .zip(planes)
+        .try_for_each(|(path, planes)| -> anyhow::Result<()> {
+            let bytes = read_image_file(path).map_err(Failure::from)?;
+            let mut pixels = [0; PIXEL_BYTES];
+            decode::decode(&bytes, OtherSize::Resize, &mut pixels)
+                .map_err(|what| Failure::new(ExitCode::Failed, format!("{}: {what}", path.display())))?;
+            augment::normalise(&pixels, false, planes);
+            Ok(())
+        })?;
+    Ok(Tensor::from_slice(&values).view([files.len() as i64, 3, IMAGE_SIZE, IMAGE_SIZE]))
+}
+
+fn write(path: &Path, format: Format, embedding: &Tensor, images: Option<Vec<String>>) -> anyhow::Result<()> {
+    let written = match format {
+        Format::Npy => npy::write(path, embedding),
+        Format::Safetensors => {
+            let images = images.map(|images| ("images".to_owned(), json!(images).to_string()));
+            let metadata: HashMap<String, String> = images.into_iter().collect();
+            safetensors::write_with(path, [("embedding", embedding)], metadata)
+        }
+        Format::Json => {
+            let rows: Vec<Vec<f32>> = Vec::try_from(embedding).context("embeddings as numbers")?;
+            let mut report = json!({ "embedding": rows });
+            if let Some(images) = images {
+                report["images"] = json!(images);
+            }
+            crate::export::atomic::write(path, |file| {
+                io::Write::write_all(file, format!("{report}\n").as_bytes())
+            })
+        }
+    };
+    Ok(written.map_err(Failure::from)?)
+}
+
+#[cfg(test)]
+mod tests;
