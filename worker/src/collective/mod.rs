@@ -1,5 +1,21 @@
 //! Communication between the ranks of one generation. Nothing else opens a socket between ranks; this module
 //! knows neither head nor model.
+//!
+//! `tcp.rs` has the ring's algorithms, `links.rs` its connections and who is to blame for their end, `connect.rs`
+//! how they come up, `wire.rs` what they carry, `reduce.rs` and `memory.rs` the arithmetic on a tensor's bytes.
+
+mod connect;
+mod links;
+pub mod local;
+mod memory;
+mod reduce;
+#[cfg(test)]
+mod suite;
+pub mod tcp;
+mod wire;
+
+pub use connect::{Listener, Session, Timeouts};
+pub use tcp::TcpCollective;
 
 use std::time::Duration;
 use tch::Tensor;
