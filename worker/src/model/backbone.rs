@@ -268,8 +268,8 @@ impl Backbone {
     }
 }
 
-/// The same tensor with its channels innermost in memory; every layer keeps that layout. On the CPU it is half again
-/// as fast as the other one in f32 and three times as fast in bf16.
+/// The same tensor with its channels innermost in memory, a layout that every layer keeps: the CPU's convolutions are
+/// faster in it (an r18 training step at batch 64 on 2 cores: 11.5 images/s instead of 8 in f32, 27 in bf16).
 fn channels_last(images: &Tensor) -> Tensor {
     images.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }

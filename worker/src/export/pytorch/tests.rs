@@ -1,4 +1,4 @@
-//! Tests of the PyTorch reader and writer; the archives that PyTorch itself wrote lie beside the cluster's tests.
+//! Tests of the PyTorch reader and writer. `testdata/pytorch/write.py` made the checkpoint that is read here.
 
 use tch::Device;
 
@@ -28,6 +28,22 @@ fn what_is_written_is_read_in_order() {
         assert_eq!((got.size(), got.kind()), (tensor.size(), tensor.kind()), "{name}");
         assert_eq!(got, tensor, "{name}");
     }
+}
+
+#[test]
+fn a_training_checkpoint_gives_its_network() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/pytorch/checkpoint.pth");
+    let read = read(&path).unwrap();
+    let names: Vec<&str> = read.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(
+        names,
+        ["permuted", "tail", "count"],
+        "without the wrapper's module."
+    );
+    let values = Tensor::arange(12, (Kind::Float, Device::Cpu));
+    assert_eq!(read[0].1, values.view([4, 3]).tr());
+    assert_eq!(read[1].1, values.narrow(0, 8, 4));
+    assert_eq!((read[2].1.size(), read[2].1.int64_value(&[])), (vec![], 7));
 }
 
 #[test]
