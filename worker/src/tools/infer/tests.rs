@@ -1,0 +1,204 @@
+//! `infer` as a user runs it: weights by the golden rule, a tensor or images in, embeddings out.
+
+use arcface_proto::failure::report;
+use image::{ImageBuffer, Rgb};
+use tch::Device;
+
+use super::*;
+use crate::model::{BackboneConfig, fill};
+
+fn args(folder: &Path) -> InferArgs {
+    InferArgs {
+        images: Vec::new(),
+        network: "tiny".to_owned(),
+        weights: folder.join("w.safetensors"),
+        tensor: None,
+        flip: false,
+        out: folder.join("out.safetensors"),
+        batch: 2,
+        precision: Precision::Fp32,
+    }
+}
+
+/// A folder with golden weights of `tiny`, and the network.
+fn set_up() -> (tempfile::TempDir, Backbone) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut backbone = Backbone::new(&BackboneConfig::new("tiny", 24)).unwrap();
+    backbone.fill_golden();
+    let tensors = backbone
+        .state()
+        .iter()
+        .map(|entry| (entry.name.as_str(), &entry.tensor));
+    safetensors::write(&folder.path().join("w.safetensors"), tensors).unwrap();
+    (folder, backbone)
+}
+
+fn forward(backbone: &Backbone, images: &Tensor) -> Tensor {
+    tch::no_grad(|| backbone.forward(images, &ForwardMode::evaluation(Precision::Fp32)))
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).norm().double_value(&[]) / b.norm().double_value(&[])
+}
+
+#[test]
+fn a_tensor_gives_its_embeddings_in_any_batches() {
+    let (folder, backbone) = set_up();
+    let input = fill::symmetric("input", &[5, 3, 112, 112]);
+    let tensor = folder.path().join("in.safetensors");
+    safetensors::write(&tensor, [("input", &input)]).unwrap();
+    run(InferArgs {
+        tensor: Some(tensor.clone()),
+        ..args(folder.path())
+    })
+    .unwrap();
+    let out = safetensors::read(&folder.path().join("out.safetensors")).unwrap();
+    let embedding = out.get("embedding").unwrap();
+    assert_eq!((embedding.size(), embedding.kind()), (vec![5, 24], Kind::Float));
+    assert!(distance(embedding, &forward(&backbone, &input)) < 1e-5);
+
+    run(InferArgs {
+        tensor: Some(tensor.clone()),
+        flip: true,
+        ..args(folder.path())
+    })
+    .unwrap();
+    let out = safetensors::read(&folder.path().join("out.safetensors")).unwrap();
+    let both = forward(&backbone, &input) + forward(&backbone, &input.flip([3]));
+    assert!(distance(out.get("embedding").unwrap(), &both) < 1e-5);
+
+    let bf16 = InferArgs {
+        tensor: Some(tensor),
+        precision: Precision::Bf16,
+        ..args(folder.path())
+    };
+    run(bf16).unwrap();
+    let out = safetensors::read(&folder.path().join("out.safetensors")).unwrap();
+    let distance = distance(out.get("embedding").unwrap(), &forward(&backbone, &input));
+    assert!((1e-5..5e-2).contains(&distance), "{distance}");
+}
+
+#[test]
+fn images_of_any_size_in_folders_become_rows_in_order() {
+    let (folder, backbone) = set_up();
+    let faces = folder.path().join("faces");
+    fs::create_dir_all(faces.join("b")).unwrap();
+    let picture = |side: u32, blue: u8| {
+        ImageBuffer::from_fn(side, side, |x, y| {
+            Rgb([(x * 255 / side) as u8, (y * 255 / side) as u8, blue])
+        })
+    };
+    picture(112, 10).save(faces.join("b").join("x.png")).unwrap();
+    picture(112, 200).save(faces.join("a.png")).unwrap();
+    picture(160, 90).save(faces.join("c.JPEG")).unwrap();
+    fs::write(faces.join(".DS_Store"), b"junk").unwrap();
+    fs::write(faces.join("label.txt"), b"a").unwrap();
+    let out = folder.path().join("out.json");
+    run(InferArgs {
+        images: vec![faces.clone()],
+        out: out.clone(),
+        ..args(folder.path())
+    })
+    .unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(out).unwrap()).unwrap();
+    let names: Vec<PathBuf> = serde_json::from_value(report["images"].clone()).unwrap();
+    assert_eq!(
+        names,
+        [faces.join("a.png"), faces.join("b/x.png"), faces.join("c.JPEG")]
+    );
+    let rows: Vec<Vec<f32>> = serde_json::from_value(report["embedding"].clone()).unwrap();
+
+    // The second row, prepared by hand: (x / 255 - 0.5) / 0.5, planes R G B.
+    let pixels = Tensor::from_slice(picture(112, 10).as_raw())
+        .view([112, 112, 3])
+        .to_kind(Kind::Float);
+    let image = ((pixels / 255.0 - 0.5) / 0.5).permute([2, 0, 1]).unsqueeze(0);
+    assert!(
+        distance(
+            &Tensor::from_slice(&rows[1]).unsqueeze(0),
+            &forward(&backbone, &image)
+        ) < 1e-5
+    );
+
+    run(InferArgs {
+        images: vec![faces],
+        out: folder.path().join("o.npy"),
+        ..args(folder.path())
+    })
+    .unwrap();
+    assert_eq!(
+        fs::metadata(folder.path().join("o.npy")).unwrap().len(),
+        128 + 3 * 24 * 4
+    );
+}
+
+#[test]
+fn bad_input_is_one_line_with_its_exit_code() {
+    let (folder, _) = set_up();
+    let at = |name: &str| folder.path().join(name);
+    let said = |args: InferArgs| report(run(args).expect_err("must fail").as_ref());
+    fs::write(at("broken.jpg"), b"\xff\xd8 no picture").unwrap();
+    fs::create_dir(at("empty")).unwrap();
+    let float = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+    safetensors::write(&at("shape.safetensors"), [("input", &float(&[2, 3, 96, 96]))]).unwrap();
+    safetensors::write(&at("name.safetensors"), [("images", &float(&[2, 3, 112, 112]))]).unwrap();
+    let base = || args(folder.path());
+    let images = |name: &str| InferArgs {
+        images: vec![at(name)],
+        ..base()
+    };
+    let tensor = |name: &str| InferArgs {
+        tensor: Some(at(name)),
+        ..base()
+    };
+    let cases = [
+        (
+            images("nowhere.jpg"),
+            "nowhere.jpg does not exist",
+            ExitCode::NotFound,
+        ),
+        (images("broken.jpg"), "broken.jpg: broken JPEG", ExitCode::Failed),
+        (
+            images("empty"),
+            "no .jpg, .jpeg or .png file in it",
+            ExitCode::NotFound,
+        ),
+        (
+            tensor("nowhere.safetensors"),
+            "does not exist",
+            ExitCode::NotFound,
+        ),
+        (
+            tensor("shape.safetensors"),
+            "tensor input is Float [2, 3, 96, 96]",
+            ExitCode::Failed,
+        ),
+        (tensor("name.safetensors"), "no tensor input", ExitCode::Failed),
+        (
+            InferArgs {
+                out: at("out.txt"),
+                ..tensor("name.safetensors")
+            },
+            "unknown form of file",
+            ExitCode::Usage,
+        ),
+        (
+            InferArgs {
+                weights: at("nowhere.pth"),
+                ..images("broken.jpg")
+            },
+            "nowhere.pth does not exist",
+            ExitCode::NotFound,
+        ),
+    ];
+    for (args, expected, code) in cases {
+        let (text, got) = said(args);
+        assert!(text.contains(expected), "{text}");
+        assert_eq!(got, code, "{text}");
+        assert!(
+            text.lines().filter(|line| !line.starts_with("hint: ")).count() == 1,
+            "{text}"
+        );
+    }
+    assert!(!at("out.safetensors").exists());
+}
