@@ -8,6 +8,7 @@ mod link;
 mod liveness;
 mod outbox;
 mod process;
+mod route;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -353,7 +354,7 @@ impl Agent {
     fn hello(&mut self) -> JoinRequest {
         let address = match &self.options.advertise {
             Some(address) => address.clone(),
-            None => facing_address(&self.options.coordinators),
+            None => route::facing_address(&self.options.coordinators),
         };
         if address != self.advertise && !is_loopback(&address) {
             warn!(
@@ -374,25 +375,6 @@ impl Agent {
             })),
         }
     }
-}
-
-/// The local address that packets to the first reachable coordinator leave from; loopback if there is none.
-/// Connecting a UDP socket sends nothing: it only asks the kernel for the route.
-pub fn facing_address(coordinators: &[String]) -> String {
-    let route = |coordinator: &String| {
-        let socket = std::net::UdpSocket::bind("0.0.0.0:0")
-            .ok()
-            .filter(|socket| socket.connect(coordinator).is_ok())
-            .or_else(|| {
-                let socket = std::net::UdpSocket::bind("[::]:0").ok()?;
-                socket.connect(coordinator).ok().map(|()| socket)
-            })?;
-        Some(socket.local_addr().ok()?.ip().to_string())
-    };
-    coordinators
-        .iter()
-        .find_map(route)
-        .unwrap_or_else(|| "127.0.0.1".into())
 }
 
 fn is_loopback(host: &str) -> bool {

@@ -1,15 +1,22 @@
-//! One training process: rendezvous, the step loop, reports.
+//! One training process. The agent starts it with an assignment on standard input (`tools/rank.rs`); it meets its
+//! peers, trains, reports, and ends.
+//!
+//! `run` is its life, `setup` what it opens, `train` the loop, `step` the recipe, `report` its only gRPC. It imports
+//! everything below it and nothing imports it.
 
-use arcface_proto::v1::RankAssignment;
+pub mod checkpoints;
+pub mod evaluate;
+pub mod failure;
+pub mod log;
+mod outbox;
+pub mod outputs;
+pub mod phases;
+pub mod report;
+mod run;
+pub mod setup;
+pub mod step;
+#[cfg(test)]
+mod tests;
+pub mod train;
 
-/// Trains as assigned.
-///
-/// # Errors
-/// Whatever ended the training before its end.
-pub fn run(assignment: RankAssignment) -> anyhow::Result<()> {
-    anyhow::bail!(
-        "rank {} of job {} cannot train yet",
-        assignment.rank,
-        assignment.job_id
-    )
-}
+pub use run::run;

@@ -1,0 +1,146 @@
+//! Why a rank cannot go on: the line for people, whether another try could help, and which peer was seen to fail.
+
+use crate::checkpoint::CheckpointError;
+use crate::collective::CollectiveError;
+use crate::data::DataError;
+use crate::eval::EvalError;
+use crate::head::HeadError;
+use crate::model::ModelError;
+use crate::optim::OptimError;
+use arcface_proto::failure::{ExitCode, Failure};
+use arcface_proto::v1::RankError;
+
+/// The end of a rank before its time.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct RankFailure {
+    /// One line.
+    pub message: String,
+    /// What to do; may be empty.
+    pub hint: String,
+    /// Another try meets the same: bad data, a refused setting, a diverged loss.
+    pub permanent: bool,
+    /// Peer that failed.
+    pub peer: Option<u32>,
+}
+
+impl RankFailure {
+    /// One that another try cannot help.
+    pub fn permanent(message: impl Into<String>) -> Self {
+        Self {
+            permanent: true,
+            ..Self::transient(message)
+        }
+    }
+
+    /// One that may pass: a peer, a disk, a network.
+    pub fn transient(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            hint: String::new(),
+            permanent: false,
+            peer: None,
+        }
+    }
+
+    /// The same with a hint.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = hint.into();
+        self
+    }
+
+    /// What the coordinator is told.
+    pub fn to_wire(&self) -> RankError {
+        RankError {
+            message: match self.hint.as_str() {
+                "" => self.message.clone(),
+                hint => format!("{}; hint: {hint}", self.message),
+            },
+            permanent: self.permanent,
+            peer: self.peer,
+        }
+    }
+}
+
+impl From<RankFailure> for Failure {
+    fn from(failure: RankFailure) -> Self {
+        Failure::new(ExitCode::Failed, failure.message).hint(failure.hint)
+    }
+}
+
+impl From<CollectiveError> for RankFailure {
+    fn from(error: CollectiveError) -> Self {
+        let peer = match &error {
+            CollectiveError::PeerLost { peer, .. } | CollectiveError::Timeout { peer, .. } => Some(*peer),
+            _ => None,
+        };
+        let permanent = matches!(
+            error,
+            CollectiveError::Mismatch { .. } | CollectiveError::Unsupported { .. }
+        );
+        Self {
+            permanent,
+            peer,
+            ..Self::transient(error.to_string())
+        }
+    }
+}
+
+impl From<HeadError> for RankFailure {
+    fn from(error: HeadError) -> Self {
+        match error {
+            HeadError::Collective(error) => error.into(),
+            other => Self::permanent(other.to_string()),
+        }
+    }
+}
+
+impl From<DataError> for RankFailure {
+    fn from(error: DataError) -> Self {
+        let failure = Failure::from(error);
+        Self::permanent(failure.message).hint(failure.hint)
+    }
+}
+
+impl From<ModelError> for RankFailure {
+    fn from(error: ModelError) -> Self {
+        Self::permanent(error.to_string())
+    }
+}
+
+impl From<OptimError> for RankFailure {
+    fn from(error: OptimError) -> Self {
+        Self::permanent(format!("checkpoint: {error}"))
+    }
+}
+
+impl From<EvalError> for RankFailure {
+    fn from(error: EvalError) -> Self {
+        Self::permanent(error.to_string())
+    }
+}
+
+impl From<CheckpointError> for RankFailure {
+    fn from(error: CheckpointError) -> Self {
+        Self::transient(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_peer_is_named_and_may_pass_and_bad_data_may_not() {
+        let lost = RankFailure::from(HeadError::Collective(CollectiveError::PeerLost {
+            operation: "all_gather",
+            peer: 3,
+            world_size: 4,
+            cause: "reset".into(),
+        }));
+        assert_eq!((lost.peer, lost.permanent), (Some(3), false));
+        let bad = RankFailure::from(DataError::record("a.rec: record 7", "not a JPEG"));
+        assert!(bad.permanent && bad.message.contains("record 7"), "{bad:?}");
+        assert!(bad.to_wire().message.contains("hint: "));
+    }
+}

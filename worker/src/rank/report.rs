@@ -1,0 +1,330 @@
+//! The only gRPC of a rank: rendezvous, the report stream, checkpoint commits. It runs on a thread of its own, so
+//! training never waits for a coordinator: one that is away is tried again, what matters is kept until it is back,
+//! and of the step metrics only the latest.
+
+use super::failure::RankFailure;
+use super::outbox::Outbox;
+use arcface_proto::v1::rank_service_client::RankServiceClient;
+use arcface_proto::v1::report_request::Report;
+use arcface_proto::v1::report_response::Command;
+use arcface_proto::v1::{CommitCheckpointRequest, RankId, RendezvousRequest, ReportRequest};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::runtime::Runtime;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+use tracing::{info, warn};
+
+/// Time for one connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for one commit call; it is made again if it passes.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest time between tries.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Time for all ranks of a generation to meet. The coordinator has its own limit, which is shorter.
+const RENDEZVOUS_LIMIT: Duration = Duration::from_secs(600);
+
+/// The rank's voice. Dropping it abandons what was not sent.
+pub struct Reporter {
+    runtime: Runtime,
+    shared: Arc<Shared>,
+    commands: mpsc::Receiver<Command>,
+    commits: mpsc::Sender<CommitCheckpointRequest>,
+    /// Commits that wait for an answer.
+    open_commits: watch::Receiver<usize>,
+    open_commits_sender: Arc<watch::Sender<usize>>,
+    finished: watch::Receiver<bool>,
+}
+
+struct Shared {
+    rank: RankId,
+    coordinators: Vec<String>,
+    outbox: Mutex<Outbox>,
+    news: Notify,
+}
+
+impl Shared {
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        // The outbox is changed by single assignments: a panic elsewhere leaves it whole.
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reporter {
+    /// Starts to report for `rank` to the first of `coordinators` ("host:port") that answers.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn start(rank: RankId, coordinators: Vec<String>) -> Result<Self, RankFailure> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("report")
+            .enable_all()
+            .build()
+            .map_err(|error| RankFailure::transient(format!("start the reporting thread: {error}")))?;
+        let shared = Arc::new(Shared {
+            rank,
+            coordinators,
+            outbox: Mutex::default(),
+            news: Notify::new(),
+        });
+        let (command_sender, commands) = mpsc::channel(64);
+        let (commits, commit_receiver) = mpsc::channel(16);
+        let (open_commits_sender, open_commits) = watch::channel(0);
+        let open_commits_sender = Arc::new(open_commits_sender);
+        let (finish, finished) = watch::channel(false);
+        runtime.spawn(report(shared.clone(), command_sender, finish));
+        runtime.spawn(commit(
+            shared.clone(),
+            commit_receiver,
+            open_commits_sender.clone(),
+        ));
+        Ok(Self {
+            runtime,
+            shared,
+            commands,
+            commits,
+            open_commits,
+            open_commits_sender,
+            finished,
+        })
+    }
+
+    /// Meets the other ranks: gives `endpoint` and gets everyone's, by rank.
+    ///
+    /// # Errors
+    /// If the generation ended, or the ranks did not all come.
+    pub fn rendezvous(&self, endpoint: String) -> Result<Vec<String>, RankFailure> {
+        let request = RendezvousRequest {
+            rank: Some(self.shared.rank.clone()),
+            endpoint,
+            nccl_unique_id: Vec::new(),
+        };
+        let meet = async {
+            for attempt in 0.. {
+                let tried = async {
+                    let mut client = RankServiceClient::new(connect(&self.shared, attempt).await?);
+                    client.rendezvous(request.clone()).await
+                };
+                match tried.await {
+                    Ok(answer) => return Ok(answer.into_inner().endpoints),
+                    Err(status) if is_away(&status) => pause(attempt).await,
+                    Err(status) => return Err(refusal("rendezvous", &status)),
+                }
+            }
+            Err(RankFailure::transient("rendezvous: no more tries"))
+        };
+        self.runtime.block_on(async {
+            match tokio::time::timeout(RENDEZVOUS_LIMIT, meet).await {
+                Ok(result) => result,
+                Err(_) => Err(RankFailure::transient(format!(
+                    "rendezvous: the ranks did not meet within {RENDEZVOUS_LIMIT:?}"
+                ))),
+            }
+        })
+    }
+
+    /// Queues a report; metrics replace older metrics that were not sent.
+    pub fn say(&self, report: Report) {
+        self.shared.outbox().push(report);
+        self.shared.news.notify_one();
+    }
+
+    /// The next command that has arrived.
+    pub fn command(&mut self) -> Option<Command> {
+        self.commands.try_recv().ok()
+    }
+
+    /// Waits for the next command, at most `limit`.
+    pub fn command_within(&mut self, limit: Duration) -> Option<Command> {
+        let commands = &mut self.commands;
+        self.runtime
+            .block_on(async { tokio::time::timeout(limit, commands.recv()).await.ok().flatten() })
+    }
+
+    /// A handle that asks for commits, for the thread that writes checkpoints.
+    pub fn committer(&self) -> Committer {
+        Committer {
+            rank: self.shared.rank.clone(),
+            commits: self.commits.clone(),
+            open: self.open_commits_sender.clone(),
+        }
+    }
+
+    /// Waits until every commit was answered, at most `limit`. False if some were not.
+    pub fn wait_for_commits(&mut self, limit: Duration) -> bool {
+        let open = &mut self.open_commits;
+        self.runtime.block_on(async {
+            let answered = tokio::time::timeout(limit, open.wait_for(|open| *open == 0)).await;
+            matches!(answered, Ok(Ok(_)))
+        })
+    }
+
+    /// Says the last word and waits until the coordinator has it, at most `limit`. False if it may not have.
+    pub fn finish(mut self, last: Report, limit: Duration) -> bool {
+        self.say(last);
+        let finished = &mut self.finished;
+        let told = self.runtime.block_on(async {
+            let told = tokio::time::timeout(limit, finished.wait_for(|told| *told)).await;
+            matches!(told, Ok(Ok(_)))
+        });
+        self.runtime.shutdown_background();
+        told
+    }
+}
+
+/// Asks for commits from another thread.
+#[derive(Clone)]
+pub struct Committer {
+    rank: RankId,
+    commits: mpsc::Sender<CommitCheckpointRequest>,
+    open: Arc<watch::Sender<usize>>,
+}
+
+impl Committer {
+    /// Queues a commit; `request.rank` is filled in. Waits while too many are unanswered.
+    pub fn commit(&self, mut request: CommitCheckpointRequest) {
+        request.rank = Some(self.rank.clone());
+        self.open.send_modify(|open| *open += 1);
+        if self.commits.blocking_send(request).is_err() {
+            self.open.send_modify(|open| *open -= 1);
+        }
+    }
+}
+
+/// Keeps a report stream open until the last word was received.
+async fn report(shared: Arc<Shared>, commands: mpsc::Sender<Command>, finish: watch::Sender<bool>) {
+    let mut attempt = 0;
+    loop {
+        // A stream begins with its first report: there is nothing to connect for before.
+        while shared.outbox().is_empty() {
+            shared.news.notified().await;
+        }
+        match stream(&shared, attempt, &commands).await {
+            Ok(()) => {
+                finish.send_replace(true);
+                return;
+            }
+            Err(status) if is_away(&status) => {
+                if attempt == 0 {
+                    info!("the coordinator is away ({}), training goes on", status.message());
+                }
+            }
+            Err(status) => warn!("reports are refused: {}", status.message()),
+        }
+        shared.outbox().requeue();
+        pause(attempt).await;
+        attempt = attempt.saturating_add(1);
+    }
+}
+
+/// One stream; `Ok` when the coordinator has taken the last word.
+async fn stream(shared: &Shared, attempt: u32, commands: &mpsc::Sender<Command>) -> Result<(), Status> {
+    let channel = connect(shared, attempt).await?;
+    let (sender, receiver) = mpsc::channel(16);
+    let mut incoming = RankServiceClient::new(channel)
+        .report(ReceiverStream::new(receiver))
+        .await?
+        .into_inner();
+    let mut sender = Some(sender);
+    loop {
+        if let Some(open) = &sender {
+            let next = shared.outbox().next();
+            if let Some(report) = next {
+                let last = matches!(report, Report::Finished(_) | Report::Error(_));
+                let request = ReportRequest {
+                    rank: Some(shared.rank.clone()),
+                    report: Some(report),
+                };
+                open.send(request)
+                    .await
+                    .map_err(|_| Status::unavailable("the report stream broke"))?;
+                if last {
+                    // The coordinator ends its side when it has read ours to the end.
+                    sender = None;
+                }
+                continue;
+            }
+        }
+        tokio::select! {
+            () = shared.news.notified(), if sender.is_some() => {}
+            message = incoming.message() => match (message?, &sender) {
+                (Some(answer), _) => {
+                    if let Some(command) = answer.command {
+                        // A training thread that takes no commands is near its end.
+                        let _dropped = commands.try_send(command);
+                    }
+                }
+                (None, None) => return Ok(()),
+                (None, Some(_)) => return Err(Status::unavailable("the coordinator ended the report stream")),
+            },
+        }
+    }
+}
+
+/// Makes each commit until it is answered: a coordinator that is away is waited for, a refusal is final.
+async fn commit(
+    shared: Arc<Shared>,
+    mut requests: mpsc::Receiver<CommitCheckpointRequest>,
+    open: Arc<watch::Sender<usize>>,
+) {
+    while let Some(request) = requests.recv().await {
+        for attempt in 0.. {
+            let tried = async {
+                let mut client = RankServiceClient::new(connect(&shared, attempt).await?);
+                client.commit_checkpoint(request.clone()).await
+            };
+            let result = tokio::time::timeout(COMMIT_TIMEOUT, tried).await;
+            match result.unwrap_or_else(|_| Err(Status::unavailable("no answer"))) {
+                Ok(_) => break,
+                Err(status) if is_away(&status) => pause(attempt).await,
+                Err(status) => {
+                    warn!(
+                        step = request.step,
+                        "the checkpoint was refused: {}",
+                        status.message()
+                    );
+                    break;
+                }
+            }
+        }
+        open.send_modify(|open| *open -= 1);
+    }
+}
+
+async fn connect(shared: &Shared, attempt: u32) -> Result<Channel, Status> {
+    let count = shared.coordinators.len().max(1);
+    let address = shared
+        .coordinators
+        .get(attempt as usize % count)
+        .ok_or_else(|| Status::invalid_argument("the assignment names no coordinator"))?;
+    Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|error| Status::invalid_argument(format!("coordinator {address:?}: {error}")))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(5))
+        .keep_alive_timeout(Duration::from_secs(5))
+        .keep_alive_while_idle(true)
+        .connect()
+        .await
+        .map_err(|error| Status::unavailable(format!("{address}: {error}")))
+}
+
+/// True if another try may find a coordinator that answers: it is away, or stopping.
+fn is_away(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::Unknown | Code::Internal | Code::ResourceExhausted | Code::Cancelled
+    )
+}
+
+fn refusal(what: &str, status: &Status) -> RankFailure {
+    RankFailure::transient(format!("{what}: {}", status.message()))
+}
+
+async fn pause(attempt: u32) {
+    let pause = Duration::from_millis(50).saturating_mul(1 << attempt.min(8));
+    tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
+}

@@ -1,0 +1,237 @@
+//! The life of a rank process: settings, data and network, rendezvous, communicator, the newest checkpoint, training,
+//! the last word. Every failure is one line, told to the coordinator before the process ends.
+
+use super::checkpoints::{self, Writer};
+use super::failure::RankFailure;
+use super::log::TrainingLog;
+use super::outputs;
+use super::report::Reporter;
+use super::setup::Prepared;
+use super::train::{Outside, Sinks, train};
+use crate::checkpoint::Checkpoint;
+use crate::collective::{Collective, Listener, Session, Timeouts};
+use crate::{device, paths};
+use arcface_proto::convert::job_spec;
+use arcface_proto::failure::Failure;
+use arcface_proto::v1::report_request::Report;
+use arcface_proto::v1::report_response::Command;
+use arcface_proto::v1::{Evaluation, RankAssignment, RankId, StepMetrics, TrainingFinished, TrainingStarted};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tracing::{info, warn};
+
+/// Time to connect all ranks, once all have met.
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+/// Longest time that a rank may be slower than its peers: an evaluation set being read, a slow disk.
+const OPERATION_LIMIT: Duration = Duration::from_secs(600);
+/// How long a failing rank tries to say why: the process ends within two seconds of a peer's death.
+const LAST_WORD_OF_FAILURE: Duration = Duration::from_millis(1500);
+/// How long a rank that trained to the end waits for a coordinator that is away, to commit and to say so.
+const LAST_WORD: Duration = Duration::from_secs(300);
+/// How long rank 0 waits to hear that the last checkpoint was committed, once all its own parts are.
+const LAST_COMMIT: Duration = Duration::from_secs(10);
+
+/// Trains as assigned; returns when everything was said.
+///
+/// # Errors
+/// Whatever ended the training before its end; the coordinator was told, if it could be reached.
+pub fn run(assignment: RankAssignment) -> anyhow::Result<()> {
+    let threads = device::threads_per_rank(device::cores(), assignment.local_world_size);
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
+    let id = RankId {
+        job_id: assignment.job_id.clone(),
+        generation: assignment.generation,
+        rank: assignment.rank,
+    };
+    let mut reporter = Reporter::start(id, assignment.coordinators.clone()).map_err(Failure::from)?;
+    match work(&assignment, &mut reporter) {
+        Ok(step) => {
+            if !reporter.finish(Report::Finished(TrainingFinished { step }), LAST_WORD) {
+                warn!("the coordinator did not hear of the end of the training");
+            }
+            Ok(())
+        }
+        Err(failure) => {
+            reporter.finish(Report::Error(failure.to_wire()), LAST_WORD_OF_FAILURE);
+            Err(Failure::from(failure).into())
+        }
+    }
+}
+
+fn work(assignment: &RankAssignment, reporter: &mut Reporter) -> Result<u64, RankFailure> {
+    let (rank, world_size) = (assignment.rank, assignment.world_size);
+    if world_size == 0 || rank >= world_size {
+        return Err(RankFailure::permanent(format!(
+            "assignment: rank {rank} is not in a world of {world_size}"
+        )));
+    }
+    let spec = assignment
+        .spec
+        .as_ref()
+        .map(job_spec)
+        .transpose()
+        .map_err(|violations| {
+            let all: Vec<String> = violations.iter().map(ToString::to_string).collect();
+            RankFailure::permanent(all.join("; "))
+        })?;
+    let spec = spec.ok_or_else(|| RankFailure::permanent("assignment: it has no job"))?;
+    let output = paths::output_directory(&assignment.output_root, &spec.output)
+        .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
+    outputs::make_directory(&output)?;
+    let data_roots: Vec<PathBuf> = assignment.data_roots.iter().map(PathBuf::from).collect();
+
+    let prepared = Prepared::open(spec, &data_roots, &assignment.device)?;
+    info!("{} over {} ranks", prepared.dataset.describe(), world_size);
+    let comm = meet(assignment, reporter)?;
+    let (mut trainer, job) = prepared.into_trainer(comm)?;
+    let start = match &assignment.resume {
+        Some(manifest) => {
+            let checkpoint = Checkpoint::open(&output.join(&manifest.directory), manifest.clone())?;
+            let state = checkpoints::restore(&mut trainer, &checkpoint)?;
+            info!(step = state.step, "resumed from {}", manifest.directory);
+            state.step
+        }
+        None => 0,
+    };
+    // All ranks hold the same state before anyone says that training begins.
+    trainer.comm.barrier()?;
+    reporter.say(Report::Started(TrainingStarted {
+        step: start,
+        total_steps: job.end_step,
+        num_classes: job.num_classes,
+        num_image: job.dataset.len(),
+    }));
+
+    let log = match rank {
+        0 => Some(begin_log(&output, assignment, start, job.end_step)?),
+        _ => None,
+    };
+    let writer = Writer::start(output.clone(), assignment.generation, reporter.committer());
+    let mut sinks = Sinks {
+        output,
+        log,
+        writer: Some(&writer),
+        outside: &mut Told {
+            reporter,
+            writer: &writer,
+            rank,
+        },
+    };
+    let finished = train(&mut trainer, &job, start, &mut sinks);
+    let log = sinks.log.take();
+    let finished = finished?;
+    conclude(reporter, writer, rank, finished);
+    if let Some(mut log) = log {
+        log.line(&format!("finished after step {finished}"));
+    }
+    Ok(finished)
+}
+
+fn begin_log(
+    output: &Path,
+    assignment: &RankAssignment,
+    start: u64,
+    end: u64,
+) -> Result<TrainingLog, RankFailure> {
+    let mut log = TrainingLog::open(output)?;
+    log.line(&format!(
+        "{} generation {}: training from step {start} to {end} on {} ranks",
+        assignment.job_id, assignment.generation, assignment.world_size
+    ));
+    Ok(log)
+}
+
+/// Rendezvous and communicator.
+fn meet(assignment: &RankAssignment, reporter: &Reporter) -> Result<Box<dyn Collective>, RankFailure> {
+    let address = assignment.address.as_str();
+    let bound = Listener::bind(address).or_else(|error| {
+        // Behind address translation the advertised address is not one of this machine's.
+        warn!("cannot listen at {address} ({error}): listening at every address");
+        Listener::bind("0.0.0.0")
+    });
+    let (listener, port) =
+        bound.map_err(|error| RankFailure::transient(format!("listen for peers at {address}: {error}")))?;
+    let endpoint = match address.contains(':') {
+        true => format!("[{address}]:{port}"),
+        false => format!("{address}:{port}"),
+    };
+    let endpoints = reporter.rendezvous(endpoint)?;
+    if endpoints.len() != assignment.world_size as usize {
+        return Err(RankFailure::transient(format!(
+            "rendezvous: {} endpoints for {} ranks",
+            endpoints.len(),
+            assignment.world_size
+        )));
+    }
+    let session = Session {
+        job: assignment.job_id.clone(),
+        generation: assignment.generation,
+    };
+    let timeouts = Timeouts {
+        connect: CONNECT_LIMIT,
+        operation: OPERATION_LIMIT,
+    };
+    Ok(Box::new(listener.connect(
+        &session,
+        assignment.rank,
+        &endpoints,
+        timeouts,
+    )?))
+}
+
+/// Waits until the last checkpoint is durable, committed and described.
+fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
+    let output = writer.finish();
+    if !reporter.wait_for_commits(LAST_WORD) {
+        warn!("the last checkpoint was not committed: the coordinator is away");
+        return;
+    }
+    let deadline = Instant::now() + LAST_COMMIT;
+    while rank == 0 {
+        let Some(command) = reporter.command_within(deadline.saturating_duration_since(Instant::now()))
+        else {
+            return;
+        };
+        if let Command::CheckpointCommitted(committed) = command {
+            let last = committed
+                .manifest
+                .as_ref()
+                .is_some_and(|manifest| manifest.step >= step);
+            checkpoints::settle(&output, &committed);
+            if last {
+                return;
+            }
+        }
+    }
+}
+
+/// The loop's reports, through gRPC.
+struct Told<'a> {
+    reporter: &'a mut Reporter,
+    writer: &'a Writer,
+    rank: u32,
+}
+
+impl Outside for Told<'_> {
+    fn metrics(&mut self, metrics: StepMetrics) {
+        self.reporter.say(Report::Metrics(metrics));
+    }
+
+    fn evaluation(&mut self, evaluation: Evaluation) {
+        self.reporter.say(Report::Evaluation(evaluation));
+    }
+
+    fn checkpoint_wanted(&mut self) -> bool {
+        let mut wanted = false;
+        while let Some(command) = self.reporter.command() {
+            match command {
+                Command::CheckpointNow(_) => wanted = true,
+                Command::CheckpointCommitted(committed) if self.rank == 0 => {
+                    self.writer.committed(committed);
+                }
+                Command::CheckpointCommitted(_) => {}
+            }
+        }
+        wanted
+    }
+}

@@ -1,0 +1,166 @@
+//! Everything that a job needs before its first step, opened and checked in the order in which mistakes are cheap to
+//! find: settings, data, verification sets, network; then the peers.
+
+use super::evaluate;
+use super::failure::RankFailure;
+use super::phases::Phases;
+use super::step::{StepSettings, Trainer};
+use crate::collective::Collective;
+use crate::data::{self, Dataset, Epochs};
+use crate::eval::VerificationSet;
+use crate::head::{self, HeadConfig};
+use crate::model::{Backbone, BackboneConfig};
+use crate::optim::{self, OptimizerConfig, schedule::PolyWarmup};
+use crate::{device, export};
+use arcface_proto::spec::{JobSpec, Precision};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tch::Tensor;
+
+/// What is known without the other ranks.
+pub struct Prepared {
+    /// The job.
+    pub spec: JobSpec,
+    /// The training set.
+    pub dataset: Arc<dyn Dataset>,
+    /// The order of its samples.
+    pub epochs: Epochs,
+    /// Verification sets.
+    pub sets: Vec<VerificationSet>,
+    /// The network with its initial weights, the same on every rank.
+    pub backbone: Backbone,
+}
+
+impl Prepared {
+    /// Opens data and network.
+    ///
+    /// # Errors
+    /// Permanent for anything that the job file or the data is to blame for.
+    pub fn open(spec: JobSpec, data_roots: &[PathBuf], device_name: &str) -> Result<Self, RankFailure> {
+        let device = device::Device::parse(device_name)
+            .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
+        if device == device::Device::Cpu && spec.train.precision == Precision::Fp16 {
+            return Err(RankFailure::permanent(
+                "train.precision: \"fp16\" needs a GPU, and this rank has a CPU",
+            )
+            .hint("use \"bf16\" or \"fp32\""));
+        }
+        let dataset = data::open(&spec.data, spec.head.num_classes, spec.seed, data_roots)?;
+        let epochs = Epochs::new(dataset.len(), spec.global_batch(), spec.seed).map_err(|error| {
+            RankFailure::permanent(error.to_string())
+                .hint("a smaller train.batch_size or job.world_size, or more data")
+        })?;
+        let sets = evaluate::open_sets(&spec, data_roots)?;
+        let mut backbone = Backbone::new(&BackboneConfig {
+            network: spec.model.network.clone(),
+            embedding_size: i64::from(spec.model.embedding_size),
+            dropout: spec.model.dropout,
+            freeze_batch_norm: spec.model.freeze_batch_norm,
+        })?;
+        match &spec.model.init {
+            Some(path) => {
+                let path = data::roots::resolve(path, data_roots).map_err(RankFailure::from)?;
+                export::weights::load_backbone(&path, &mut backbone)
+                    .map_err(|error| RankFailure::permanent(format!("model.init: {error}")))?;
+            }
+            None => backbone.init_random(spec.seed),
+        }
+        Ok(Self {
+            spec,
+            dataset,
+            epochs,
+            sets,
+            backbone,
+        })
+    }
+
+    /// Steps of the whole job, as the schedule counts them.
+    pub fn total_steps(&self) -> u64 {
+        self.epochs.steps_per_epoch() * u64::from(self.spec.train.num_epoch)
+    }
+
+    /// The step that training ends before.
+    pub fn end_step(&self) -> u64 {
+        let total = self.total_steps();
+        self.spec.train.max_steps.map_or(total, |most| most.min(total))
+    }
+
+    /// Puts the trainer together for this rank's place among `comm`.
+    ///
+    /// # Errors
+    /// If the ranks do not start from the same weights, or a peer is lost.
+    pub fn into_trainer(self, mut comm: Box<dyn Collective>) -> Result<(Trainer, Job), RankFailure> {
+        let (rank, world_size) = (comm.rank(), comm.world_size());
+        check_same_start(&self.backbone, comm.as_mut())?;
+        let job = Job {
+            total_steps: self.total_steps(),
+            end_step: self.end_step(),
+            num_classes: self.dataset.num_classes(),
+            spec: self.spec,
+            dataset: self.dataset,
+            epochs: self.epochs,
+            sets: self.sets,
+        };
+        let params: Vec<Tensor> = self
+            .backbone
+            .trainable()
+            .into_iter()
+            .map(|(_, tensor)| tensor.shallow_clone())
+            .collect();
+        let warmup_steps = job.epochs.steps_per_epoch() * u64::from(job.spec.train.warmup_epoch);
+        let trainer = Trainer {
+            optimizer: optim::build(OptimizerConfig::of(&job.spec.train), &params),
+            head: head::build(&HeadConfig::of(&job.spec, job.num_classes), rank, world_size),
+            schedule: PolyWarmup::new(job.spec.train.lr, warmup_steps, job.total_steps),
+            settings: StepSettings::of(&job.spec, &job.epochs, world_size),
+            phases: Phases::default(),
+            backbone: self.backbone,
+            params,
+            comm,
+        };
+        Ok((trainer, job))
+    }
+}
+
+/// The job as all ranks see it.
+pub struct Job {
+    /// As submitted.
+    pub spec: JobSpec,
+    /// The training set.
+    pub dataset: Arc<dyn Dataset>,
+    /// The order of its samples.
+    pub epochs: Epochs,
+    /// Verification sets.
+    pub sets: Vec<VerificationSet>,
+    /// Steps of the schedule.
+    pub total_steps: u64,
+    /// The step that training ends before.
+    pub end_step: u64,
+    /// Identities.
+    pub num_classes: u32,
+}
+
+/// A different binary, weights file or data folder on one node would train nonsense: compare before the first step.
+fn check_same_start(backbone: &Backbone, comm: &mut dyn Collective) -> Result<(), RankFailure> {
+    let mut hasher = blake3::Hasher::new();
+    for entry in backbone.state() {
+        hasher.update(entry.name.as_bytes());
+        let flat = entry.tensor.detach().contiguous().view([-1]);
+        let mut bytes = vec![0u8; flat.numel() * flat.kind().elt_size_in_bytes()];
+        flat.copy_data_u8(&mut bytes, flat.numel());
+        hasher.update(&bytes);
+    }
+    let mut digest = [0; 8];
+    digest.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    let own = i64::from_le_bytes(digest);
+    let all = comm.all_gather(&Tensor::from_slice(&[own]))?;
+    for rank in 0..i64::from(comm.world_size()) {
+        if all.int64_value(&[rank]) != all.int64_value(&[0]) {
+            return Err(
+                RankFailure::permanent(format!("rank {rank} starts from other weights than rank 0"))
+                    .hint("the same arcface-worker and the same model.init file belong on every node"),
+            );
+        }
+    }
+    Ok(())
+}

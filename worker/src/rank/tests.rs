@@ -1,0 +1,397 @@
+//! The training loop as ranks run it, each on a thread with TCP collectives between them, on drawn faces and the
+//! `tiny` network.
+
+use super::checkpoints::{self, Writer};
+use super::setup::{Job, Prepared};
+use super::step::Trainer;
+use super::train::{Outside, Sinks, train};
+use crate::checkpoint::{Checkpoint, write_part};
+use crate::collective::{Collective, local};
+use arcface_proto::convert::job_spec;
+use arcface_proto::spec::JobSpec;
+use arcface_proto::types::ClassRange;
+use arcface_proto::v1::{self, CheckpointManifest, Evaluation, StepMetrics};
+use std::path::Path;
+use std::time::Duration;
+use tch::Tensor;
+
+/// Slowest step here, with room.
+const OPERATION: Duration = Duration::from_secs(120);
+
+/// 40 images of 10 identities, 8 a step over `world_size` wanted ranks, batch norm frozen.
+fn job(world_size: u32, change: impl FnOnce(&mut v1::JobSpec)) -> JobSpec {
+    let mut wire = v1::JobSpec {
+        output: Some("out".into()),
+        job: Some(v1::JobSection {
+            world_size: Some(world_size),
+            ..Default::default()
+        }),
+        model: Some(v1::ModelSection {
+            network: Some("tiny".into()),
+            embedding_size: Some(16),
+            freeze_batch_norm: Some(true),
+            ..Default::default()
+        }),
+        head: Some(v1::HeadSection {
+            num_classes: Some(10),
+            sample_rate: Some(1.0),
+            ..Default::default()
+        }),
+        data: Some(v1::DataSection {
+            rec: Some("synthetic".into()),
+            num_image: Some(40),
+            num_workers: Some(1),
+            ..Default::default()
+        }),
+        train: Some(v1::TrainSection {
+            batch_size: Some(8 / world_size),
+            num_epoch: Some(1),
+            lr: Some(0.02),
+            frequent: Some(1),
+            ..Default::default()
+        }),
+        eval: None,
+        checkpoint: None,
+    };
+    change(&mut wire);
+    job_spec(&wire).expect("a valid job")
+}
+
+/// Remembers what the loop told.
+#[derive(Default)]
+struct Recorder {
+    metrics: Vec<StepMetrics>,
+    wants_checkpoint: bool,
+}
+
+impl Outside for Recorder {
+    fn metrics(&mut self, metrics: StepMetrics) {
+        self.metrics.push(metrics);
+    }
+
+    fn evaluation(&mut self, _: Evaluation) {}
+
+    fn checkpoint_wanted(&mut self) -> bool {
+        std::mem::take(&mut self.wants_checkpoint)
+    }
+}
+
+/// Runs `work` on every rank of a world, gives the results in rank order.
+fn on_ranks<T: Send>(
+    spec: &JobSpec,
+    world_size: u32,
+    work: impl Fn(u32, &mut Trainer, &Job) -> T + Sync,
+) -> Vec<T> {
+    let world = local::world(world_size, OPERATION).expect("a world on loopback");
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = world
+            .into_iter()
+            .map(|comm| {
+                let work = &work;
+                scope.spawn(move || {
+                    tch::set_num_threads(1);
+                    let comm: Box<dyn Collective> = Box::new(comm);
+                    let rank = comm.rank();
+                    let prepared = Prepared::open(spec.clone(), &[], "cpu").expect("prepared");
+                    let (mut trainer, job) = prepared.into_trainer(comm).expect("a trainer");
+                    work(rank, &mut trainer, &job)
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("a rank"))
+            .collect()
+    })
+}
+
+/// Trains steps `start..` on this rank and gives the losses (rank 0's; empty elsewhere).
+fn losses(rank: u32, trainer: &mut Trainer, job: &Job, start: u64, output: &Path) -> Vec<f64> {
+    let mut recorder = Recorder::default();
+    let log = (rank == 0).then(|| super::log::TrainingLog::open(output).expect("a log"));
+    let mut sinks = Sinks {
+        output: output.to_owned(),
+        log,
+        writer: None::<&Writer>,
+        outside: &mut recorder,
+    };
+    train(trainer, job, start, &mut sinks).expect("trained");
+    recorder.metrics.iter().map(|metrics| metrics.loss).collect()
+}
+
+/// Everything that training changed, in one list.
+fn state(trainer: &Trainer) -> Vec<(String, Tensor)> {
+    let position = crate::checkpoint::TrainState {
+        step: 0,
+        epoch: 0,
+        epoch_samples: 0,
+    };
+    checkpoints::snapshot(trainer, position, 10)
+        .parts
+        .into_iter()
+        .flat_map(|(_, tensors)| tensors)
+        .collect()
+}
+
+#[test]
+fn the_loss_curve_is_the_same_on_one_two_and_four_ranks() {
+    let scratch = tempfile::tempdir().unwrap();
+    let curves: Vec<Vec<f64>> = [1, 2, 4]
+        .map(|world_size| {
+            let spec = job(world_size, |_| {});
+            on_ranks(&spec, world_size, |rank, trainer, job| {
+                losses(rank, trainer, job, 0, scratch.path())
+            })
+            .swap_remove(0)
+        })
+        .to_vec();
+    println!("losses at 1, 2, 4 ranks: {curves:?}");
+    assert_eq!(curves[0].len(), 5);
+    assert!(curves[0].iter().all(|loss| *loss > 1.0), "{:?}", curves[0]);
+    for curve in &curves[1..] {
+        for (step, (a, b)) in curves[0].iter().zip(curve).enumerate() {
+            assert!((a - b).abs() / a < 1e-4, "step {step}: {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn a_smaller_world_takes_more_micro_batches_and_learns_the_same() {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(4, |_| {});
+    let full = on_ranks(&spec, 4, |rank, t, job| losses(rank, t, job, 0, scratch.path())).swap_remove(0);
+    let three = on_ranks(&spec, 3, |rank, t, job| losses(rank, t, job, 0, scratch.path())).swap_remove(0);
+    // The loss of a step is the mean over its micro-batches, and each micro-batch is a softmax of its own rows:
+    // nothing in it depends on the other rows.
+    for (a, b) in full.iter().zip(&three) {
+        assert!((a - b).abs() / a < 1e-4, "{full:?} and {three:?}");
+    }
+}
+
+#[test]
+fn gradient_accumulation_equals_one_large_batch() {
+    let scratch = tempfile::tempdir().unwrap();
+    // Four steps of 2 averaged into one update of 8, against one step of 8: the same weights afterwards, with the
+    // learning rate of the step that ends the update.
+    let train_with = |batch: u32, acc: u32, steps: u64| {
+        let spec = job(1, |wire| {
+            let train = wire.train.get_or_insert_default();
+            train.batch_size = Some(batch);
+            train.gradient_acc = Some(acc);
+            train.max_steps = Some(steps);
+            train.clip_grad_norm = Some(0.0);
+            train.lr = Some(0.01);
+            // The schedule is flat at its start only, so it is made long.
+            train.num_epoch = Some(1_000_000);
+            wire.data.get_or_insert_default().augment = Some("none".into());
+        });
+        on_ranks(&spec, 1, |rank, trainer, job| {
+            losses(rank, trainer, job, 0, scratch.path());
+            state(trainer)
+        })
+        .swap_remove(0)
+    };
+    let (one, four) = (train_with(8, 1, 1), train_with(2, 4, 4));
+    for ((name, a), (_, b)) in one.iter().zip(&four) {
+        if a.kind() == tch::Kind::Float {
+            let difference = (a - b).norm().double_value(&[]) / a.norm().double_value(&[]).max(1e-6);
+            assert!(difference < 1e-3, "{name}: {difference}");
+        }
+    }
+}
+
+/// Writes what all ranks hold as a checkpoint, as the coordinator would commit it.
+fn write_checkpoint(dir: &Path, snapshots: Vec<checkpoints::Snapshot>) -> CheckpointManifest {
+    let first = &snapshots[0];
+    let mut manifest = CheckpointManifest {
+        format: 1,
+        job_id: "job-0123456789ab".into(),
+        generation: 1,
+        step: first.state.step,
+        epoch: first.state.epoch,
+        epoch_samples: first.state.epoch_samples,
+        world_size: snapshots.len() as u32,
+        num_classes: first.num_classes,
+        directory: "checkpoints/c".into(),
+        ..Default::default()
+    };
+    for snapshot in snapshots {
+        for (kind, tensors) in &snapshot.parts {
+            manifest
+                .parts
+                .push(write_part(dir, *kind, tensors).expect("written"));
+        }
+    }
+    manifest
+}
+
+/// Trains to `stop`, checkpoints, goes on from the checkpoint at another world size; and without interruption.
+fn resumed_and_uninterrupted(
+    spec: &JobSpec,
+    stop: u64,
+    worlds: (u32, u32),
+) -> (Vec<Vec<(String, Tensor)>>, Vec<Vec<(String, Tensor)>>) {
+    let scratch = tempfile::tempdir().unwrap();
+    let position = |job: &Job| crate::checkpoint::TrainState {
+        step: stop,
+        epoch: (stop / job.epochs.steps_per_epoch()) as u32,
+        epoch_samples: stop % job.epochs.steps_per_epoch() * job.epochs.global_batch(),
+    };
+    let mut first_half = spec.clone();
+    first_half.train.max_steps = Some(stop);
+    let snapshots = on_ranks(&first_half, worlds.0, |rank, trainer, job| {
+        losses(rank, trainer, job, 0, scratch.path());
+        checkpoints::snapshot(trainer, position(job), job.num_classes)
+    });
+    let dir = scratch.path().join("c");
+    let manifest = write_checkpoint(&dir, snapshots);
+    let resumed = on_ranks(spec, worlds.1, |rank, trainer, job| {
+        let checkpoint = Checkpoint::open(&dir, manifest.clone()).expect("a checkpoint");
+        let state_at = checkpoints::restore(trainer, &checkpoint).expect("restored");
+        assert_eq!(state_at.step, stop);
+        losses(rank, trainer, job, state_at.step, scratch.path());
+        state(trainer)
+    });
+    let uninterrupted = on_ranks(spec, worlds.0, |rank, trainer, job| {
+        losses(rank, trainer, job, 0, scratch.path());
+        state(trainer)
+    });
+    (resumed, uninterrupted)
+}
+
+#[test]
+fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
+    for optimizer in ["sgd", "adamw"] {
+        let spec = job(2, |wire| {
+            let train = wire.train.get_or_insert_default();
+            train.optimizer = Some(optimizer.into());
+            train.num_epoch = Some(2);
+            wire.head.get_or_insert_default().sample_rate = Some(0.4);
+            wire.model.get_or_insert_default().freeze_batch_norm = Some(false);
+            wire.model.get_or_insert_default().dropout = Some(0.2);
+        });
+        // Step 7 of 10 lies inside the second epoch.
+        let (resumed, uninterrupted) = resumed_and_uninterrupted(&spec, 7, (2, 2));
+        let mut compared = 0;
+        for (a, b) in resumed.iter().flatten().zip(uninterrupted.iter().flatten()) {
+            assert_eq!(a.0, b.0);
+            assert!(a.1.equal(&b.1), "{optimizer}: {} differs", a.0);
+            compared += 1;
+        }
+        assert!(compared > 50, "{compared} tensors");
+    }
+}
+
+#[test]
+fn a_checkpoint_of_two_ranks_goes_on_at_one_and_three() {
+    let spec = job(2, |_| {});
+    for world_size in [1, 3] {
+        let (resumed, uninterrupted) = resumed_and_uninterrupted(&spec, 3, (2, world_size));
+        let backbone = |ranks: &[Vec<(String, Tensor)>]| -> Vec<Tensor> {
+            ranks[0]
+                .iter()
+                .filter(|(name, tensor)| name.starts_with("model.") && tensor.kind() == tch::Kind::Float)
+                .map(|(_, tensor)| tensor.shallow_clone())
+                .collect()
+        };
+        for (a, b) in backbone(&resumed).iter().zip(&backbone(&uninterrupted)) {
+            let difference = (a - b).norm().double_value(&[]) / b.norm().double_value(&[]).max(1e-6);
+            assert!(difference < 1e-3, "{world_size} ranks: {difference}");
+        }
+        let head = |ranks: &[Vec<(String, Tensor)>]| {
+            let shards: Vec<Tensor> = ranks
+                .iter()
+                .flatten()
+                .filter(|(name, _)| name == "weight")
+                .map(|(_, tensor)| tensor.shallow_clone())
+                .collect();
+            Tensor::cat(&shards, 0)
+        };
+        let (a, b) = (head(&resumed), head(&uninterrupted));
+        assert_eq!(a.size(), [10, 16]);
+        let difference = (&a - &b).norm().double_value(&[]) / b.norm().double_value(&[]);
+        assert!(difference < 1e-3, "head at {world_size} ranks: {difference}");
+    }
+}
+
+#[test]
+fn a_wish_of_any_rank_is_heard_by_all_at_the_same_step() {
+    let spec = job(2, |_| {});
+    let heard = on_ranks(&spec, 2, |rank, trainer, job| {
+        let plan = job.epochs.plan(rank, 2, spec.train.batch_size, 0..2);
+        let mut loader = crate::data::Loader::new(
+            job.dataset.clone(),
+            plan,
+            crate::data::LoaderOptions {
+                threads: 1,
+                augment: spec.data.augment,
+                seed: spec.seed,
+                prefetch: 1,
+            },
+        );
+        let first = trainer.step(0, &mut loader, rank == 1).expect("a step").wished;
+        let second = trainer.step(1, &mut loader, false).expect("a step").wished;
+        (first, second)
+    });
+    assert_eq!(heard, [(true, false), (true, false)]);
+}
+
+#[test]
+fn the_model_file_has_the_names_of_the_network() {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(1, |wire| wire.train.get_or_insert_default().max_steps = Some(1));
+    on_ranks(&spec, 1, |rank, trainer, job| {
+        losses(rank, trainer, job, 0, scratch.path());
+        let mut other = crate::model::Backbone::new(trainer.backbone.config()).expect("a network");
+        crate::export::weights::load_backbone(&scratch.path().join("model.safetensors"), &mut other)
+            .expect("its own names");
+        for (a, b) in trainer.backbone.state().iter().zip(other.state()) {
+            assert!(a.tensor.equal(&b.tensor), "{}", a.name);
+        }
+    });
+}
+
+#[test]
+fn a_job_that_cannot_train_says_why_before_it_starts() {
+    let fails = |change: fn(&mut v1::JobSpec), words: &str| {
+        let failure = Prepared::open(job(1, change), &[], "cpu").err().expect("refused");
+        assert!(failure.permanent, "{failure:?}");
+        assert!(failure.message.contains(words), "{failure:?}");
+        failure
+    };
+    fails(
+        |wire| wire.train.get_or_insert_default().precision = Some("fp16".into()),
+        "fp16",
+    );
+    fails(
+        |wire| wire.train.get_or_insert_default().batch_size = Some(41),
+        "fewer than one global batch of 41",
+    );
+    fails(
+        |wire| wire.data.get_or_insert_default().rec = Some("/no/such/set".into()),
+        "/no/such/set",
+    );
+    fails(
+        |wire| {
+            wire.eval = Some(v1::EvalSection {
+                val_targets: vec!["/no/such/lfw.bin".into()],
+                ..Default::default()
+            });
+        },
+        "eval.val_targets: \"/no/such/lfw.bin\"",
+    );
+    fails(
+        |wire| wire.model.get_or_insert_default().init = Some("/no/such/weights.safetensors".into()),
+        "/no/such/weights.safetensors",
+    );
+}
+
+#[test]
+fn every_rank_owns_its_classes() {
+    let spec = job(2, |_| {});
+    let shards = on_ranks(&spec, 2, |_, trainer, _| trainer.head.shard());
+    assert_eq!(
+        shards,
+        [ClassRange { lo: 0, hi: 5 }, ClassRange { lo: 5, hi: 10 }]
+    );
+}

@@ -1,0 +1,214 @@
+//! The training loop around the step: log, evaluation, model file and checkpoints at their times.
+
+use super::checkpoints::{self, Writer};
+use super::failure::RankFailure;
+use super::log::{Meter, TrainingLog};
+use super::setup::Job;
+use super::step::{StepOutcome, Trainer};
+use super::{evaluate, outputs};
+use crate::checkpoint::TrainState;
+use crate::data::{Batch, DataError, Loader, LoaderOptions};
+use crate::eval::Verification;
+use arcface_proto::v1::{Evaluation, StepMetrics};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Micro-batches decoded ahead.
+const PREFETCH: usize = 4;
+
+/// What the loop tells and asks of the world outside; the rank process answers with gRPC, a test with vectors.
+pub trait Outside {
+    /// Metrics of an interval, from rank 0.
+    fn metrics(&mut self, metrics: StepMetrics);
+    /// A result, from rank 0.
+    fn evaluation(&mut self, evaluation: Evaluation);
+    /// True if a checkpoint was asked for since the last call.
+    fn checkpoint_wanted(&mut self) -> bool;
+}
+
+/// Where results go.
+pub struct Sinks<'a> {
+    /// The job's output directory.
+    pub output: PathBuf,
+    /// Lines and numbers for people, on rank 0.
+    pub log: Option<TrainingLog>,
+    /// Checkpoints, unless none are wanted.
+    pub writer: Option<&'a Writer>,
+    /// Reports and wishes.
+    pub outside: &'a mut dyn Outside,
+}
+
+/// What is due after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Due {
+    log: bool,
+    evaluation: bool,
+    model: bool,
+    checkpoint: bool,
+}
+
+/// Pure: what the job wants after `done` steps.
+fn due(job: &Job, done: u64) -> Due {
+    let last = done == job.end_step;
+    let epoch_end = done.is_multiple_of(job.epochs.steps_per_epoch());
+    let every = |steps: Option<u64>| steps.is_some_and(|steps| done.is_multiple_of(steps));
+    Due {
+        log: last || done.is_multiple_of(u64::from(job.spec.train.frequent)),
+        evaluation: last || epoch_end || every(job.spec.eval.every_steps),
+        model: last || epoch_end,
+        checkpoint: last || epoch_end || every(job.spec.checkpoint.every_steps),
+    }
+}
+
+/// Trains from step `start` to the end; gives the steps finished.
+///
+/// # Errors
+/// Whatever ends the training before its end.
+pub fn train(
+    trainer: &mut Trainer,
+    job: &Job,
+    start: u64,
+    sinks: &mut Sinks<'_>,
+) -> Result<u64, RankFailure> {
+    let (rank, world_size) = (trainer.comm.rank(), trainer.comm.world_size());
+    let spec = &job.spec;
+    let plan = job
+        .epochs
+        .plan(rank, world_size, spec.train.batch_size, start..job.end_step);
+    let mut loader = Loader::new(
+        job.dataset.clone(),
+        plan,
+        LoaderOptions {
+            threads: spec.data.num_workers as usize,
+            augment: spec.data.augment,
+            seed: spec.seed,
+            prefetch: PREFETCH,
+        },
+    );
+    let mut meter = Meter::new();
+    // A checkpoint waits for the next update: gradients in between are not part of it.
+    let mut owed = false;
+    let mut wish = false;
+    for step in start..job.end_step {
+        wish |= sinks.outside.checkpoint_wanted();
+        let batches: &mut dyn Iterator<Item = Result<Batch, DataError>> = &mut loader;
+        let outcome = trainer.step(step, batches, wish)?;
+        meter.step(outcome.loss, outcome.grad_norm);
+        let done = step + 1;
+        let due = due(job, done);
+        if due.log {
+            log_interval(trainer, job, done, &outcome, &mut meter, sinks);
+        }
+        let aside = Instant::now();
+        if due.evaluation && !job.sets.is_empty() {
+            evaluate_all(trainer, job, done, sinks)?;
+        }
+        if due.model && rank == 0 {
+            outputs::write_model(&sinks.output, &trainer.backbone)?;
+        }
+        owed |= due.checkpoint || outcome.wished;
+        let whole = trainer.ends_update(step) || done == job.end_step;
+        if trainer.ends_update(step) {
+            wish = false;
+        }
+        if owed && whole {
+            owed = false;
+            checkpoint(trainer, job, done, sinks);
+        }
+        meter.aside(aside);
+    }
+    Ok(job.end_step.max(start))
+}
+
+fn checkpoint(trainer: &mut Trainer, job: &Job, done: u64, sinks: &Sinks<'_>) {
+    let Some(writer) = sinks.writer else { return };
+    let state = position(job, done);
+    let begin = Instant::now();
+    let snapshot = checkpoints::snapshot(trainer, state, job.num_classes);
+    writer.write(snapshot);
+    trainer.phases.add("checkpoint", begin.elapsed());
+}
+
+/// Where the sampler stands after `done` steps.
+fn position(job: &Job, done: u64) -> TrainState {
+    let per_epoch = job.epochs.steps_per_epoch();
+    TrainState {
+        step: done,
+        epoch: u32::try_from(done / per_epoch).unwrap_or(u32::MAX),
+        epoch_samples: done % per_epoch * job.epochs.global_batch(),
+    }
+}
+
+fn log_interval(
+    trainer: &mut Trainer,
+    job: &Job,
+    done: u64,
+    outcome: &StepOutcome,
+    meter: &mut Meter,
+    sinks: &mut Sinks<'_>,
+) {
+    let phases = trainer.phases.take();
+    let (Some((loss, step_seconds, grad_norm)), Some(log)) = (meter.take(), sinks.log.as_mut()) else {
+        return;
+    };
+    let metrics = StepMetrics {
+        step: done,
+        total_steps: job.end_step,
+        // The epoch that the step belonged to, not the one that begins after it.
+        epoch: u32::try_from((done - 1) / job.epochs.steps_per_epoch()).unwrap_or(u32::MAX),
+        loss,
+        learning_rate: outcome.lr,
+        samples_per_second: job.epochs.global_batch() as f64 / step_seconds.max(1e-9),
+        grad_norm,
+        eta_seconds: (job.end_step - done) as f64 * step_seconds,
+        step_seconds,
+        phase_seconds: phases
+            .into_iter()
+            .map(|(phase, seconds)| (phase.to_owned(), seconds))
+            .collect(),
+    };
+    log.metrics(&metrics);
+    sinks.outside.metrics(metrics);
+}
+
+fn evaluate_all(
+    trainer: &mut Trainer,
+    job: &Job,
+    done: u64,
+    sinks: &mut Sinks<'_>,
+) -> Result<(), RankFailure> {
+    let begin = Instant::now();
+    evaluate::share_statistics(&trainer.backbone, trainer.comm.as_mut())?;
+    for set in &job.sets {
+        let begin = Instant::now();
+        let precision = trainer.settings.precision;
+        let found = evaluate::run(&trainer.backbone, precision, trainer.comm.as_mut(), set)?;
+        let evaluation = to_wire(found, done, begin.elapsed().as_secs_f64());
+        if let Some(log) = sinks.log.as_mut() {
+            log.evaluation(&evaluation);
+            sinks.outside.evaluation(evaluation);
+        }
+    }
+    trainer.phases.add("eval", begin.elapsed());
+    Ok(())
+}
+
+fn to_wire(found: Verification, step: u64, seconds: f64) -> Evaluation {
+    Evaluation {
+        dataset: found.name,
+        step,
+        generation: 0, // the coordinator knows it from the report's sender
+        pairs: found.pairs as u64,
+        accuracy: found.accuracy,
+        accuracy_std: found.accuracy_std,
+        xnorm: found.xnorm,
+        tar_at_far: found
+            .tar_at_far
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(far, tar)| (far.to_owned(), tar))
+            .collect(),
+        seconds,
+        at: None,
+    }
+}
