@@ -61,7 +61,7 @@ struct Opened {
 enum State {
     Waiting(tokio::time::Instant),
     Connecting(String, JoinHandle<Result<Opened, String>>),
-    Up(Session),
+    Up(Box<Session>),
 }
 
 /// The connection, up or being tried.
@@ -116,7 +116,7 @@ impl Link {
                         self.attempts = 0;
                         // After a loss the same coordinator is tried first: its epoch is the newest known.
                         self.next = self.next.wrapping_sub(1);
-                        self.state = State::Up(opened.session);
+                        self.state = State::Up(Box::new(opened.session));
                         LinkEvent::Joined {
                             address,
                             epoch: opened.epoch,

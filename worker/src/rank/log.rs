@@ -112,7 +112,7 @@ pub struct Meter {
 
 impl Meter {
     /// An empty interval that begins now.
-    pub fn new() -> Self {
+    pub fn begin() -> Self {
         Self {
             begin: Instant::now(),
             steps: 0,
@@ -138,7 +138,7 @@ impl Meter {
 
     /// Mean loss, seconds a step and the last gradient norm; begins anew. `None` without a step.
     pub fn take(&mut self) -> Option<(f64, f64, f64)> {
-        let done = std::mem::replace(self, Self::new());
+        let done = std::mem::replace(self, Self::begin());
         self.grad_norm = done.grad_norm;
         let seconds = done.begin.elapsed().saturating_sub(done.aside).as_secs_f64();
         let steps = done.steps as f64;
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_meter_averages_and_begins_anew() {
-        let mut meter = Meter::new();
+        let mut meter = Meter::begin();
         meter.step(1.0, Some(2.0));
         meter.step(3.0, None);
         let (loss, _, norm) = meter.take().unwrap();

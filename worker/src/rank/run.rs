@@ -186,21 +186,21 @@ fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
         warn!("the last checkpoint was not committed: the coordinator is away");
         return;
     }
+    // Only rank 0 keeps the directory; the others have nothing to wait for.
+    if rank != 0 {
+        return;
+    }
     let deadline = Instant::now() + LAST_COMMIT;
-    while rank == 0 {
-        let Some(command) = reporter.command_within(deadline.saturating_duration_since(Instant::now()))
-        else {
-            return;
+    while let Some(command) = reporter.command_within(deadline.saturating_duration_since(Instant::now())) {
+        let Command::CheckpointCommitted(committed) = command else {
+            continue;
         };
-        if let Command::CheckpointCommitted(committed) = command {
-            let last = committed
-                .manifest
-                .as_ref()
-                .is_some_and(|manifest| manifest.step >= step);
-            checkpoints::settle(&output, &committed);
-            if last {
-                return;
-            }
+        checkpoints::settle(&output, &committed);
+        if committed
+            .manifest
+            .is_some_and(|manifest| manifest.step >= step)
+        {
+            return;
         }
     }
 }

@@ -85,7 +85,7 @@ pub fn train(
             prefetch: PREFETCH,
         },
     );
-    let mut meter = Meter::new();
+    let mut meter = Meter::begin();
     // A checkpoint waits for the next update: gradients in between are not part of it.
     let mut owed = false;
     let mut wish = false;
