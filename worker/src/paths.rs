@@ -1,5 +1,5 @@
-//! Where a job may write and read on a node: pure decisions about paths, except that existing directories are
-//! resolved so that a symbolic link does not lead out of a root.
+//! Where a job may write on a node: a decision about paths, pure except that existing directories are resolved so
+//! that a symbolic link does not lead out of a root. What it may read is decided in `data/roots`.
 
 use arcface_proto::failure::{ExitCode, Failure};
 use std::path::{Component, Path, PathBuf};
@@ -42,15 +42,6 @@ pub fn output_directory(root: &str, output: &str) -> Result<PathBuf, Failure> {
         .hint("write a relative path, or start the worker with another --output-root"));
     }
     Ok(joined)
-}
-
-/// True if `path` lies in one of `roots`; no roots means anywhere.
-pub fn is_inside(roots: &[String], path: &Path) -> bool {
-    let path = resolved(path);
-    roots.is_empty()
-        || roots
-            .iter()
-            .any(|root| path.starts_with(resolved(Path::new(root))))
 }
 
 /// The path with links of its longest existing part followed; what does not exist yet is kept as written.
@@ -102,18 +93,5 @@ mod tests {
         assert_eq!(output_directory("", "a").unwrap(), PathBuf::from("a"));
         assert_eq!(output_directory("", "/tmp/a").unwrap(), PathBuf::from("/tmp/a"));
         assert!(output_directory("", "../a").is_err());
-    }
-
-    #[test]
-    fn data_roots_bound_what_is_read() {
-        let scratch = tempfile::tempdir().unwrap();
-        let root = scratch.path().to_str().unwrap().to_owned();
-        assert!(is_inside(&[], Path::new("/etc")));
-        assert!(is_inside(
-            std::slice::from_ref(&root),
-            &scratch.path().join("set")
-        ));
-        assert!(!is_inside(std::slice::from_ref(&root), Path::new("/etc")));
-        assert!(!is_inside(&[root.clone()], &scratch.path().join("../other")));
     }
 }

@@ -196,10 +196,7 @@ fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
             continue;
         };
         checkpoints::settle(&output, &committed);
-        if committed
-            .manifest
-            .is_some_and(|manifest| manifest.step >= step)
-        {
+        if committed.manifest.is_some_and(|manifest| manifest.step >= step) {
             return;
         }
     }
