@@ -134,7 +134,7 @@ impl Links {
         let mut told_at = None;
         loop {
             let sent = outgoing.write(&self.to_next);
-            let sent = sent.or_else(|error| Err(self.broken(operation, self.next(), &error)))?;
+            let sent = sent.map_err(|error| self.broken(operation, self.next(), &error))?;
             let received = match incoming.read(&self.from_prev) {
                 Ok(received) => received,
                 Err(Broken::Io(error)) => return Err(self.broken(operation, self.prev(), &error)),

@@ -422,3 +422,6 @@ fn to_vec(tensor: &Tensor) -> Vec<i64> {
     tensor.copy_data(&mut values, tensor.numel());
     values
 }
+
+#[cfg(test)]
+mod tests;
