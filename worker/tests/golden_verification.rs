@@ -2,9 +2,15 @@
 
 mod golden;
 
-use arcface_worker::eval::{
-    metrics::{self, ACCURACY_GRID, FAR_GRID},
-    verification,
+use arcface_worker::{
+    eval::{
+        metrics::{self, ACCURACY_GRID, FAR_GRID},
+        verification,
+    },
+    tools::{
+        output::Output,
+        verify::{VerifyArgs, measure},
+    },
 };
 
 /// Both compute in f64 and count the same pairs: only the order of sums differs.
@@ -69,6 +75,21 @@ fn metrics_equal_the_references() {
             .find(|(far, _)| *far == "1e-3")
             .expect("1e-3 is reported");
         close("TAR at 1e-3", at_default.1, summary[2]);
+
+        // The command reads the same tensors from the file and must say the same.
+        let command = measure(&VerifyArgs {
+            bins: Vec::new(),
+            network: None,
+            weights: None,
+            embeddings: Some(path.clone()),
+            batch: 64,
+            output: Output::Json,
+        });
+        let command = command.unwrap_or_else(|error| panic!("{error:#}"));
+        assert_eq!(command.len(), 1);
+        close("accuracy of the command", command[0].accuracy, ours.accuracy);
+        close("xnorm of the command", command[0].xnorm, ours.xnorm);
+        assert_eq!(command[0].pairs, issame.len());
     }
     golden::report("verification", files.len());
 }
