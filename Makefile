@@ -11,7 +11,7 @@ CARGO_FLAGS ?=
 # The paths are evaluated per recipe, after the set-up has run: Python itself may be among what it installs.
 ENV := . scripts/env.sh;
 
-.PHONY: help setup build test golden lint clean
+.PHONY: help setup build demo test golden lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +21,9 @@ setup: ## Fetch what the build needs: compiler, pip, libtorch
 
 build: setup ## Build target/release/arcface-coordinator and arcface-worker
 	@$(ENV) $(CARGO) build --release --locked $(CARGO_FLAGS)
+
+demo: build ## Train on synthetic identities with a coordinator and two workers on this machine
+	@scripts/demo.sh
 
 test: setup ## Run all tests: unit, property, golden and cluster
 	@scripts/setup.sh python
@@ -35,5 +38,6 @@ lint: setup ## Check format, clippy, docs, lock file, protocol, scripts and spel
 	@scripts/setup.sh lint
 	@scripts/lint.sh
 
-clean: ## Remove build outputs; the cache stays
+clean: ## Remove build outputs and the demo's work; the cache stays
 	@$(CARGO) clean
+	@rm -rf work_dirs/demo

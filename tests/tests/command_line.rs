@@ -124,3 +124,40 @@ fn a_port_or_a_store_in_use_is_said() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn unknown_options_are_code_2_and_help_is_code_0() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    for name in ["arcface-coordinator", "arcface-worker"] {
+        let run = |argument: &str| {
+            let mut command = command(name, scratch.path())?;
+            command.arg(argument);
+            Finished::of(command, SOON)
+        };
+        run("--no-such-option")?.expect(2)?;
+        let help = run("--help")?.expect(0)?;
+        ensure!(help.stdout.contains("Usage"), "{help:?}");
+        run("--version")?.expect(0)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_worker_whose_coordinator_is_away_keeps_trying() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
+        .local_addr()?
+        .to_string();
+    let mut command = command("arcface-worker", scratch.path())?;
+    command.args(["--join", &address, "--device", "cpu"]);
+    let mut worker = arcface_tests::Process::start("worker", scratch.path(), command)?;
+    arcface_tests::wait::until("the worker to say whom it cannot reach", SOON, || {
+        ensure!(worker.ended()?.is_none(), "it gave up: {}", worker.output());
+        let said = worker.output();
+        Ok(if said.contains(&address) && said.contains("WARN") {
+            arcface_tests::wait::Seen::Yes(())
+        } else {
+            arcface_tests::wait::Seen::NotYet(said)
+        })
+    })
+}

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The demonstration behind `make demo`: draws identities into RecordIO files, starts a coordinator and two workers
+# with one rank each on this machine, trains configs/demo_cpu.toml to its end and evaluates on identities that were
+# never trained on. Everything lies in work_dirs/demo; a second run keeps the data and starts the training anew.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+worker=target/release/arcface-worker
+coordinator=target/release/arcface-coordinator
+work=work_dirs/demo
+identities=200
+images=40
+pairs=1000
+
+for program in "$worker" "$coordinator"; do
+    if [ ! -x "$program" ]; then
+        printf 'demo: %s is not built\nhint: make build\n' "$program" >&2
+        exit 1
+    fi
+done
+
+# The parameters are written last: without them, or with others, the data is drawn again.
+parameters="$identities identities, $images images each, $pairs pairs, $("$worker" --version)"
+if [ "$(cat "$work/data/parameters" 2>/dev/null)" != "$parameters" ]; then
+    rm -rf "$work/data"
+    mkdir -p "$work/data"
+    "$worker" data synth --identities "$identities" --images-per-identity "$images" --pairs "$pairs" --output "$work/data"
+    echo "$parameters" >"$work/data/parameters"
+fi
+rm -rf "$work/run"
+
+# The same network with the weights of a fixed rule instead of trained ones.
+"$worker" import --fill golden --network tiny -o "$work/untrained.safetensors"
+"$worker" verify --network tiny --weights "$work/untrained.safetensors" "$work/data/synth.bin" --output json |
+    python3 -c 'import json, sys; print("untrained accuracy %.4f" % json.load(sys.stdin)[0]["accuracy"])'
+
+# Shows a progress bar on a terminal, then says where model, log and metrics are and the final accuracy.
+exec "$coordinator" run configs/demo_cpu.toml --nodes 2 --slots 1 --device cpu

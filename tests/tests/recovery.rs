@@ -1,0 +1,128 @@
+//! Things die and training goes on: a rank, a node, the coordinator.
+
+use anyhow::{Context, Result, ensure};
+use arcface_tests::{Cluster, JobFile, Options};
+use nix::sys::signal::Signal;
+use std::time::Duration;
+
+const TRAINED: Duration = Duration::from_secs(240);
+
+/// Long enough to be interrupted, with checkpoints to come back to: 4 steps an epoch.
+fn interruptible(name: &str) -> JobFile {
+    JobFile {
+        checkpoint_steps: 4,
+        ..JobFile::tiny(name).epochs(10)
+    }
+}
+
+#[test]
+fn a_killed_rank_costs_a_generation_and_not_the_job() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        let id = cluster.submit(&interruptible("killed_rank"))?;
+        // After the first committed checkpoint: the next generation must resume, not start over.
+        cluster.wait_for_job(&id, "to have a checkpoint", TRAINED, |job| {
+            job["checkpoint_step"].as_u64() >= Some(4)
+        })?;
+        let ranks = cluster.rank_pids(&id)?;
+        ensure!(
+            ranks.iter().map(|(rank, _)| *rank).eq([0, 1]),
+            "ranks 0 and 1 were expected: {ranks:?}"
+        );
+        cluster.signal(ranks[1].1, Signal::SIGKILL)?;
+        let job = cluster.wait_for_state(&id, "succeeded", TRAINED)?;
+        ensure!(job["generation"] == 2, "one failure, one more generation: {job}");
+        ensure!(job["step"] == 40, "10 epochs of 4 steps: {job}");
+        let recovery = &job["recoveries"][0];
+        ensure!(
+            recovery["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.contains("rank 1")),
+            "the reason names the rank: {job}"
+        );
+        ensure!(
+            recovery["resumed_step"].as_u64() >= Some(4),
+            "it resumed from a checkpoint: {job}"
+        );
+        ensure!(
+            recovery["total_s"].as_f64().is_some(),
+            "the time it took is known: {job}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_killed_node_is_replaced_by_one_that_joins() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        let id = cluster.submit(&interruptible("killed_node"))?;
+        cluster.wait_for_job(&id, "to have a checkpoint", TRAINED, |job| {
+            job["checkpoint_step"].as_u64() >= Some(4)
+        })?;
+        cluster.kill_worker()?;
+        cluster.start_worker()?;
+        let job = cluster.wait_for_state(&id, "succeeded", TRAINED)?;
+        ensure!(
+            job["generation"].as_u64() >= Some(2) && job["step"] == 40,
+            "{job}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_killed_coordinator_comes_back_and_the_job_with_it() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        let id = cluster.submit(&interruptible("killed_coordinator"))?;
+        cluster.wait_for_job(&id, "to train", TRAINED, |job| job["step"].as_u64() >= Some(2))?;
+        let before = cluster.rank_pids(&id)?;
+        cluster.kill_coordinator()?;
+        cluster.start_coordinator()?;
+        let job = cluster.wait_for_state(&id, "succeeded", TRAINED)?;
+        ensure!(job["step"] == 40, "{job}");
+        ensure!(!before.is_empty(), "it trained before");
+        ensure!(
+            job["generation"] == 1,
+            "ranks train on while the coordinator is away, nothing restarts: {job}"
+        );
+        let checkpoints = cluster.json(&["checkpoints", &id])?;
+        ensure!(
+            checkpoints[0]["step"] == 40,
+            "parts that waited were committed: {checkpoints}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_killed_coordinator() -> Result<()> {
+    let nobody = Options { workers: 0, slots: 1 };
+    Cluster::run(nobody, |cluster| {
+        let id = cluster.submit(&JobFile::tiny("kept"))?;
+        cluster.kill_coordinator()?;
+        cluster.start_coordinator()?;
+        let job = cluster.job(&id)?;
+        ensure!(job["state"] == "queued", "{job}");
+        let name = job["name"].as_str().context("a name")?;
+        ensure!(name == "kept", "{job}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_job_that_cannot_work_fails_with_its_reason() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        let job = JobFile {
+            rec: "no/such/folder".into(),
+            ..JobFile::tiny("hopeless")
+        };
+        let id = cluster.submit(&job)?;
+        let job = cluster.wait_for_state(&id, "failed", TRAINED)?;
+        ensure!(
+            job["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.contains("no/such/folder")),
+            "the reason names the folder: {job}"
+        );
+        Ok(())
+    })
+}
