@@ -1,5 +1,6 @@
 //! A coordinator on free ports with fake agents and ranks that speak to it over real gRPC: no process is spawned, and
-//! every wait is for a state, with a deadline.
+//! every wait is for a state, with a deadline. Each test file uses its part of it.
+#![allow(dead_code)]
 
 use arcface_coordinator::server::{self, Running, ServeOptions, StoreUrl, Timers};
 use arcface_proto::v1::{

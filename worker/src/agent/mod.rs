@@ -62,7 +62,7 @@ pub struct AgentOptions {
 /// Runs the agent until `shutdown` is done, then stops the ranks, tells the coordinator and returns.
 ///
 /// Await it on the main thread (`Runtime::block_on`): rank processes are started on the calling thread, and end
-/// with it. Completion of `shutdown` a second time is not waited for: ranks get [`STOP_GRACE`].
+/// with it. Completion of `shutdown` a second time is not waited for: ranks get a fixed grace.
 ///
 /// # Errors
 /// None so far: what goes wrong is logged and tried again.

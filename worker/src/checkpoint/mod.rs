@@ -1,9 +1,9 @@
 //! Checkpoints: a directory of safetensors, `backbone.safetensors` and one `head-<lo>-<hi>.safetensors` a shard,
 //! and `manifest.json`. Written by the ranks of one world, read by those of any other.
 //!
-//! A part is written to a temporary name, synced and renamed ([`write`]); the checkpoint exists once the coordinator
+//! A part is written to a temporary name, synced and renamed ([`mod@write`]); the checkpoint exists once the coordinator
 //! has committed its manifest, which carries size and BLAKE3 digest of every part. Nothing of a part is used before
-//! both were checked ([`read`]). Which bytes a new shard takes from old ones is pure arithmetic ([`reshard`]).
+//! both were checked ([`mod@read`]). Which bytes a new shard takes from old ones is pure arithmetic ([`reshard`]).
 //!
 //! Knows tensors by name alone: it must not know networks, heads or optimizers, nor decide what is committed.
 

@@ -225,12 +225,11 @@ fn write_checkpoint(dir: &Path, snapshots: Vec<checkpoints::Snapshot>) -> Checkp
     manifest
 }
 
+/// The named state of every rank.
+type WorldState = Vec<Vec<(String, Tensor)>>;
+
 /// Trains to `stop`, checkpoints, goes on from the checkpoint at another world size; and without interruption.
-fn resumed_and_uninterrupted(
-    spec: &JobSpec,
-    stop: u64,
-    worlds: (u32, u32),
-) -> (Vec<Vec<(String, Tensor)>>, Vec<Vec<(String, Tensor)>>) {
+fn resumed_and_uninterrupted(spec: &JobSpec, stop: u64, worlds: (u32, u32)) -> (WorldState, WorldState) {
     let scratch = tempfile::tempdir().unwrap();
     let position = |job: &Job| crate::checkpoint::TrainState {
         step: stop,
