@@ -34,7 +34,7 @@ pub struct VerifyArgs {
     /// Weights: .safetensors, or a PyTorch state_dict (.pth, .pt).
     #[arg(long, value_name = "FILE", required_unless_present = "embeddings")]
     pub weights: Option<PathBuf>,
-    /// A .safetensors file with `emb` and `emb_flip` [2n, D] (rows 2i and 2i+1 are pair i) and `issame` [n],
+    /// A .safetensors file with `emb` and `emb_flip` [2n, D] (rows 2i and 2i+1 are pair i) and `issame` (length n),
     /// instead of a network.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["bins", "network", "weights"])]
     pub embeddings: Option<PathBuf>,
