@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 worker=target/release/arcface-worker
 coordinator=target/release/arcface-coordinator
 work=work_dirs/demo
-identities=200
+identities=500
 images=40
 pairs=1000
 
