@@ -1,5 +1,6 @@
 //! `data bin`: a verification set from image files.
 
+use std::io::Write as _;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -49,11 +50,12 @@ pub fn run(args: &BinArgs) -> anyhow::Result<()> {
     let bytes = bin_write::verification_set(&images, &issame).context("build the verification set")?;
     write_atomically(&args.output, &bytes).map_err(explain)?;
     let same = issame.iter().filter(|&&same| same).count();
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{}: {} pairs, {same} of the same person",
         args.output.display(),
         issame.len()
-    );
+    )?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! `data inspect`: what a data set holds.
 
+use std::io::Write as _;
 use std::{collections::BTreeMap, path::PathBuf};
 
 use serde_json::json;
@@ -74,24 +75,29 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
             "mean_image_bytes": mean_bytes,
             "per_identity": counts,
         });
-        println!("{report}");
+        writeln!(std::io::stdout(), "{report}")?;
         return Ok(());
     }
-    println!("{}", dataset.describe());
-    println!("num_image     {images}");
-    println!("num_classes   {}", dataset.num_classes());
-    println!("looked at     {looked_at} images");
-    println!("labels        {smallest} to {largest}");
+    writeln!(std::io::stdout(), "{}", dataset.describe())?;
+    writeln!(std::io::stdout(), "num_image     {images}")?;
+    writeln!(std::io::stdout(), "num_classes   {}", dataset.num_classes())?;
+    writeln!(std::io::stdout(), "looked at     {looked_at} images")?;
+    writeln!(std::io::stdout(), "labels        {smallest} to {largest}")?;
     if args.all {
         let counts = (
             labels.values().min().unwrap_or(&0),
             labels.values().max().unwrap_or(&0),
         );
-        println!("per identity  {} to {} images", counts.0, counts.1);
+        writeln!(
+            std::io::stdout(),
+            "per identity  {} to {} images",
+            counts.0,
+            counts.1
+        )?;
     }
-    println!("image bytes   {mean_bytes} on average");
+    writeln!(std::io::stdout(), "image bytes   {mean_bytes} on average")?;
     for (size, count) in sizes {
-        println!("size          {size}: {count}");
+        writeln!(std::io::stdout(), "size          {size}: {count}")?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `data pack`: an image folder or a list as `.rec` and `.idx`. Image files are copied byte for byte.
 
+use std::io::Write as _;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -71,11 +72,12 @@ pub fn run(args: &PackArgs) -> anyhow::Result<()> {
     }
     writer.finish().map_err(explain)?;
     bar.finish_and_clear();
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{}: {} images of {num_classes} identities",
         rec.display(),
         entries.len()
-    );
+    )?;
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! `data shuffle`: the records of a `.rec` in random order, physically. The training order is random anyway; this is for
 //! disks where neighbours in a file are cheap and jumps are not.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -60,11 +61,12 @@ pub fn run(args: &ShuffleArgs) -> anyhow::Result<()> {
     }
     writer.finish().map_err(explain)?;
     bar.finish_and_clear();
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{}: {} images of {} identities",
         target.display(),
         set.len(),
         set.num_classes()
-    );
+    )?;
     Ok(())
 }

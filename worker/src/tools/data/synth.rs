@@ -1,5 +1,6 @@
 //! `data synth`: synthetic identities as files, through the same formats as real ones.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -64,15 +65,21 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
     }
     writer.finish().map_err(explain)?;
     bar.finish_and_clear();
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{}: {total} images of {} identities",
         rec.display(),
         args.identities
-    );
+    )?;
     if args.pairs > 0 {
         let bin = args.output.join("synth.bin");
         verification(args.seed, args.pairs, &bin)?;
-        println!("{}: {} pairs of other identities", bin.display(), args.pairs);
+        writeln!(
+            std::io::stdout(),
+            "{}: {} pairs of other identities",
+            bin.display(),
+            args.pairs
+        )?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `data verify`: every record read and decoded; what is damaged is listed, and the command fails if anything is.
 
+use std::io::Write as _;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -32,7 +33,7 @@ pub struct VerifyArgs {
 pub fn run(args: &VerifyArgs) -> anyhow::Result<()> {
     let dataset = open(&args.path)?;
     let report = check(dataset.as_ref());
-    print(&report, dataset.as_ref(), args.output);
+    print(&report, dataset.as_ref(), args.output)?;
     match report.damaged.len() as u64 + report.empty_classes {
         0 => Ok(()),
         _ => Err(Failure::new(
@@ -108,7 +109,7 @@ fn check(dataset: &dyn Dataset) -> Report {
     }
 }
 
-fn print(report: &Report, dataset: &dyn Dataset, output: Output) {
+fn print(report: &Report, dataset: &dyn Dataset, output: Output) -> std::io::Result<()> {
     if output == Output::Json {
         let report = json!({
             "num_image": dataset.len(),
@@ -116,15 +117,18 @@ fn print(report: &Report, dataset: &dyn Dataset, output: Output) {
             "identities_without_image": report.empty_classes,
             "damaged": report.damaged,
         });
-        println!("{report}");
-        return;
+        writeln!(std::io::stdout(), "{report}")?;
+        return Ok(());
     }
-    report.damaged.iter().for_each(|line| println!("{line}"));
-    println!(
+    for line in &report.damaged {
+        writeln!(std::io::stdout(), "{line}")?;
+    }
+    writeln!(
+        std::io::stdout(),
         "{} images, {} damaged; {} identities, {} without a good image",
         dataset.len(),
         report.damaged.len(),
         report.classes,
         report.empty_classes
-    );
+    )
 }
