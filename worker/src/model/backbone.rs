@@ -6,7 +6,9 @@ use arcface_proto::spec::{ModelSpec, Precision};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    IMAGE_SIZE, fill, init,
+    IMAGE_SIZE, fill,
+    graph::{Graph, Trace},
+    init,
     layers::Network,
     pass::{ForwardMode, Pass, Tap},
     registry::{self, REGISTRY, Registered},
@@ -265,6 +267,15 @@ impl Backbone {
         let image = Tensor::zeros([1, 3, IMAGE_SIZE, IMAGE_SIZE], (Kind::Float, Device::Cpu));
         let _embedding = tch::no_grad(|| self.run(&image, &mut pass));
         pass.macs()
+    }
+
+    /// The operations of evaluation, with the current parameters.
+    pub fn graph(&self) -> Graph {
+        let mode = ForwardMode::evaluation(Precision::Fp32);
+        let (mut trace, image) = Trace::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE]);
+        let mut pass = Pass::tracing(&mode, &mut trace);
+        let embedding = tch::no_grad(|| self.network.forward(&image, &mut pass));
+        trace.finish(&embedding, &self.state)
     }
 }
 

@@ -99,14 +99,15 @@ impl Block {
         let y = self.bn1.forward(x, pass);
         let y = self.conv1.forward(&y, pass);
         let y = self.bn2.forward(&y, pass);
-        let y = self.prelu.forward(&y);
+        let y = self.prelu.forward(&y, pass);
         let y = self.conv2.forward(&y, pass);
         let y = self.bn3.forward(&y, pass);
         match &self.downsample {
-            None => y + x,
+            None => pass.add(&y, x),
             Some((conv, bn)) => {
                 let shortcut = conv.forward(x, pass);
-                y + bn.forward(&shortcut, pass)
+                let shortcut = bn.forward(&shortcut, pass);
+                pass.add(&y, &shortcut)
             }
         }
     }
@@ -160,7 +161,7 @@ impl Network for IResNet {
         pass.tap("conv1", &x);
         let x = self.bn1.forward(&x, pass);
         pass.tap("bn1", &x);
-        let mut x = self.prelu.forward(&x);
+        let mut x = self.prelu.forward(&x, pass);
         pass.tap("prelu", &x);
         for (name, blocks) in &self.stages {
             for block in blocks {
@@ -170,7 +171,8 @@ impl Network for IResNet {
         }
         let x = self.bn2.forward(&x, pass);
         pass.tap("bn2", &x);
-        let x = pass.dropout(x.flatten(1, -1), self.dropout);
+        let x = pass.flatten(&x);
+        let x = pass.dropout(x, self.dropout);
         pass.tap("dropout", &x);
         let x = pass.leave_mixed_precision(x);
         let x = self.fc.forward(&x, pass);

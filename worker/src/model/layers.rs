@@ -6,6 +6,7 @@
 use tch::{Kind, Tensor};
 
 use super::{
+    graph::Op,
     pass::Pass,
     state::{Builder, Init},
 };
@@ -119,7 +120,11 @@ impl Conv2d {
             false => self.convolve(x, pass.kind()),
         };
         pass.count_macs(&y, self.shape.fan_in());
-        y
+        pass.record(&[x], y, || Op::Conv {
+            weight: self.weight.shallow_clone(),
+            bias: None,
+            shape: self.shape,
+        })
     }
 
     fn convolve(&self, x: &Tensor, kind: Kind) -> Tensor {
@@ -172,7 +177,10 @@ impl Linear {
         let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
         let y = x.to_kind(kind).linear(&self.weight.to_kind(kind), bias);
         pass.count_macs(&y, self.weight.size()[1]);
-        y
+        pass.record(&[x], y, || Op::Linear {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+        })
     }
 }
 
@@ -236,7 +244,7 @@ impl BatchNorm {
         if batch_statistics && track {
             let _ = self.num_batches_tracked.shallow_clone().g_add_scalar_(1);
         }
-        x.batch_norm(
+        let y = x.batch_norm(
             Some(&self.weight),
             Some(&self.bias),
             track.then_some(&self.running_mean),
@@ -245,7 +253,14 @@ impl BatchNorm {
             BATCH_NORM_MOMENTUM,
             BATCH_NORM_EPS,
             true,
-        )
+        );
+        pass.record(&[x], y, || Op::BatchNorm {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.shallow_clone(),
+            mean: self.running_mean.shallow_clone(),
+            variance: self.running_var.shallow_clone(),
+            eps: BATCH_NORM_EPS,
+        })
     }
 }
 
@@ -263,7 +278,10 @@ impl PRelu {
     }
 
     /// Same shape and kind as `x`.
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.prelu(&self.weight.to_kind(x.kind()))
+    pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let y = x.prelu(&self.weight.to_kind(x.kind()));
+        pass.record(&[x], y, || Op::PRelu {
+            weight: self.weight.shallow_clone(),
+        })
     }
 }

@@ -63,7 +63,7 @@ impl ConvBlock {
     fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
         let x = self.conv.forward(x, pass);
         let x = self.bn.forward(&x, pass);
-        self.prelu.forward(&x)
+        self.prelu.forward(&x, pass)
     }
 }
 
@@ -124,7 +124,7 @@ impl DepthWise {
         let y = self.expand.forward(x, pass);
         let y = self.depthwise.forward(&y, pass);
         let y = self.project.forward(&y, pass);
-        if self.residual { y + x } else { y }
+        if self.residual { pass.add(&y, x) } else { y }
     }
 }
 
@@ -219,7 +219,8 @@ impl Network for MobileFaceNet {
         let x = self.conv_sep.forward(&x, pass);
         pass.tap("conv_sep", &x);
         let x = self.global.forward(&x, pass);
-        let x = self.fc.forward(&x.flatten(1, -1), pass);
+        let x = pass.flatten(&x);
+        let x = self.fc.forward(&x, pass);
         let x = self.features.forward(&x, pass);
         pass.tap("features", &x);
         x

@@ -7,6 +7,7 @@
 
 mod backbone;
 pub mod fill;
+pub mod graph;
 mod init;
 pub mod iresnet;
 pub mod layers;

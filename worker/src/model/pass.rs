@@ -1,8 +1,9 @@
-//! One forward pass: its mode, and what it reports on the way (taps, multiply-accumulates).
+//! One forward pass: its mode, and what it reports on the way (taps, multiply-accumulates, operations).
 
 use arcface_proto::spec::Precision;
 use tch::{Kind, Tensor};
 
+use super::graph::{Op, Trace};
 use crate::random::{Purpose, Stream};
 
 /// Where the dropout mask of a batch comes from: row i of the batch is global sample `first_sample + i` of the step,
@@ -59,6 +60,7 @@ pub struct Pass<'a> {
     tap: Option<Tap<'a>>,
     counts_only: bool,
     macs: u64,
+    trace: Option<&'a mut Trace>,
 }
 
 impl<'a> Pass<'a> {
@@ -75,6 +77,7 @@ impl<'a> Pass<'a> {
             tap,
             counts_only: false,
             macs: 0,
+            trace: None,
         }
     }
 
@@ -84,6 +87,33 @@ impl<'a> Pass<'a> {
             counts_only: true,
             ..Self::new(mode, None)
         }
+    }
+
+    /// A counting pass that also takes down every operation.
+    pub(super) fn tracing(mode: &'a ForwardMode, trace: &'a mut Trace) -> Self {
+        Self {
+            trace: Some(trace),
+            ..Self::counting(mode)
+        }
+    }
+
+    /// Hands on what an operation made of `inputs`. Every operation of a network in evaluation goes through here, so
+    /// that a network can be exported.
+    pub fn record(&mut self, inputs: &[&Tensor], output: Tensor, op: impl FnOnce() -> Op) -> Tensor {
+        match &mut self.trace {
+            Some(trace) => trace.record(inputs, &output, op()),
+            None => output,
+        }
+    }
+
+    /// Sum of two tensors of one shape: where a shortcut joins its branch.
+    pub fn add(&mut self, a: &Tensor, b: &Tensor) -> Tensor {
+        self.record(&[a, b], a + b, || Op::Add)
+    }
+
+    /// \[N, ..\] to \[N, F\].
+    pub fn flatten(&mut self, x: &Tensor) -> Tensor {
+        self.record(&[x], x.flatten(1, -1), || Op::Flatten)
     }
 
     /// Whether convolutions need not compute.
