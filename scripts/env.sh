@@ -11,6 +11,8 @@ ARCFACE_CACHE="${ARCFACE_CACHE:-${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cach
 LIBTORCH="${ARCFACE_LIBTORCH:-$ARCFACE_CACHE/libtorch-2.11.0}"
 # Compiled Python packages fit one minor version of Python, so each has a folder of its own.
 ARCFACE_PYTHON_PACKAGES="$ARCFACE_CACHE/python-$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)"
+# PyTorch for the tests, on the libtorch above.
+ARCFACE_PYTHON_TORCH="$ARCFACE_CACHE/python-torch-2.11.0"
 # Command-line tools of `make lint`, which ship as Python wheels.
 ARCFACE_LINT_TOOLS="$ARCFACE_CACHE/lint-tools"
-export ARCFACE_CACHE LIBTORCH ARCFACE_PYTHON_PACKAGES ARCFACE_LINT_TOOLS
+export ARCFACE_CACHE LIBTORCH ARCFACE_PYTHON_PACKAGES ARCFACE_PYTHON_TORCH ARCFACE_LINT_TOOLS

@@ -10,4 +10,4 @@ if [ ! -f "$ARCFACE_PYTHON_PACKAGES/.requirements" ]; then
     echo "python: no packages in $ARCFACE_PYTHON_PACKAGES: run scripts/setup.sh python" >&2
     exit 69
 fi
-PYTHONPATH="$ARCFACE_PYTHON_PACKAGES" PYTHONDONTWRITEBYTECODE=1 exec python3 -s "$@"
+PYTHONPATH="$ARCFACE_PYTHON_PACKAGES:$ARCFACE_PYTHON_TORCH" PYTHONDONTWRITEBYTECODE=1 exec python3 -s "$@"

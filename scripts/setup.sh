@@ -157,11 +157,41 @@ PY
     sync -f "$work/libtorch"
     rm -rf "$LIBTORCH" # only an incomplete one comes here
     mv "$work/libtorch" "$LIBTORCH"
+    unpack_python_torch "$work/wheels" # while the wheel is here
     rm -rf "$work"
     say "libtorch 2.11.0 is in $LIBTORCH"
 }
 
 # --- Python packages of the tests and tools of the lints --------------------------------------------------------
+
+# The wheel is compiled for this Python; with another one the tests that need it say that they are skipped.
+python_fits_torch() { [ "$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = 3.11 ]; }
+
+# Unpacks the Python half of the torch wheel in DIR. The tests do without it where it does not start.
+unpack_python_torch() {
+    local partial="$ARCFACE_PYTHON_TORCH.partial" log="$ARCFACE_CACHE/python-torch.log"
+    python_fits_torch || return 0
+    say "unpacking PyTorch for the tests"
+    rm -rf "$partial"
+    if ! python3 scripts/python_torch.py "$1"/torch-*.whl "$LIBTORCH" "$partial" >"$log" 2>&1; then
+        say "PyTorch cannot be unpacked, tests that need it will say that they are skipped: see $log"
+        return 0
+    fi
+    rm -rf "$ARCFACE_PYTHON_TORCH"
+    mv "$partial" "$ARCFACE_PYTHON_TORCH"
+}
+
+need_python_torch() {
+    local work="$ARCFACE_CACHE/python-torch.wheel"
+    [ ! -d "$ARCFACE_PYTHON_TORCH" ] && [ -z "${ARCFACE_LIBTORCH:-}" ] && python_fits_torch || return 0
+    take_lock
+    [ ! -d "$ARCFACE_PYTHON_TORCH" ] || return 0
+    mkdir -p "$work"
+    # shellcheck disable=SC2046,SC2086 # the first line's four words are four arguments
+    fetch_wheel $(head -n 1 <<<"$WHEELS") "$work"
+    unpack_python_torch "$work"
+    rm -rf "$work"
+}
 
 # Installs requirements into a folder that is renamed into place; a file with the list marks what it holds.
 need_packages() {
@@ -182,8 +212,11 @@ need_packages() {
 }
 
 need_python() {
-    need_packages "$ARCFACE_PYTHON_PACKAGES" "the Python gRPC client of the tests" \
-        grpcio==1.85.1 grpcio-reflection==1.85.1 protobuf==7.36.2
+    need_packages "$ARCFACE_PYTHON_PACKAGES" "the Python packages of the tests" \
+        grpcio==1.85.1 grpcio-reflection==1.85.1 protobuf==7.36.2 \
+        numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 \
+        flatbuffers==25.12.19 ml-dtypes==0.6.0 packaging==26.3 typing-extensions==4.16.0
+    need_python_torch
 }
 
 need_lint() {
@@ -197,7 +230,10 @@ need_system
 for part in "${@:-libtorch}"; do
     case "$part" in
     libtorch) need_libtorch ;;
-    python) need_python ;;
+    python) # PyTorch computes with the libtorch
+        need_libtorch
+        need_python
+        ;;
     lint) need_lint ;;
     *)
         printf 'setup: unknown part %s\nhint: libtorch, python or lint\n' "$part" >&2
