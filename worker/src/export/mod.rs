@@ -1,12 +1,13 @@
-//! Files that hold named tensors: safetensors (ours, read and written) and PyTorch's `state_dict` (read and written
-//! without Python, executing nothing).
+//! Files that hold named tensors: safetensors (ours, read and written), PyTorch's `state_dict` (read and written without
+//! Python, executing nothing) and ONNX (written).
 //!
 //! Owns the formats and atomic writing. It must not know where tensors come from or what they are for, except
-//! [`weights`], which fits a file to a backbone.
+//! [`weights`], which fits a file to a backbone, and [`onnx`], which writes one with its operations.
 
 pub mod atomic;
 mod error;
 pub mod npy;
+pub mod onnx;
 pub mod pytorch;
 mod pytorch_write;
 pub mod safetensors;

@@ -55,6 +55,24 @@ pub enum Op {
 }
 
 impl Op {
+    /// The tensors of the state that it reads.
+    pub fn parameters(&self) -> Vec<&Tensor> {
+        match self {
+            Op::Conv { weight, bias, .. } | Op::Linear { weight, bias } => {
+                std::iter::once(weight).chain(bias).collect()
+            }
+            Op::BatchNorm {
+                weight,
+                bias,
+                mean,
+                variance,
+                ..
+            } => vec![weight, bias, mean, variance],
+            Op::PRelu { weight } => vec![weight],
+            Op::Add | Op::Flatten => Vec::new(),
+        }
+    }
+
     /// The operation's name in messages.
     fn name(&self) -> &'static str {
         match self {
@@ -188,6 +206,8 @@ fn address(tensor: &Tensor) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use crate::model::{Backbone, BackboneConfig, registry::REGISTRY};
 
@@ -209,6 +229,32 @@ mod tests {
             }
             assert!(made.iter().all(|&made| made), "{}", network.name);
             assert_eq!(graph.shapes[graph.output], [1, 16], "{}", network.name);
+        }
+    }
+
+    #[test]
+    fn every_parameter_of_every_network_is_in_its_graph() {
+        for network in REGISTRY {
+            let backbone = Backbone::new(&BackboneConfig::new(network.name, 16)).unwrap();
+            let graph = backbone.graph();
+            let used: HashSet<&str> = graph
+                .nodes
+                .iter()
+                .flat_map(|node| node.op.parameters())
+                .map(|parameter| graph.name(parameter))
+                .collect();
+            // What training alone reads.
+            let unused = ["num_batches_tracked", "mask_token"];
+            for entry in backbone.state() {
+                let expected = !unused.iter().any(|leaf| entry.name.ends_with(leaf));
+                assert_eq!(
+                    used.contains(entry.name.as_str()),
+                    expected,
+                    "{}: {}",
+                    network.name,
+                    entry.name
+                );
+            }
         }
     }
 

@@ -1,0 +1,123 @@
+//! Exported networks in onnxruntime: cosine and largest difference on 64 images, one at a time and all at once.
+//!
+//! Runs the networks that take seconds; `ARCFACE_ONNX_NETWORKS` names others, separated by commas, or `all`
+//! (`make onnx`). Needs the Python packages of `scripts/setup.sh python`; says so where they are missing.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result, bail, ensure};
+use arcface_proto::spec::Precision;
+use arcface_worker::{
+    export::{npy, onnx},
+    model::{Backbone, BackboneConfig, ForwardMode, fill, registry::REGISTRY},
+};
+use serde_json::{Value, json};
+use tch::Tensor;
+
+/// Networks of every family that take a few seconds each.
+const QUICK: [&str; 4] = ["tiny", "r18", "mbf", "vit_t"];
+const IMAGES: i64 = 64;
+/// libtorch reads several images at a time here, as `infer` does.
+const CHUNK: i64 = 16;
+const EMBEDDING_SIZE: i64 = 512;
+/// What is promised to users of exported networks. Embeddings of filled networks have elements of up to about 4.
+const MIN_COSINE: f64 = 0.99999;
+const MAX_DIFFERENCE: f64 = 1e-3;
+/// `scripts/python.sh` ends with this if the packages are not there (EX_UNAVAILABLE).
+const NO_PACKAGES: i32 = 69;
+
+fn networks() -> Vec<&'static str> {
+    let wanted = std::env::var("ARCFACE_ONNX_NETWORKS").unwrap_or_else(|_| QUICK.join(","));
+    let names = REGISTRY.iter().map(|network| network.name);
+    names
+        .filter(|&name| wanted == "all" || wanted.split(',').any(|wanted| wanted == name))
+        .collect()
+}
+
+/// Runs `tests/python/onnx_check.py`; nothing if the packages are missing and that may be.
+fn check(model: &Path, images: &Path, embeddings: &Path) -> Result<Option<Value>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let output = Command::new(root.join("scripts/python.sh"))
+        .arg(root.join("tests/python/onnx_check.py"))
+        .args([model, images, embeddings])
+        .output()
+        .context("start scripts/python.sh")?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let missing =
+        output.status.code() == Some(NO_PACKAGES) || stderr.contains("ModuleNotFoundError: No module named 'onnx");
+    if missing && std::env::var_os("CI").is_some() {
+        bail!("the Python packages are missing: {stderr}");
+    }
+    if missing {
+        return Ok(None);
+    }
+    ensure!(output.status.success(), "onnx_check.py: {stderr}");
+    Ok(Some(serde_json::from_slice(&output.stdout)?))
+}
+
+fn embed(backbone: &Backbone, images: &Tensor) -> Tensor {
+    let mode = ForwardMode::evaluation(Precision::Fp32);
+    let chunks = images.split(CHUNK, 0);
+    let parts: Vec<Tensor> = tch::no_grad(|| chunks.iter().map(|chunk| backbone.forward(chunk, &mode)).collect());
+    Tensor::cat(&parts, 0)
+}
+
+#[test]
+fn onnxruntime_computes_the_same_embeddings_at_batch_1_and_64() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let images = fill::symmetric("input", &[IMAGES, 3, 112, 112]);
+    npy::write(&at("images.npy"), &images)?;
+    let networks = networks();
+    ensure!(!networks.is_empty(), "ARCFACE_ONNX_NETWORKS names no network");
+    for &network in &networks {
+        let mut backbone = Backbone::new(&BackboneConfig::new(network, EMBEDDING_SIZE))?;
+        backbone.fill_golden();
+        npy::write(&at("embeddings.npy"), &embed(&backbone, &images))?;
+        let quick = QUICK.contains(&network);
+        // Batch norms as nodes of their own compute the same; a few networks show it.
+        for fold_batch_norm in [true, false].into_iter().filter(|fold| quick || *fold) {
+            let options = onnx::Options {
+                fold_batch_norm,
+                ..onnx::Options::default()
+            };
+            let model = at("model.onnx");
+            onnx::write(&model, &backbone, options)?;
+            let Some(report) = check(&model, &at("images.npy"), &at("embeddings.npy"))? else {
+                eprintln!("SKIPPED: onnxruntime was not run: no Python packages (scripts/setup.sh python)");
+                return Ok(());
+            };
+            println!("{network}, batch norm {}: {report}", report["metadata"]["batch_norm"]);
+            assert_report(network, &report)?;
+        }
+    }
+    Ok(())
+}
+
+fn assert_report(network: &str, report: &Value) -> Result<()> {
+    ensure!(
+        report["input"] == json!(["input", "tensor(float)", ["batch", 3, 112, 112]]),
+        "{network}: {report}"
+    );
+    ensure!(
+        report["output"] == json!(["embedding", "tensor(float)", ["batch", EMBEDDING_SIZE]]),
+        "{network}: {report}"
+    );
+    ensure!(report["metadata"]["network"] == network, "{network}: {report}");
+    for (batch, rows) in [("one_by_one", IMAGES), ("all_at_once", IMAGES), ("three", 3)] {
+        let seen = &report[batch];
+        ensure!(seen["rows"] == rows, "{network}: {batch}: {seen}");
+        // NaN fails both.
+        ensure!(
+            seen["min_cosine"].as_f64() >= Some(MIN_COSINE),
+            "{network}: {batch}: cosine {} < {MIN_COSINE}",
+            seen["min_cosine"]
+        );
+        ensure!(
+            seen["max_difference"].as_f64().is_some_and(|difference| difference <= MAX_DIFFERENCE),
+            "{network}: {batch}: differs by {} > {MAX_DIFFERENCE}",
+            seen["max_difference"]
+        );
+    }
+    Ok(())
+}
