@@ -43,8 +43,8 @@ fn check(model: &Path, images: &Path, embeddings: &Path) -> Result<Option<Value>
         .output()
         .context("start scripts/python.sh")?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    let missing =
-        output.status.code() == Some(NO_PACKAGES) || stderr.contains("ModuleNotFoundError: No module named 'onnx");
+    let missing = output.status.code() == Some(NO_PACKAGES)
+        || stderr.contains("ModuleNotFoundError: No module named 'onnx");
     if missing && std::env::var_os("CI").is_some() {
         bail!("the Python packages are missing: {stderr}");
     }
@@ -58,7 +58,12 @@ fn check(model: &Path, images: &Path, embeddings: &Path) -> Result<Option<Value>
 fn embed(backbone: &Backbone, images: &Tensor) -> Tensor {
     let mode = ForwardMode::evaluation(Precision::Fp32);
     let chunks = images.split(CHUNK, 0);
-    let parts: Vec<Tensor> = tch::no_grad(|| chunks.iter().map(|chunk| backbone.forward(chunk, &mode)).collect());
+    let parts: Vec<Tensor> = tch::no_grad(|| {
+        chunks
+            .iter()
+            .map(|chunk| backbone.forward(chunk, &mode))
+            .collect()
+    });
     Tensor::cat(&parts, 0)
 }
 
@@ -87,7 +92,10 @@ fn onnxruntime_computes_the_same_embeddings_at_batch_1_and_64() -> Result<()> {
                 eprintln!("SKIPPED: onnxruntime was not run: no Python packages (scripts/setup.sh python)");
                 return Ok(());
             };
-            println!("{network}, batch norm {}: {report}", report["metadata"]["batch_norm"]);
+            println!(
+                "{network}, batch norm {}: {report}",
+                report["metadata"]["batch_norm"]
+            );
             assert_report(network, &report)?;
         }
     }
@@ -114,7 +122,9 @@ fn assert_report(network: &str, report: &Value) -> Result<()> {
             seen["min_cosine"]
         );
         ensure!(
-            seen["max_difference"].as_f64().is_some_and(|difference| difference <= MAX_DIFFERENCE),
+            seen["max_difference"]
+                .as_f64()
+                .is_some_and(|difference| difference <= MAX_DIFFERENCE),
             "{network}: {batch}: differs by {} > {MAX_DIFFERENCE}",
             seen["max_difference"]
         );

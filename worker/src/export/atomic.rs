@@ -27,7 +27,9 @@ pub fn write(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Re
         // Best effort: the error that matters is the one above.
         fs::remove_file(&temporary).ok();
     }
-    result.map_err(FileError::io(path))
+    // What is missing is the folder: the file need not be there.
+    let place = if folder.is_dir() { path } else { folder };
+    result.map_err(FileError::io(place))
 }
 
 fn temporary_name(folder: &Path, path: &Path) -> PathBuf {

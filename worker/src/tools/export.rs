@@ -1,15 +1,24 @@
 //! `arcface-worker export`: weights for other programs.
 
-use std::path::PathBuf;
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+};
 
+use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
+use indicatif::DecimalBytes;
 
-use crate::export::{pytorch, safetensors, weights};
+use crate::{
+    export::{onnx, pytorch, safetensors, weights},
+    model::Backbone,
+};
 
 /// Arguments of `export`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Example:\n  \
-    arcface-worker export --network r50 --weights model.safetensors --format pytorch -o backbone.pth")]
+#[command(after_help = "Examples:\n  \
+    arcface-worker export --network r50 --weights model.safetensors --format pytorch -o backbone.pth\n  \
+    arcface-worker export --network r50 --weights model.safetensors --format onnx -o r50.onnx")]
 pub struct ExportArgs {
     /// Network that the weights belong to; `arcface-worker networks` lists them.
     #[arg(long)]
@@ -20,9 +29,12 @@ pub struct ExportArgs {
     /// Form to write.
     #[arg(long, value_enum)]
     pub format: Format,
-    /// File to write.
+    /// File to write. An ONNX network of over 2 GiB has its weights in a second one, FILE.data.
     #[arg(short = 'o', long, value_name = "FILE")]
     pub output: PathBuf,
+    /// ONNX: keep batch norms as operators instead of merging them into the layers before them.
+    #[arg(long)]
+    pub no_fold: bool,
 }
 
 /// Forms of weights.
@@ -38,14 +50,13 @@ pub enum Format {
 
 /// Runs `export`.
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
-    if args.format == Format::Onnx {
-        return Err(
-            Failure::new(ExitCode::Usage, "--format onnx is not in this build")
-                .hint("export --format pytorch, and let PyTorch write ONNX")
-                .into(),
-        );
+    if args.no_fold && args.format != Format::Onnx {
+        return Err(Failure::new(ExitCode::Usage, "--no-fold goes with --format onnx alone").into());
     }
     let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
+    if args.format == Format::Onnx {
+        return write_onnx(&args, &backbone);
+    }
     let tensors = backbone
         .state()
         .iter()
@@ -55,6 +66,30 @@ pub fn run(args: ExportArgs) -> anyhow::Result<()> {
         Format::Safetensors | Format::Onnx => safetensors::write(&args.output, tensors),
     };
     Ok(written.map_err(Failure::from)?)
+}
+
+fn write_onnx(args: &ExportArgs, backbone: &Backbone) -> anyhow::Result<()> {
+    let options = onnx::Options {
+        fold_batch_norm: !args.no_fold,
+        ..onnx::Options::default()
+    };
+    let written = onnx::write(&args.output, backbone, options).map_err(Failure::from)?;
+    let mut line = format!(
+        "{}: {}, opset {}, input [batch, 3, 112, 112], embedding [batch, {}], {}",
+        args.output.display(),
+        args.network,
+        onnx::OPSET,
+        backbone.config().embedding_size,
+        DecimalBytes(written.bytes)
+    );
+    if let Some((data, bytes)) = written.data {
+        line += &format!(
+            "; weights in {} beside it, {}",
+            data.display(),
+            DecimalBytes(bytes)
+        );
+    }
+    writeln!(io::stdout(), "{line}").context("write the result")
 }
 
 #[cfg(test)]
@@ -79,6 +114,7 @@ mod tests {
                 weights,
                 format,
                 output: at(output),
+                no_fold: false,
             })
         };
         export(at("a.safetensors"), Format::Pytorch, "b.pth").unwrap();
@@ -95,7 +131,14 @@ mod tests {
             .collect();
         let expected: Vec<&String> = backbone.state().iter().map(|entry| &entry.name).collect();
         assert_eq!(names.iter().collect::<Vec<_>>(), expected);
-        let error = export(at("b.pth"), Format::Onnx, "d.onnx").unwrap_err();
-        assert!(error.to_string().contains("not in this build"), "{error}");
+        export(at("b.pth"), Format::Onnx, "d.onnx").unwrap();
+        export(at("a.safetensors"), Format::Onnx, "e.onnx").unwrap();
+        assert_eq!(
+            std::fs::read(at("d.onnx")).unwrap(),
+            std::fs::read(at("e.onnx")).unwrap()
+        );
+        let error = export(at("b.pth"), Format::Onnx, "missing/d.onnx").unwrap_err();
+        let folder = at("missing").display().to_string();
+        assert_eq!(error.to_string(), format!("{folder} does not exist"));
     }
 }

@@ -83,7 +83,7 @@ fn operator(node: &NodeProto, x: &[&Tensor]) -> Tensor {
             let pads = ints(node, "pads");
             x[0].conv2d(
                 x[1],
-                x.get(2),
+                x.get(2).copied(),
                 ints(node, "strides"),
                 &pads[..2],
                 ints(node, "dilations"),
