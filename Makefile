@@ -11,7 +11,7 @@ CARGO_FLAGS ?=
 # The paths are evaluated per recipe, after the set-up has run: Python itself may be among what it installs.
 ENV := . scripts/env.sh;
 
-.PHONY: help setup build demo test golden lint clean
+.PHONY: help setup build demo test golden onnx lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,11 @@ test: setup ## Run all tests: unit, property, golden and cluster
 
 golden: setup ## Run the golden tests alone, on the data in ARCFACE_GOLDEN
 	@$(ENV) $(CARGO) test --package arcface-worker --locked $(CARGO_FLAGS) --test 'golden_*' -- --nocapture
+
+onnx: setup ## Export every network as ONNX and compare it with onnxruntime (needs 12 GB of disk and of memory)
+	@scripts/setup.sh python
+	@$(ENV) ARCFACE_ONNX_NETWORKS="$${ARCFACE_ONNX_NETWORKS:-all}" CI=1 \
+		$(CARGO) test --package arcface-worker --locked $(CARGO_FLAGS) --test onnx_runtime -- --nocapture
 
 lint: setup ## Check format, clippy, docs, lock file, protocol, scripts and spelling
 	@scripts/setup.sh lint
