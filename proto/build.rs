@@ -12,11 +12,15 @@ const PROTOS: [&str; 4] = [
 ];
 
 /// Sections of the job file: unknown keys are errors there.
-const JOB_FILE: [&str; 8] = [
+const JOB_FILE: [&str; 12] = [
     "JobSpec",
     "JobSection",
     "ModelSection",
     "HeadSection",
+    "AdaFaceSection",
+    "MagFaceSection",
+    "CurricularFaceSection",
+    "SubCenterSection",
     "DataSection",
     "TrainSection",
     "EvalSection",

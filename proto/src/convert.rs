@@ -1,6 +1,8 @@
 //! Wire types to domain types. Errors carry the field's path as the user wrote it (`head.sample_rate`), a fact
 //! and a hint, and all of them are reported at once.
 
+mod loss;
+
 use crate::spec::{
     CheckpointSpec, Choice, DataSpec, EvalSpec, HeadSpec, JobSpec, ModelSpec, NETWORKS, TrainSpec,
 };
@@ -279,7 +281,9 @@ fn head_spec(c: &mut Checker, head: v1::HeadSection) -> HeadSpec {
         "in [0, 1]",
         "0 turns it off, 0.4 is the usual value",
     );
+    let loss = loss::loss(c, &head);
     HeadSpec {
+        loss,
         num_classes: head.num_classes,
         margin,
         scale,
@@ -410,15 +414,19 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             init: spec.model.init.clone(),
             freeze_batch_norm: Some(spec.model.freeze_batch_norm),
         }),
-        head: Some(v1::HeadSection {
-            num_classes: spec.head.num_classes,
-            margin_list: spec.head.margin.to_vec(),
-            scale: Some(spec.head.scale),
-            sample_rate: Some(spec.head.sample_rate),
-            interclass_filtering_threshold: Some(spec.head.interclass_filtering_threshold.unwrap_or(0.0)),
-            margin_gradient: Some(spec.head.margin_gradient.as_str().into()),
-            implementation: Some(spec.head.implementation.as_str().into()),
-        }),
+        head: Some(loss::to_wire(
+            &spec.head.loss,
+            v1::HeadSection {
+                num_classes: spec.head.num_classes,
+                margin_list: spec.head.margin.to_vec(),
+                scale: Some(spec.head.scale),
+                sample_rate: Some(spec.head.sample_rate),
+                interclass_filtering_threshold: Some(spec.head.interclass_filtering_threshold.unwrap_or(0.0)),
+                margin_gradient: Some(spec.head.margin_gradient.as_str().into()),
+                implementation: Some(spec.head.implementation.as_str().into()),
+                ..Default::default()
+            },
+        )),
         data: Some(v1::DataSection {
             rec: Some(spec.data.rec.clone()),
             num_image: spec.data.num_image,

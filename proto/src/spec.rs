@@ -59,6 +59,8 @@ pub struct ModelSpec {
     pub freeze_batch_norm: bool,
 }
 
+pub use loss::{AdaFace, CurricularFace, Loss, LossName, MagFace, SubCenter};
+
 /// `[head]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct HeadSpec {
@@ -76,6 +78,8 @@ pub struct HeadSpec {
     pub margin_gradient: MarginGradient,
     /// Which head computes it.
     pub implementation: HeadImplementation,
+    /// What becomes of cosines.
+    pub loss: Loss,
 }
 
 /// `[data]`
@@ -138,6 +142,8 @@ pub struct CheckpointSpec {
     pub keep: u32,
 }
 
+mod loss;
+
 /// A closed set of names in the job file.
 pub trait Choice: Copy + Sized + 'static {
     /// Every value with its name.
@@ -170,6 +176,8 @@ macro_rules! choice {
         }
     };
 }
+
+pub(crate) use choice;
 
 choice! {
     /// How a job's world may change after failures and arrivals.

@@ -4,7 +4,7 @@
 mod golden;
 
 use arcface_proto::{
-    spec::{HeadImplementation, MarginGradient},
+    spec::{HeadImplementation, Loss, MarginGradient},
     types::ClassRange,
 };
 use arcface_worker::{
@@ -178,6 +178,7 @@ impl<'a> Run<'a> {
             seed: 0,
             optimizer,
             implementation: HeadImplementation::Plain,
+            loss: Loss::ArcFace,
         };
         let drawn = (0u64..)
             .map_while(|step| Some((step, file.get(&format!("index.s{step}.r{rank}"))?)))

@@ -2,9 +2,13 @@
 //! sharded by class over the ranks. Speaks to other ranks through [`Collective`] alone; knows no gRPC, no file and
 //! no backbone. A new head is one file and one line in [`build`].
 
+mod centers;
+mod classes;
+mod exchange;
 pub mod margin;
 pub mod plain;
 pub mod sampling;
+mod unit;
 
 pub use plain::PlainHead;
 
@@ -13,7 +17,7 @@ use crate::{
     optim::{OptimError, OptimizerConfig},
 };
 use arcface_proto::{
-    spec::{HeadImplementation, MarginGradient},
+    spec::{self, HeadImplementation, MarginGradient},
     types::ClassRange,
 };
 use tch::Tensor;
@@ -41,11 +45,13 @@ pub struct HeadConfig {
     pub optimizer: OptimizerConfig,
     /// Which head.
     pub implementation: HeadImplementation,
+    /// What becomes of cosines.
+    pub loss: spec::Loss,
 }
 
 impl HeadConfig {
     /// The head of a job; `num_classes` is the data set's where the job leaves it out.
-    pub fn of(spec: &arcface_proto::spec::JobSpec, num_classes: u32) -> Self {
+    pub fn of(spec: &spec::JobSpec, num_classes: u32) -> Self {
         Self {
             num_classes,
             embedding_size: i64::from(spec.model.embedding_size),
@@ -57,15 +63,26 @@ impl HeadConfig {
             seed: spec.seed,
             optimizer: OptimizerConfig::of(&spec.train),
             implementation: spec.head.implementation,
+            loss: spec.head.loss,
         }
     }
 
-    /// The margin of this configuration.
+    /// The angular margin of this configuration, which not every loss has a use for.
     pub fn margin(&self) -> margin::Margin {
         margin::Margin::new(
             self.margin,
             self.scale,
             self.margin_gradient,
+            self.interclass_filtering_threshold,
+        )
+    }
+
+    /// The loss of this configuration, its running statistics at their start.
+    pub fn loss(&self) -> margin::Loss {
+        margin::Loss::new(
+            self.loss,
+            self.margin(),
+            self.scale,
             self.interclass_filtering_threshold,
         )
     }
@@ -76,7 +93,8 @@ pub trait Head: Send {
     /// The classes of this shard.
     fn shard(&self) -> ClassRange;
 
-    /// Loss and gradients of one micro-batch, softmax over all (sampled) classes of all ranks.
+    /// Loss and gradients of one micro-batch, softmax over all (sampled) classes of all ranks. Losses with running
+    /// statistics take them from the micro-batch over all ranks.
     ///
     /// * `embedding` `[b, D]` f32, raw (not normalised), detached, this rank's rows; `labels` `[b]` i64, global class ids.
     /// * `rows`: rows of every rank, the same list on all; `rows[rank] == b`, which may differ between ranks or be 0.
@@ -109,8 +127,9 @@ pub trait Head: Send {
     fn updates(&self) -> u64;
 
     /// Weights and optimizer state for a checkpoint: "weight" and one entry per optimizer buffer, each
-    /// `[num_local, D]` f32, rows in the order of the shard's classes. The tensors are the head's own: copy them
-    /// before the next update.
+    /// `[num_local, D]` f32 (`[num_local, K, D]` with K centres a class), rows in the order of the shard's classes; and
+    /// the loss's running statistics, f64 scalars that are the same on every rank. The tensors are the head's own:
+    /// copy them before the next update.
     fn state(&self) -> Vec<(String, Tensor)>;
 
     /// Takes over the values of a [`state`](Self::state) of the same classes, by name, and its
@@ -177,6 +196,17 @@ pub enum HeadError {
     /// Communication failed.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+}
+
+fn check_form(what: &str, got: &[i64], expected: &[i64]) -> Result<(), HeadError> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(HeadError::Form {
+        what: what.to_owned(),
+        expected: format!("{expected:?}"),
+        got: format!("{got:?}"),
+    })
 }
 
 /// This rank's shard of the configured head, with its initial weights.

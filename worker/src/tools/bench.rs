@@ -13,7 +13,7 @@ use crate::{
 use anyhow::Context;
 use arcface_proto::{
     failure::{ExitCode, Failure},
-    spec::{Augment, HeadImplementation, MarginGradient, Precision},
+    spec::{Augment, HeadImplementation, Loss, MarginGradient, Precision},
     types::ClassRange,
     v1::CheckpointManifest,
 };
@@ -198,6 +198,7 @@ fn bench_head(
             weight_decay: 5e-4,
         },
         implementation: HeadImplementation::Plain,
+        loss: Loss::ArcFace,
     };
     let mut head = head::build(&config, 0, 1);
     tch::manual_seed(1);

@@ -1,11 +1,13 @@
 //! The plain head on worlds of several ranks against one dense computation in f64 by autograd, and its edges.
 
 use super::*;
+use crate::head::{classes::INIT_STD, unit::MIN_NORM};
+use crate::random::{Purpose, normal};
 use crate::{
     collective::{TcpCollective, local},
     optim::OptimizerConfig,
 };
-use arcface_proto::spec::{HeadImplementation, MarginGradient};
+use arcface_proto::spec::{HeadImplementation, Loss, MarginGradient};
 use proptest::prelude::*;
 use std::{thread, time::Duration};
 
@@ -27,6 +29,7 @@ fn config(num_classes: u32) -> HeadConfig {
             weight_decay: 5e-4,
         },
         implementation: HeadImplementation::Plain,
+        loss: Loss::ArcFace,
     }
 }
 
@@ -111,7 +114,7 @@ fn run(config: &HeadConfig, world_size: u32, batch: &Batch) -> Vec<Outcome> {
 fn dense(config: &HeadConfig, labels: &[i64]) -> (f64, Tensor, Tensor) {
     let leaf = |tensor: Tensor| tensor.to_kind(Kind::Double).set_requires_grad(true);
     let embedding = leaf(embeddings(0, labels.len() as i64));
-    let weight = leaf(PlainHead::new(config, 0, 1).weight_nd);
+    let weight = leaf(PlainHead::new(config, 0, 1).weight);
     let unit = |t: &Tensor| {
         t / t
             .norm_scalaropt_dim(2.0, [1].as_slice(), true)
@@ -311,7 +314,7 @@ fn unsampled_rows_get_no_gradient_but_decay() {
     };
     on_ranks(2, |comm| {
         let mut head = PlainHead::new(&config, comm.rank(), 2);
-        let before = head.weight_nd.copy();
+        let before = head.weight.copy();
         run_one(&mut head, comm, &batch, 0);
         let touched = head
             .weight_grad()
@@ -326,7 +329,7 @@ fn unsampled_rows_get_no_gradient_but_decay() {
         head.update(0.1);
         let decayed = before * (1.0 - 0.1 * 5e-4);
         let kept = touched.logical_not().nonzero().view([-1]);
-        let difference = (&head.weight_nd - decayed).index_select(0, &kept).abs().max();
+        let difference = (&head.weight - decayed).index_select(0, &kept).abs().max();
         // A rounding of weights of up to 0.05; the decay itself is 50 times as large.
         assert!(difference.double_value(&[]) < 1e-8);
     });
@@ -334,13 +337,13 @@ fn unsampled_rows_get_no_gradient_but_decay() {
 
 #[test]
 fn initial_weights_do_not_depend_on_the_world() {
-    let whole = PlainHead::new(&config(11), 0, 1).weight_nd;
+    let whole = PlainHead::new(&config(11), 0, 1).weight;
     let parts: Vec<Tensor> = (0..4)
-        .map(|rank| PlainHead::new(&config(11), rank, 4).weight_nd)
+        .map(|rank| PlainHead::new(&config(11), rank, 4).weight)
         .collect();
     assert_eq!(Tensor::cat(&parts, 0), whole);
     let std = PlainHead::new(&config(4000), 0, 1)
-        .weight_nd
+        .weight
         .std(true)
         .double_value(&[]);
     assert!((std - INIT_STD).abs() < 1e-4, "{std}");
