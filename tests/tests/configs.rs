@@ -3,7 +3,11 @@
 //! `batch_size` per rank, and the number of ranks that the recipe's name says (8 if it says none).
 
 use anyhow::{Context, Result, ensure};
-use arcface_proto::{convert, spec::JobSpec, v1};
+use arcface_proto::{
+    convert,
+    spec::{Choice, JobSpec, LossName},
+    v1,
+};
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -28,10 +32,18 @@ fn load(path: &Path) -> Result<JobSpec> {
 }
 
 fn load_all() -> Result<BTreeMap<String, JobSpec>> {
-    let folder = arcface_tests::workspace().join("configs");
+    load_folder("configs")
+}
+
+/// The jobs of a folder by name, without those of folders in it.
+fn load_folder(folder: &str) -> Result<BTreeMap<String, JobSpec>> {
+    let folder = arcface_tests::workspace().join(folder);
     let mut jobs = BTreeMap::new();
     for entry in fs::read_dir(&folder)? {
         let path = entry?.path();
+        if path.is_dir() {
+            continue;
+        }
         ensure!(
             path.extension().is_some_and(|e| e == "toml"),
             "{} is not a job file",
@@ -102,6 +114,27 @@ fn same(a: &Value, b: &Value) -> bool {
 fn every_config_is_a_valid_job_and_named_like_its_file() -> Result<()> {
     let jobs = load_all()?;
     ensure!(jobs.contains_key("demo_cpu"), "configs/demo_cpu.toml is missing");
+    Ok(())
+}
+
+/// `configs/losses` has an example of every loss that the reference does not have, with its paper's numbers.
+#[test]
+fn every_loss_has_an_example_with_its_defaults() -> Result<()> {
+    let jobs = load_folder("configs/losses")?;
+    for (name, loss) in LossName::ALL
+        .iter()
+        .filter(|(_, loss)| *loss != LossName::ArcFace)
+    {
+        let job = jobs.values().find(|job| job.head.loss.name() == *loss);
+        let job = job.with_context(|| format!("configs/losses has no example of {name}"))?;
+        let mut wire = convert::job_spec_to_wire(job);
+        if let Some(head) = &mut wire.head {
+            (head.adaface, head.magface) = (None, None);
+            (head.curricularface, head.subcenter) = (None, None);
+        }
+        let bare = convert::job_spec(&wire).map_err(|violations| anyhow::anyhow!("{violations:?}"))?;
+        ensure!(bare == *job, "{}: not the numbers of the paper", job.name);
+    }
     Ok(())
 }
 

@@ -32,6 +32,17 @@ pub struct Rows<'a> {
     /// Cosine with the row's own class, in [-1, 1]. Where [`Loss::needs_all_targets`], the same on every rank; else
     /// only rows whose class lives on this rank need theirs, and others may hold anything.
     pub target_cos: &'a [f64],
+    /// The micro-batch's share of the update's samples: all micro-batches of an update together move the statistics as
+    /// far as one of its whole batch would.
+    pub share: f64,
+}
+
+impl Rows<'_> {
+    /// How far the micro-batch moves a statistic whose share of a new batch is `alpha`: what is left of the old value
+    /// after all of an update's micro-batches is then 1 - alpha, however many they are.
+    fn alpha(&self, alpha: f64) -> f64 {
+        1.0 - (1.0 - alpha).powf(self.share)
+    }
 }
 
 /// The logit of a row's own class.

@@ -171,6 +171,7 @@ impl Head for PlainHead {
             let prepared = self.loss.prepare(&Rows {
                 norms: &doubles(&norm_b1),
                 target_cos: &target_cos,
+                share,
             });
             let margined = prepared.apply(&cos_bc, &target_b);
 

@@ -15,6 +15,8 @@ use std::path::Path;
 use std::time::Duration;
 use tch::Tensor;
 
+mod losses;
+
 /// Slowest step here, with room.
 const OPERATION: Duration = Duration::from_secs(120);
 

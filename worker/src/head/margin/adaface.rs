@@ -40,13 +40,14 @@ impl Rule for AdaFace {
         let cut = || rows.norms.iter().map(|norm| norm.clamp(NORMS.0, NORMS.1));
         let count = rows.norms.len() as f64;
         let mean = cut().sum::<f64>() / count;
-        let keep = 1.0 - self.0.t_alpha;
-        statistics[MEAN] = self.0.t_alpha * mean + keep * statistics[MEAN];
+        let alpha = rows.alpha(self.0.t_alpha);
+        let keep = 1.0 - alpha;
+        statistics[MEAN] = alpha * mean + keep * statistics[MEAN];
         // One row says nothing about the spread.
         if rows.norms.len() > 1 {
             let squares: f64 = cut().map(|norm| (norm - mean) * (norm - mean)).sum();
             let std = (squares / (count - 1.0)).sqrt();
-            statistics[STD] = self.0.t_alpha * std + keep * statistics[STD];
+            statistics[STD] = alpha * std + keep * statistics[STD];
         }
     }
 

@@ -42,6 +42,7 @@ impl Margin {
         loss.prepare(&Rows {
             norms: &norms,
             target_cos,
+            share: 1.0,
         })
     }
 }

@@ -19,7 +19,8 @@ impl Rule for CurricularFace {
     fn observe(&self, rows: &Rows, statistics: &mut [f64]) {
         let sum: f64 = rows.target_cos.iter().sum();
         let mean = sum / rows.target_cos.len() as f64;
-        statistics[0] = self.0.t_alpha * mean + (1.0 - self.0.t_alpha) * statistics[0];
+        let alpha = rows.alpha(self.0.t_alpha);
+        statistics[0] = alpha * mean + (1.0 - alpha) * statistics[0];
     }
 
     /// Which classes are hard depends on the row's cosine with its own class.

@@ -76,6 +76,7 @@ fn the_exact_derivative_stays_finite_at_the_pole() {
             let rows = Rows {
                 norms: &[25.0],
                 target_cos: &[cos],
+                share: 1.0,
             };
             let target = loss(of).prepare(&rows).targets()[0];
             assert!(target.value.is_finite() && target.by_cos.is_finite(), "{of:?}");
@@ -106,6 +107,7 @@ fn derivatives_are_the_slopes_of_the_formulas() {
         moved.prepare(&Rows {
             norms: &tests_norms(),
             target_cos: &tests_cosines(),
+            share: 1.0,
         });
         let at = |norm: f64, cos: f64| {
             let target = moved.rule.target(cos, norm, &moved.statistics.now);
@@ -157,6 +159,7 @@ fn the_rule_of_a_row_equals_the_matrix() {
             let prepared = Loss::new(of, margin, S, filter).prepare(&Rows {
                 norms: &tests_norms(),
                 target_cos: &tests_cosines(),
+                share: 1.0,
             });
             let whole = prepared.apply(&cos_bc, &none);
             for (i, &cos) in cosines.iter().enumerate() {
@@ -185,6 +188,7 @@ fn adaface_follows_its_statistics() {
     let prepared = loss(spec::Loss::AdaFace(config)).prepare(&Rows {
         norms: &norms,
         target_cos: &[0.3; 3],
+        share: 1.0,
     });
     for (norm, target) in norms.iter().zip(prepared.targets()) {
         let quality = (norm - 20.0) / (10.0 + 1e-3) * 0.333;
@@ -196,8 +200,23 @@ fn adaface_follows_its_statistics() {
     alone.prepare(&Rows {
         norms: &[50.0],
         target_cos: &[0.3],
+        share: 1.0,
     });
     assert_eq!(alone.statistics.now, [50.0, 100.0]);
+}
+
+/// Two halves of a batch leave as much of the old statistics as the whole.
+#[test]
+fn micro_batches_move_the_statistics_by_their_share() {
+    let mut halves = loss(spec::Loss::CurricularFace(CurricularFace::default()));
+    for _ in 0..2 {
+        halves.prepare(&Rows {
+            norms: &[1.0],
+            target_cos: &[0.5],
+            share: 0.5,
+        });
+    }
+    assert!((halves.statistics.now[0] - 0.005).abs() < 1e-12);
 }
 
 /// MagFace by hand, at a norm in the middle of its range.
@@ -206,6 +225,7 @@ fn magface_margin_and_regulariser() {
     let prepared = loss(spec::Loss::MagFace(MagFace::default())).prepare(&Rows {
         norms: &[60.0],
         target_cos: &[0.3],
+        share: 1.0,
     });
     let logit = S * (0.3f64.acos() + 0.625).cos();
     assert!((prepared.targets()[0].value - logit).abs() < 1e-9);
@@ -221,6 +241,7 @@ fn curricularface_weighs_what_is_nearer_than_the_own_class() {
     let rows = Rows {
         norms: &[1.0, 1.0],
         target_cos: &[0.9, 0.5],
+        share: 1.0,
     };
     let others = loss.prepare(&rows).others(0);
     let t = 0.007;
@@ -243,6 +264,7 @@ fn statistics_are_kept_by_an_update_alone() {
         let rows = Rows {
             norms: &tests_norms(),
             target_cos: &tests_cosines(),
+            share: 1.0,
         };
         let mut first = loss(of);
         let fresh = first.statistics.now.clone();

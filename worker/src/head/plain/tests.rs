@@ -11,6 +11,8 @@ use arcface_proto::spec::{HeadImplementation, Loss, MarginGradient};
 use proptest::prelude::*;
 use std::{thread, time::Duration};
 
+mod losses;
+
 /// f32 against f64: sums of a few hundred products, logits up to 64.
 const TOLERANCE: f64 = 2e-5;
 
