@@ -48,10 +48,34 @@ pub enum Op {
         /// \[C\]
         weight: Tensor,
     },
+    /// Layer normalisation over the last dimension.
+    LayerNorm {
+        /// \[F\]
+        weight: Tensor,
+        /// \[F\]
+        bias: Tensor,
+        /// Added to the variance.
+        eps: f64,
+    },
     /// Sum of two values of one shape.
     Add,
+    /// Sum with a parameter that is the same for every sample.
+    AddParameter {
+        /// \[1, ..\]
+        parameter: Tensor,
+    },
+    /// min(max(x, 0), 6)
+    Relu6,
     /// \[N, ..\] to \[N, F\].
     Flatten,
+    /// Pixels as tokens: \[N, C, H, W\] to \[N, H * W, C\].
+    Tokens,
+    /// Queries, keys and values of all heads, \[N, L, 3 * F\], to softmax(queries keys' / sqrt(F / heads)) values,
+    /// \[N, L, F\].
+    Attention {
+        /// Heads that share the features evenly.
+        heads: i64,
+    },
 }
 
 impl Op {
@@ -68,8 +92,10 @@ impl Op {
                 variance,
                 ..
             } => vec![weight, bias, mean, variance],
+            Op::LayerNorm { weight, bias, .. } => vec![weight, bias],
             Op::PRelu { weight } => vec![weight],
-            Op::Add | Op::Flatten => Vec::new(),
+            Op::AddParameter { parameter } => vec![parameter],
+            Op::Add | Op::Relu6 | Op::Flatten | Op::Tokens | Op::Attention { .. } => Vec::new(),
         }
     }
 
@@ -80,8 +106,12 @@ impl Op {
             Op::Linear { .. } => "linear layer",
             Op::BatchNorm { .. } => "batch norm",
             Op::PRelu { .. } => "PReLU",
-            Op::Add => "sum",
+            Op::LayerNorm { .. } => "layer norm",
+            Op::Add | Op::AddParameter { .. } => "sum",
+            Op::Relu6 => "ReLU6",
             Op::Flatten => "flattening",
+            Op::Tokens => "cut into tokens",
+            Op::Attention { .. } => "attention",
         }
     }
 }

@@ -1,50 +1,25 @@
-//! Translates steps into ONNX operators. Pure: no file is written here, and weights are computed only when somebody
-//! asks for them.
+//! Translates steps into ONNX operators. Pure: no file is written here.
+//!
+//! A value is called as the module that makes it (`layer1.0.conv1`), or as what made it and its number (`add_12`); a
+//! node is called as its value, and a weight as in the network's state.
 
-use tch::{Kind, Tensor};
+use std::collections::HashSet;
+
+use tch::Tensor;
 
 use super::{
-    fold::{Affine, Step},
-    proto::{
-        AttributeProto, AttributeType, DataType, DimensionProto, GraphProto, NodeProto, TensorShapeProto,
-        TensorTypeProto, TypeProto, ValueInfoProto,
-    },
+    constants::{self, Initializer},
+    fold::Step,
+    proto::{AttributeProto, GraphProto, NodeProto, ValueInfoProto},
 };
 use crate::model::graph::{Graph, IMAGES, Op};
 
 /// Name of the input.
-pub const INPUT: &str = "input";
+const INPUT: &str = "input";
 /// Name of the output.
-pub const OUTPUT: &str = "embedding";
+const OUTPUT: &str = "embedding";
 /// Name of the first dimension of both.
 const BATCH: &str = "batch";
-
-/// A constant of the graph. Large networks do not fit into memory twice, so values are made one at a time.
-pub struct Initializer {
-    /// Name of the value.
-    pub name: String,
-    /// Shape.
-    pub dims: Vec<i64>,
-    /// Kind of the elements.
-    pub data_type: DataType,
-    value: Box<dyn Fn() -> Tensor>,
-}
-
-impl Initializer {
-    /// Computes the values: a tensor of the shape and kind above.
-    pub fn value(&self) -> Tensor {
-        tch::no_grad(|| (self.value)())
-    }
-
-    /// Length of the values in bytes.
-    pub fn num_bytes(&self) -> u64 {
-        let size = match self.data_type {
-            DataType::Int64 => 8,
-            DataType::Float | DataType::Undefined => 4,
-        };
-        self.dims.iter().product::<i64>() as u64 * size
-    }
-}
 
 /// A graph whose weights are not in it yet.
 pub struct Emitted {
@@ -61,6 +36,7 @@ pub fn emit(name: &str, graph: &Graph, steps: &[Step]) -> Emitted {
         names: vec![String::new(); graph.shapes.len()],
         nodes: Vec::with_capacity(steps.len()),
         initializers: Vec::new(),
+        shared: HashSet::new(),
     };
     emitter.names[IMAGES] = INPUT.to_owned();
     for step in steps {
@@ -71,108 +47,56 @@ pub fn emit(name: &str, graph: &Graph, steps: &[Step]) -> Emitted {
             name: name.to_owned(),
             node: emitter.nodes,
             initializer: Vec::new(),
-            input: vec![value_info(INPUT, &graph.shapes[IMAGES])],
-            output: vec![value_info(OUTPUT, &graph.shapes[graph.output])],
+            input: vec![ValueInfoProto::batch(INPUT, BATCH, &graph.shapes[IMAGES])],
+            output: vec![ValueInfoProto::batch(OUTPUT, BATCH, &graph.shapes[graph.output])],
         },
         initializers: emitter.initializers,
     }
 }
 
-/// An input or output of the graph: any number of what `shape` has one of.
-fn value_info(name: &str, shape: &[i64]) -> ValueInfoProto {
-    let batch = DimensionProto {
-        dim_value: None,
-        dim_param: Some(BATCH.to_owned()),
-    };
-    let known = |&n: &i64| DimensionProto {
-        dim_value: Some(n),
-        dim_param: None,
-    };
-    let dim = std::iter::once(batch)
-        .chain(shape.iter().skip(1).map(known))
-        .collect();
-    ValueInfoProto {
-        name: name.to_owned(),
-        r#type: Some(TypeProto {
-            tensor_type: Some(TensorTypeProto {
-                elem_type: Some(DataType::Float.into()),
-                shape: Some(TensorShapeProto { dim }),
-            }),
-        }),
-    }
-}
-
-fn int(name: &str, value: i64) -> AttributeProto {
-    AttributeProto {
-        name: name.to_owned(),
-        i: Some(value),
-        r#type: Some(AttributeType::Int.into()),
-        ..Default::default()
-    }
-}
-
-fn float(name: &str, value: f64) -> AttributeProto {
-    AttributeProto {
-        name: name.to_owned(),
-        f: Some(value as f32),
-        r#type: Some(AttributeType::Float.into()),
-        ..Default::default()
-    }
-}
-
-fn ints(name: &str, values: &[i64]) -> AttributeProto {
-    AttributeProto {
-        name: name.to_owned(),
-        ints: values.to_vec(),
-        r#type: Some(AttributeType::Ints.into()),
-        ..Default::default()
-    }
-}
-
-struct Emitter<'a> {
+/// The graph so far.
+pub(super) struct Emitter<'a> {
     graph: &'a Graph,
-    /// Names of the values that were made so far.
+    /// Names of the values that were made.
     names: Vec<String>,
     nodes: Vec<NodeProto>,
     initializers: Vec<Initializer>,
+    /// Names of the constants that several nodes read.
+    shared: HashSet<String>,
 }
 
 impl Emitter<'_> {
     fn step(&mut self, step: &Step) {
-        let then = step.then.as_ref();
+        let layer = self.layer(step);
+        let output = match step.output == self.graph.output {
+            true => OUTPUT.to_owned(),
+            false => layer.clone(),
+        };
         let inputs: Vec<String> = step
             .node
             .inputs
             .iter()
             .map(|&value| self.names[value].clone())
             .collect();
-        let inputs = inputs.iter().map(String::as_str);
-        let layer = self.layer(step);
-        let output = if step.output == self.graph.output {
-            OUTPUT.to_owned()
-        } else {
-            layer.clone()
-        };
+        let shape = &self.graph.shapes[step.node.inputs[0]];
+        let x = inputs[0].as_str();
         match &step.node.op {
             Op::Conv { weight, bias, shape } => {
-                let weight = self.rows(&layer, weight, then);
-                let bias = self.bias(&layer, bias.as_ref(), then);
                 let attributes = vec![
-                    ints("kernel_shape", &[shape.kernel; 2]),
-                    ints("strides", &[shape.stride; 2]),
-                    ints("pads", &[shape.padding; 4]),
-                    ints("dilations", &[1; 2]),
-                    int("group", shape.groups),
+                    AttributeProto::ints("kernel_shape", &[shape.kernel; 2]),
+                    AttributeProto::ints("strides", &[shape.stride; 2]),
+                    AttributeProto::ints("pads", &[shape.padding; 4]),
+                    AttributeProto::ints("dilations", &[1; 2]),
+                    AttributeProto::int("group", shape.groups),
                 ];
-                let inputs = inputs.chain([weight.as_str()]).chain(bias.as_deref());
-                self.node(&layer, "Conv", inputs, &output, attributes);
+                let inputs = self.weights(x, &layer, weight, bias.as_ref(), step);
+                self.node("Conv", &inputs, &output, attributes);
             }
-            Op::Linear { weight, bias } => {
-                let weight = self.rows(&layer, weight, then);
-                let bias = self.bias(&layer, bias.as_ref(), then);
-                let inputs = inputs.chain([weight.as_str()]).chain(bias.as_deref());
-                self.node(&layer, "Gemm", inputs, &output, vec![int("transB", 1)]);
+            Op::Linear { weight, bias } if shape.len() == 2 => {
+                let inputs = self.weights(x, &layer, weight, bias.as_ref(), step);
+                self.node("Gemm", &inputs, &output, vec![AttributeProto::int("transB", 1)]);
             }
+            Op::Linear { weight, bias } => self.linear_of_tokens(&layer, x, weight, bias.as_ref(), &output),
             Op::BatchNorm {
                 weight,
                 bias,
@@ -180,26 +104,40 @@ impl Emitter<'_> {
                 variance,
                 eps,
             } => {
-                let constants =
+                let [weight, bias, mean, variance] =
                     [weight, bias, mean, variance].map(|tensor| self.parameter(tensor, &tensor.size()));
-                let inputs = inputs.chain(constants.iter().map(String::as_str));
-                self.node(
-                    &layer,
-                    "BatchNormalization",
-                    inputs,
-                    &output,
-                    vec![float("epsilon", *eps)],
-                );
+                let inputs = [x, &weight, &bias, &mean, &variance];
+                let attributes = vec![AttributeProto::float("epsilon", *eps)];
+                self.node("BatchNormalization", &inputs, &output, attributes);
             }
             Op::PRelu { weight } => {
                 // The slope is aligned with the last dimensions of its input.
-                let mut dims = vec![1; self.graph.shapes[step.node.inputs[0]].len() - 1];
+                let mut dims = vec![1; shape.len() - 1];
                 dims[0] = weight.size()[0];
                 let slope = self.parameter(weight, &dims);
-                self.node(&layer, "PRelu", inputs.chain([slope.as_str()]), &output, vec![]);
+                self.node("PRelu", &[x, &slope], &output, vec![]);
             }
-            Op::Add => self.node(&layer, "Add", inputs, &output, vec![]),
-            Op::Flatten => self.node(&layer, "Flatten", inputs, &output, vec![int("axis", 1)]),
+            Op::Add => self.node("Add", &[x, &inputs[1]], &output, vec![]),
+            Op::Flatten => self.node("Flatten", &[x], &output, vec![AttributeProto::int("axis", 1)]),
+            Op::LayerNorm { weight, bias, eps } => {
+                let [weight, bias] = [weight, bias].map(|tensor| self.parameter(tensor, &tensor.size()));
+                let attributes = vec![
+                    AttributeProto::int("axis", -1),
+                    AttributeProto::float("epsilon", *eps),
+                ];
+                self.node("LayerNormalization", &[x, &weight, &bias], &output, attributes);
+            }
+            Op::AddParameter { parameter } => {
+                let parameter = self.parameter(parameter, &parameter.size());
+                self.node("Add", &[x, &parameter], &output, vec![]);
+            }
+            Op::Relu6 => {
+                let lower = self.number(0.0);
+                let upper = self.number(6.0);
+                self.node("Clip", &[x, &lower, &upper], &output, vec![]);
+            }
+            Op::Tokens => self.tokens(x, shape, &output),
+            Op::Attention { heads } => self.attention(x, shape, *heads, &output),
         }
         self.names[step.output] = output;
     }
@@ -211,73 +149,103 @@ impl Emitter<'_> {
             Op::Conv { weight, .. }
             | Op::Linear { weight, .. }
             | Op::BatchNorm { weight, .. }
+            | Op::LayerNorm { weight, .. }
             | Op::PRelu { weight } => module(self.graph.name(weight)).to_owned(),
-            Op::Add => numbered("add"),
+            Op::Add | Op::AddParameter { .. } => numbered("add"),
             Op::Flatten => numbered("flatten"),
+            Op::Relu6 => numbered("relu6"),
+            Op::Tokens => numbered("tokens"),
+            Op::Attention { .. } => numbered("attention"),
         }
     }
 
-    fn node<'n>(
+    /// The weight and bias of a layer with what follows it in both; returns what the operator reads.
+    fn weights(
         &mut self,
-        name: &str,
+        x: &str,
+        layer: &str,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        step: &Step,
+    ) -> Vec<String> {
+        let then = step.then.as_ref();
+        let weight_name = format!("{layer}.weight");
+        let mut inputs = vec![x.to_owned()];
+        inputs.push(self.constant(weight_name, &weight.size(), constants::rows(weight, then)));
+        if let Some(bias) = constants::bias(bias, then) {
+            inputs.push(self.constant(format!("{layer}.bias"), &bias.size(), move || {
+                bias.shallow_clone()
+            }));
+        }
+        inputs
+    }
+
+    /// One operator that makes one value.
+    pub(super) fn node(
+        &mut self,
         op_type: &str,
-        inputs: impl Iterator<Item = &'n str>,
+        inputs: &[impl AsRef<str>],
         output: &str,
         attribute: Vec<AttributeProto>,
     ) {
+        self.node_of_many(op_type, inputs, &[output], attribute);
+    }
+
+    /// One operator.
+    pub(super) fn node_of_many(
+        &mut self,
+        op_type: &str,
+        inputs: &[impl AsRef<str>],
+        outputs: &[&str],
+        attribute: Vec<AttributeProto>,
+    ) {
         self.nodes.push(NodeProto {
-            name: name.to_owned(),
+            name: outputs[0].to_owned(),
             op_type: op_type.to_owned(),
-            input: inputs.map(str::to_owned).collect(),
-            output: vec![output.to_owned()],
+            input: inputs.iter().map(|name| name.as_ref().to_owned()).collect(),
+            output: outputs.iter().map(|&name| name.to_owned()).collect(),
             attribute,
         });
     }
 
-    /// A tensor of the state as it is, with its elements in another shape; returns its name.
+    /// A tensor of the state, with its elements in another shape; returns its name.
     fn parameter(&mut self, tensor: &Tensor, dims: &[i64]) -> String {
         let name = self.graph.name(tensor).to_owned();
-        let shape = dims.to_vec();
         let tensor = tensor.shallow_clone();
-        self.constant(name, dims, move || tensor.reshape(shape.as_slice()))
+        self.constant(name, dims, move || tensor.shallow_clone())
     }
 
-    /// The weight of a layer, each row multiplied by what follows the layer; returns its name.
-    fn rows(&mut self, layer: &str, weight: &Tensor, then: Option<&Affine>) -> String {
-        let dims = weight.size();
-        let weight = weight.shallow_clone();
-        let scale = then.map(|then| {
-            let mut shape = vec![1; dims.len()];
-            shape[0] = -1;
-            then.scale.view(shape.as_slice())
-        });
-        self.constant(format!("{layer}.weight"), &dims, move || match &scale {
-            None => weight.shallow_clone(),
-            Some(scale) => (weight.to_kind(Kind::Double) * scale).to_kind(Kind::Float),
+    /// A weight of a layer; returns its name.
+    pub(super) fn constant(
+        &mut self,
+        name: String,
+        dims: &[i64],
+        value: impl Fn() -> Tensor + 'static,
+    ) -> String {
+        self.initializers
+            .push(Initializer::new(name.clone(), dims, value));
+        name
+    }
+
+    /// A number that any node may read; returns its name.
+    pub(super) fn number(&mut self, value: f32) -> String {
+        self.shared(format!("number_{value}"), |name| {
+            Initializer::new(name, &[], move || Tensor::from(value))
         })
     }
 
-    /// The bias of a layer after what follows the layer, if either is there; returns its name.
-    fn bias(&mut self, layer: &str, bias: Option<&Tensor>, then: Option<&Affine>) -> Option<String> {
-        let bias = match (bias, then) {
-            (None, None) => return None,
-            (Some(bias), None) => bias.shallow_clone(),
-            (None, Some(then)) => then.shift.to_kind(Kind::Float),
-            (Some(bias), Some(then)) => {
-                (bias.detach().to_kind(Kind::Double) * &then.scale + &then.shift).to_kind(Kind::Float)
-            }
-        };
-        let dims = bias.size();
-        Some(self.constant(format!("{layer}.bias"), &dims, move || bias.shallow_clone()))
+    /// A shape that any node may read; returns its name.
+    pub(super) fn shape(&mut self, values: &[i64]) -> String {
+        let lengths: Vec<String> = values.iter().map(i64::to_string).collect();
+        self.shared(format!("shape_{}", lengths.join("_")), |name| {
+            Initializer::ints(name, values.to_vec())
+        })
     }
 
-    fn constant(&mut self, name: String, dims: &[i64], value: impl Fn() -> Tensor + 'static) -> String {
-        self.initializers.push(Initializer {
-            name: name.clone(),
-            dims: dims.to_vec(),
-            data_type: DataType::Float,
-            value: Box::new(value),
-        });
+    fn shared(&mut self, name: String, make: impl FnOnce(String) -> Initializer) -> String {
+        if self.shared.insert(name.clone()) {
+            self.initializers.push(make(name.clone()));
+        }
         name
     }
 }

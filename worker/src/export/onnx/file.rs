@@ -13,7 +13,8 @@ use std::{
 use prost::{Message, encode_length_delimiter, length_delimiter_len};
 
 use super::{
-    emit::{Emitted, Initializer},
+    constants::Initializer,
+    emit::Emitted,
     proto::{DataLocation, ModelProto, StringStringEntryProto, TensorProto},
 };
 use crate::export::{FileError, atomic, bytes};

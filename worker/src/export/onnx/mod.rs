@@ -3,10 +3,12 @@
 //! The graph comes from the network's own layers ([`crate::model::graph`]). [`fold`] merges batch norms, [`emit`]
 //! translates, [`file`] writes. Nothing here knows a particular network.
 
+mod constants;
 mod emit;
 mod file;
 mod fold;
 mod proto;
+mod transformer;
 
 use std::path::Path;
 

@@ -218,3 +218,61 @@ pub struct DimensionProto {
     #[prost(string, optional, tag = "2")]
     pub dim_param: Option<String>,
 }
+
+impl AttributeProto {
+    /// A setting that is an integer.
+    pub fn int(name: &str, value: i64) -> Self {
+        Self {
+            name: name.to_owned(),
+            i: Some(value),
+            r#type: Some(AttributeType::Int.into()),
+            ..Default::default()
+        }
+    }
+
+    /// A setting that is a number.
+    pub fn float(name: &str, value: f64) -> Self {
+        Self {
+            name: name.to_owned(),
+            f: Some(value as f32),
+            r#type: Some(AttributeType::Float.into()),
+            ..Default::default()
+        }
+    }
+
+    /// A setting that is a list of integers.
+    pub fn ints(name: &str, values: &[i64]) -> Self {
+        Self {
+            name: name.to_owned(),
+            ints: values.to_vec(),
+            r#type: Some(AttributeType::Ints.into()),
+            ..Default::default()
+        }
+    }
+}
+
+impl ValueInfoProto {
+    /// An f32 input or output: any number, called `batch`, of what `shape` has one of.
+    pub fn batch(name: &str, batch: &str, shape: &[i64]) -> Self {
+        let any = DimensionProto {
+            dim_value: None,
+            dim_param: Some(batch.to_owned()),
+        };
+        let known = |&n: &i64| DimensionProto {
+            dim_value: Some(n),
+            dim_param: None,
+        };
+        let dim = std::iter::once(any)
+            .chain(shape.iter().skip(1).map(known))
+            .collect();
+        Self {
+            name: name.to_owned(),
+            r#type: Some(TypeProto {
+                tensor_type: Some(TensorTypeProto {
+                    elem_type: Some(DataType::Float.into()),
+                    shape: Some(TensorShapeProto { dim }),
+                }),
+            }),
+        }
+    }
+}

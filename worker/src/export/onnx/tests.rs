@@ -81,12 +81,13 @@ fn operator(node: &NodeProto, x: &[&Tensor]) -> Tensor {
         "Conv" => {
             assert_eq!(ints(node, "kernel_shape"), x[1].size()[2..]);
             let pads = ints(node, "pads");
+            let (strides, dilations) = (ints(node, "strides"), ints(node, "dilations"));
             x[0].conv2d(
                 x[1],
                 x.get(2).copied(),
-                ints(node, "strides"),
+                strides,
                 &pads[..2],
-                ints(node, "dilations"),
+                dilations,
                 int(node, "group"),
             )
         }
@@ -101,10 +102,40 @@ fn operator(node: &NodeProto, x: &[&Tensor]) -> Tensor {
             let [scale, bias, mean, variance] = [x[1], x[2], x[3], x[4]].map(|t| t.view(channels.as_slice()));
             (x[0] - mean) / (variance + float(node, "epsilon")).sqrt() * scale + bias
         }
+        "LayerNormalization" => {
+            assert_eq!(int(node, "axis"), -1);
+            let mean = x[0].mean_dim(-1, true, Kind::Float);
+            let centred = x[0] - mean;
+            let variance = centred.square().mean_dim(-1, true, Kind::Float);
+            centred / (variance + float(node, "epsilon")).sqrt() * x[1] + x[2]
+        }
         "PRelu" => x[0].clamp_min(0.0) + x[0].clamp_max(0.0) * x[1],
+        "Clip" => x[0].maximum(x[1]).minimum(x[2]),
         "Add" => x[0] + x[1],
+        "Mul" => x[0] * x[1],
+        "MatMul" => x[0].matmul(x[1]),
+        "Softmax" => x[0].softmax(int(node, "axis"), Kind::Float),
         "Flatten" => x[0].flatten(int(node, "axis"), -1),
+        "Transpose" => x[0].permute(ints(node, "perm")),
+        "Reshape" => {
+            let mut shape = Vec::<i64>::try_from(x[1]).unwrap();
+            // 0 is the input's own length.
+            shape
+                .iter_mut()
+                .zip(x[0].size())
+                .filter(|(to, _)| **to == 0)
+                .for_each(|(to, from)| *to = from);
+            x[0].reshape(shape)
+        }
         other => panic!("{}: operator {other}", node.name),
+    }
+}
+
+/// All that an operator makes.
+fn outputs(node: &NodeProto, x: &[&Tensor]) -> Vec<Tensor> {
+    match node.op_type.as_str() {
+        "Split" => x[0].chunk(node.output.len() as i64, int(node, "axis")),
+        _ => vec![operator(node, x)],
     }
 }
 
@@ -119,8 +150,8 @@ fn run(path: &Path, images: &Tensor) -> Tensor {
     known.insert("input", images.shallow_clone());
     for node in &graph.node {
         let inputs: Vec<&Tensor> = node.input.iter().map(|name| &known[name.as_str()]).collect();
-        let output = operator(node, &inputs);
-        known.insert(&node.output[0], output);
+        let made = outputs(node, &inputs);
+        known.extend(node.output.iter().map(String::as_str).zip(made));
     }
     known.remove("embedding").unwrap()
 }
