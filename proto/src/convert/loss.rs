@@ -87,7 +87,9 @@ fn magface(c: &mut Checker, section: v1::MagFaceSection) -> MagFace {
     let lambda_g = section.lambda_g.unwrap_or(usual.lambda_g);
     let l_m = margin(c, "head.magface.l_m", section.l_m.unwrap_or(usual.l_m));
     let u_m = margin(c, "head.magface.u_m", section.u_m.unwrap_or(usual.u_m));
-    c.check("head.magface.u_m", u_m, !(u_m < l_m), "at least l_m", "");
+    // A margin that is no number was named above.
+    let below = u_m < l_m;
+    c.check("head.magface.u_m", u_m, !below, "at least l_m", "");
     let finite = |value: f64| value.is_finite() && value > 0.0;
     MagFace {
         l_a: c.check("head.magface.l_a", l_a, finite(l_a), "a positive number", ""),

@@ -1,6 +1,7 @@
 //! `arcface-worker data`: looks at, checks, makes and converts data sets. One file a subcommand.
 
 mod bin;
+mod clean;
 mod inspect;
 mod pack;
 mod progress;
@@ -26,6 +27,8 @@ enum Command {
     Pack(pack::PackArgs),
     /// Copies a train.rec with its records in random order, for disks that read slowly at random.
     Shuffle(shuffle::ShuffleArgs),
+    /// Drops images that a trained head finds far from their identity, the second half of sub-centre ArcFace.
+    Clean(clean::CleanArgs),
     /// Makes a verification set (.bin) from a list of pairs.
     Bin(bin::BinArgs),
     /// Draws synthetic identities: train.rec, train.idx and a verification set of other identities.
@@ -48,6 +51,7 @@ pub fn run(args: DataArgs) -> anyhow::Result<()> {
         Command::Verify(args) => verify::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Shuffle(args) => shuffle::run(&args),
+        Command::Clean(args) => clean::run(&args),
         Command::Bin(args) => bin::run(&args),
         Command::Synth(args) => synth::run(&args),
     }
