@@ -138,6 +138,21 @@ fn every_loss_has_an_example_with_its_defaults() -> Result<()> {
     Ok(())
 }
 
+/// What `submit --dry-run` prints can be submitted, the sections inside sections too.
+#[test]
+fn a_job_with_every_default_written_out_is_a_job_file() -> Result<()> {
+    for job in load_all()?
+        .values()
+        .chain(load_folder("configs/losses")?.values())
+    {
+        let text = toml::to_string(&convert::job_spec_to_wire(job))?;
+        let wire: v1::JobSpec = toml::from_str(&text).with_context(|| format!("{}: {text}", job.name))?;
+        let read = convert::job_spec(&wire).map_err(|violations| anyhow::anyhow!("{violations:?}"))?;
+        ensure!(read == *job, "{}: {text}", job.name);
+    }
+    Ok(())
+}
+
 #[test]
 fn recipes_keep_the_references_values() -> Result<()> {
     let path = arcface_tests::workspace().join("tests/formats/reference_recipes.json");

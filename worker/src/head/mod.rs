@@ -144,7 +144,8 @@ pub trait Head: Send {
 /// What one micro-batch gave.
 #[derive(Debug)]
 pub struct HeadOutput {
-    /// Mean loss over the micro-batch of all ranks; the same bits on every rank. 0 if it has no rows.
+    /// Mean loss over the micro-batch of all ranks, with the loss's own terms of the norms (MagFace); the same bits on
+    /// every rank. 0 if it has no rows.
     pub loss: f64,
     /// `[b, D]` f32: world_size x the gradient of that mean by this rank's embeddings, times `share`. The world
     /// size cancels the averaging of the backbone's gradient over ranks.

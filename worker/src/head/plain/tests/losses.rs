@@ -261,6 +261,50 @@ fn filtering_works_with_every_loss() {
     }
 }
 
+/// More ranks than classes, ranks without rows, one row, one class: the same loss and gradients as on one rank.
+#[test]
+fn edges_equal_one_rank() {
+    let batch = |rows: &[u32], labels: &[i64]| Batch {
+        labels: labels.to_vec(),
+        rows: rows.to_vec(),
+        share: 1.0,
+    };
+    for loss in losses() {
+        for (classes, cut) in [
+            (2, batch(&[1, 0, 2, 1], &[0, 1, 1, 0])),
+            (1, batch(&[1, 1], &[0, 0])),
+            (9, batch(&[0, 1], &[8])),
+        ] {
+            let config = HeadConfig {
+                num_classes: classes,
+                ..with_loss(loss)
+            };
+            let about = format!("{loss:?} {cut:?}");
+            let world_size = cut.rows.len() as u32;
+            let whole = batch(&[cut.rows.iter().sum()], &cut.labels);
+            let one = run(&config, 1, &whole).remove(0);
+            let many = run(&config, world_size, &cut);
+            let cat =
+                |part: fn(&Outcome) -> &Tensor| Tensor::cat(&many.iter().map(part).collect::<Vec<_>>(), 0);
+            assert!(
+                (many[0].loss - one.loss).abs() < TOLERANCE * one.loss.max(1.0),
+                "{about}"
+            );
+            assert!(many[0].loss.is_finite(), "{about}");
+            let by_embedding = cat(|out| &out.grad_embedding) / f64::from(world_size);
+            assert!(
+                close(&by_embedding, &one.grad_embedding.to_kind(Kind::Double)),
+                "{about}"
+            );
+            let by_weight = cat(|out| &out.grad_weight);
+            assert!(
+                close(&by_weight, &one.grad_weight.to_kind(Kind::Double)),
+                "{about}"
+            );
+        }
+    }
+}
+
 /// One run on two ranks; and the same, saved after three steps and taken up by worlds of one, two and four.
 #[test]
 fn a_saved_state_goes_on_at_another_world_size() {
