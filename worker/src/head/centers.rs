@@ -1,6 +1,7 @@
 //! Several centres a class: sub-centre ArcFace (Deng, Guo, Liu, Gong, Zafeiriou: "Sub-center ArcFace: Boosting Face
-//! Recognition by Large-scale Noisy Web Faces", ECCV 2020). Section 3.2: a class has K rows of weight and its angle is
-//! theta_j = arccos(max over k of W_jk . x), for the row's own class and for all others alike; the margin follows as
+//! Recognition by Large-scale Noisy Web Faces", ECCV 2020; L_7 in the journal version of ArcFace,
+//! arXiv:1801.07698v4). Section 3.2: a class has K rows of weight and its angle is theta_j = arccos(max over k of
+//! W_jk . x), for the row's own class and for all others alike; the margin follows as
 //! ever. A noisy image can then have a centre of its own and leaves the class's main one in peace.
 //!
 //! Shapes: b rows, c classes, k centres a class.

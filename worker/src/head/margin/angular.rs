@@ -1,5 +1,5 @@
-//! Angular margins: ArcFace (Deng et al., arXiv:1801.07698), CosFace (Wang et al., arXiv:1801.09414) and their
-//! combination cos(m1*theta + m2) - m3.
+//! Angular margins: ArcFace (Deng et al., arXiv:1801.07698, Eq. 3), CosFace (Wang et al., arXiv:1801.09414, Eq. 4) and
+//! their combination cos(m1*theta + m2) - m3 (ArcFace's paper, Eq. 4).
 
 use super::{Loss, Margined, Prepared, Rows, Rule, TargetLogit, target_cosines};
 use arcface_proto::spec::{self, MarginGradient};
