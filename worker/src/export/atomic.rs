@@ -10,6 +10,10 @@ use super::FileError;
 
 /// Writes `path` through `write`, which gets the temporary file. Whatever fails, `path` keeps its old content.
 pub fn write(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), FileError> {
+    // Renaming replaces whatever is there, even a device such as /dev/stdout.
+    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return Err(FileError::malformed(path, "is not a regular file"));
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -42,6 +46,14 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn what_is_no_file_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = write(folder.path(), |file| file.write_all(b"new")).unwrap_err();
+        assert!(error.to_string().ends_with(": is not a regular file"), "{error}");
+        assert!(folder.path().is_dir());
+    }
 
     #[test]
     fn a_failed_write_leaves_the_old_file_and_nothing_else() {
