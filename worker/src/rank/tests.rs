@@ -122,7 +122,7 @@ fn losses(rank: u32, trainer: &mut Trainer, job: &Job, start: u64, output: &Path
 }
 
 /// Everything that training changed, in one list.
-fn state(trainer: &Trainer) -> Vec<(String, Tensor)> {
+fn state(trainer: &mut Trainer) -> Vec<(String, Tensor)> {
     let position = crate::checkpoint::TrainState {
         step: 0,
         epoch: 0,

@@ -7,7 +7,7 @@ use crate::{
     collective::{TcpCollective, local},
     optim::OptimizerConfig,
 };
-use arcface_proto::spec::{HeadImplementation, Loss, MarginGradient};
+use arcface_proto::spec::{HeadImplementation, Loss, MarginGradient, Precision};
 use proptest::prelude::*;
 use std::{thread, time::Duration};
 
@@ -31,6 +31,7 @@ fn config(num_classes: u32) -> HeadConfig {
             weight_decay: 5e-4,
         },
         implementation: HeadImplementation::Plain,
+        precision: Precision::Fp32,
         loss: Loss::ArcFace,
     }
 }

@@ -1,0 +1,652 @@
+//! Matrix products on small blocks that lie in the cache: register-tiled kernels for f32, and for pairs of bf16 with
+//! f32 sums. Knows no head.
+//!
+//! Operands are 4-byte *words*: an f32, or two bf16 that are neighbours along the inner dimension (low half first).
+//! The order of every sum depends on the shapes alone.
+//!
+//! It needs `unsafe` for vector loads and stores by pointer; [`multiply`] checks all lengths first.
+#![allow(unsafe_code)]
+
+use super::isa::{Isa, Level};
+
+/// Columns of a panel of the right operand.
+pub const PANEL: usize = 32;
+
+/// What a word is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// One f32.
+    F32,
+    /// Two bf16.
+    Bf16,
+}
+
+impl Format {
+    /// Elements along the inner dimension in a word.
+    pub const fn per_word(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// The left operand: word (m, k) is `words[m * row + k * step]`; one of the strides is 1.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    /// The words.
+    pub words: &'a [u32],
+    /// Distance of rows.
+    pub row: usize,
+    /// Distance of neighbours along the inner dimension.
+    pub step: usize,
+}
+
+/// The right operand in panels of [`PANEL`] columns: word (k, n) is `words[n / 32 * panel + k * step + n % 32]`.
+#[derive(Clone, Copy)]
+pub struct Right<'a> {
+    /// The words.
+    pub words: &'a [u32],
+    /// Distance of panels.
+    pub panel: usize,
+    /// Distance of neighbours along the inner dimension.
+    pub step: usize,
+}
+
+/// The result: element (m, n) is `values[m * row + n]`.
+pub struct Out<'a> {
+    /// The elements.
+    pub values: &'a mut [f32],
+    /// Distance of rows.
+    pub row: usize,
+    /// Adds to what is there instead of replacing it.
+    pub add: bool,
+}
+
+/// Which loop is outside: what it runs over stays in the nearest cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Blocks of rows of the left operand.
+    RowsFirst,
+    /// Panels of the right operand.
+    PanelsFirst,
+}
+
+/// Rows, columns (a multiple of 32) and words along the inner dimension (a multiple of 4 unless `left.row` is 1).
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Words.
+    pub inner: usize,
+}
+
+/// `out (+)= left * right`.
+///
+/// # Panics
+/// If a slice is too short for the shape, the shape breaks [`Shape`]'s rules, or the machine has no instruction for
+/// the format: bugs of the caller.
+pub fn multiply(
+    isa: Isa,
+    format: Format,
+    shape: Shape,
+    left: Left<'_>,
+    right: Right<'_>,
+    out: Out<'_>,
+    order: Order,
+) {
+    let Shape { rows, columns, inner } = shape;
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    assert!(columns.is_multiple_of(PANEL), "columns come in panels");
+    assert!(
+        left.row == 1 || left.step == 1,
+        "one stride of the left operand is 1"
+    );
+    assert!(
+        left.row == 1 || inner.is_multiple_of(4),
+        "the inner loop is unrolled by 4"
+    );
+    assert!(
+        out.row >= columns && (out.values.len() >= (rows - 1) * out.row + columns),
+        "result"
+    );
+    if inner > 0 {
+        assert!(
+            left.words.len() > (rows - 1) * left.row + (inner - 1) * left.step,
+            "left operand"
+        );
+        let last = (columns / PANEL - 1) * right.panel + (inner - 1) * right.step + PANEL;
+        assert!(right.words.len() >= last, "right operand");
+    }
+    let job = Job {
+        shape,
+        left: left.words.as_ptr(),
+        left_row: left.row,
+        left_step: left.step,
+        right: right.words.as_ptr(),
+        right_panel: right.panel,
+        right_step: right.step,
+        out: out.values.as_mut_ptr(),
+        out_row: out.row,
+        add: out.add,
+        order,
+    };
+    // SAFETY: the lengths were checked above for every index that the kernels form: m < rows, k < inner, n < columns.
+    // An `Isa` of a level exists only where the machine has its instructions.
+    unsafe {
+        match (format, isa.level()) {
+            (Format::F32, Level::Portable) => drive::<portable::F32, 4, 4>(&job),
+            #[cfg(target_arch = "x86_64")]
+            (Format::F32, Level::Avx2) => x86::f32_avx2(&job),
+            #[cfg(target_arch = "x86_64")]
+            (Format::F32, Level::Avx512 | Level::Avx512Bf16) => x86::f32_avx512(&job),
+            #[cfg(target_arch = "x86_64")]
+            (Format::Bf16, Level::Avx512Bf16) => x86::bf16_avx512(&job),
+            (Format::Bf16, _) => panic!("{} multiplies no bf16", isa.name()),
+        }
+    }
+}
+
+struct Job {
+    shape: Shape,
+    left: *const u32,
+    left_row: usize,
+    left_step: usize,
+    right: *const u32,
+    right_panel: usize,
+    right_step: usize,
+    out: *mut f32,
+    out_row: usize,
+    add: bool,
+    order: Order,
+}
+
+/// Arithmetic on vectors of words.
+///
+/// # Safety
+/// Pointers are valid for `LANES` words (`broadcast`: for one), and the machine has the instructions.
+trait Vector: Copy {
+    const LANES: usize;
+    type Sum: Copy;
+    unsafe fn load(at: *const u32) -> Self;
+    unsafe fn broadcast(at: *const u32) -> Self;
+    unsafe fn zero() -> Self::Sum;
+    unsafe fn read(at: *const f32) -> Self::Sum;
+    unsafe fn write(at: *mut f32, sum: Self::Sum);
+    /// `sum + a * b`, lane by lane.
+    unsafe fn add_product(sum: Self::Sum, a: Self, b: Self) -> Self::Sum;
+}
+
+/// All blocks of the result. `ROWS`: rows of a block; `VECTORS`: vectors of a block's row. The block's sums, one row
+/// of the right operand and one word of the left one fill the registers.
+///
+/// # Safety
+/// As [`multiply`] checks, and the machine has `V`'s instructions.
+#[inline(always)]
+unsafe fn drive<V: Vector, const ROWS: usize, const VECTORS: usize>(job: &Job) {
+    let Shape { rows, columns, .. } = job.shape;
+    let width = V::LANES * VECTORS;
+    // SAFETY: the caller's.
+    unsafe {
+        match job.order {
+            Order::RowsFirst => {
+                for m in (0..rows).step_by(ROWS) {
+                    for n in (0..columns).step_by(width) {
+                        block::<V, ROWS, VECTORS>(job, m, n);
+                    }
+                }
+            }
+            Order::PanelsFirst => {
+                for n in (0..columns).step_by(width) {
+                    for m in (0..rows).step_by(ROWS) {
+                        block::<V, ROWS, VECTORS>(job, m, n);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The block that begins at (m, n), smaller at the end of the rows.
+///
+/// # Safety
+/// As [`drive`].
+#[inline(always)]
+unsafe fn block<V: Vector, const ROWS: usize, const VECTORS: usize>(job: &Job, m: usize, n: usize) {
+    // SAFETY: the caller's; the rows of the blocks add up to what is left.
+    unsafe {
+        let mut m = m;
+        let mut left = (job.shape.rows - m).min(ROWS);
+        if left == ROWS {
+            return micro::<V, ROWS, VECTORS>(job, m, n);
+        }
+        if left >= 8 {
+            micro::<V, 8, VECTORS>(job, m, n);
+            (m, left) = (m + 8, left - 8);
+        }
+        if left >= 4 {
+            micro::<V, 4, VECTORS>(job, m, n);
+            (m, left) = (m + 4, left - 4);
+        }
+        for m in m..m + left {
+            micro::<V, 1, VECTORS>(job, m, n);
+        }
+    }
+}
+
+/// # Safety
+/// As [`drive`]; the block lies inside the result.
+#[inline(always)]
+unsafe fn micro<V: Vector, const ROWS: usize, const VECTORS: usize>(job: &Job, m: usize, n: usize) {
+    // SAFETY: the caller's: every pointer is inside its slice.
+    unsafe {
+        let left = job.left.add(m * job.left_row);
+        let mut right = job.right.add(n / PANEL * job.right_panel + n % PANEL);
+        let out = job.out.add(m * job.out_row + n);
+        let mut sums = [[V::zero(); VECTORS]; ROWS];
+        if job.add {
+            for (r, row) in sums.iter_mut().enumerate() {
+                for (v, sum) in row.iter_mut().enumerate() {
+                    *sum = V::read(out.add(r * job.out_row + v * V::LANES));
+                }
+            }
+        }
+        // Two loops, so that in each one stride of the left operand is a constant of the addresses.
+        if job.left_row == 1 {
+            let mut left = left;
+            for _ in 0..job.shape.inner {
+                accumulate::<V, ROWS, VECTORS>(&mut sums, left, 1, right);
+                left = left.add(job.left_step);
+                right = right.add(job.right_step);
+            }
+        } else {
+            for k in (0..job.shape.inner).step_by(4) {
+                for u in 0..4 {
+                    accumulate::<V, ROWS, VECTORS>(&mut sums, left.add(k + u), job.left_row, right);
+                    right = right.add(job.right_step);
+                }
+            }
+        }
+        for (r, row) in sums.iter().enumerate() {
+            for (v, sum) in row.iter().enumerate() {
+                V::write(out.add(r * job.out_row + v * V::LANES), *sum);
+            }
+        }
+    }
+}
+
+/// One step along the inner dimension.
+///
+/// # Safety
+/// As [`micro`].
+#[inline(always)]
+unsafe fn accumulate<V: Vector, const ROWS: usize, const VECTORS: usize>(
+    sums: &mut [[V::Sum; VECTORS]; ROWS],
+    left: *const u32,
+    left_row: usize,
+    right: *const u32,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut columns = [V::load(right); VECTORS];
+        for (v, column) in columns.iter_mut().enumerate().skip(1) {
+            *column = V::load(right.add(v * V::LANES));
+        }
+        for (r, row) in sums.iter_mut().enumerate() {
+            let word = V::broadcast(left.add(r * left_row));
+            for (sum, column) in row.iter_mut().zip(columns) {
+                *sum = V::add_product(*sum, word, column);
+            }
+        }
+    }
+}
+
+mod portable {
+    //! Any machine: arrays that the compiler turns into what vectors there are.
+    use super::Vector;
+
+    #[derive(Clone, Copy)]
+    pub(super) struct F32([f32; 4]);
+
+    impl Vector for F32 {
+        const LANES: usize = 4;
+        type Sum = [f32; 4];
+
+        #[inline(always)]
+        unsafe fn load(at: *const u32) -> Self {
+            // SAFETY: valid for 4 words by the trait's contract.
+            Self(unsafe { at.cast::<[f32; 4]>().read_unaligned() })
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(at: *const u32) -> Self {
+            // SAFETY: valid for one word.
+            Self([unsafe { at.cast::<f32>().read() }; 4])
+        }
+
+        #[inline(always)]
+        unsafe fn zero() -> [f32; 4] {
+            [0.0; 4]
+        }
+
+        #[inline(always)]
+        unsafe fn read(at: *const f32) -> [f32; 4] {
+            // SAFETY: valid for 4 elements.
+            unsafe { at.cast::<[f32; 4]>().read_unaligned() }
+        }
+
+        #[inline(always)]
+        unsafe fn write(at: *mut f32, sum: [f32; 4]) {
+            // SAFETY: valid for 4 elements.
+            unsafe { at.cast::<[f32; 4]>().write_unaligned(sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(sum: [f32; 4], a: Self, b: Self) -> [f32; 4] {
+            let mut out = sum;
+            for (i, out) in out.iter_mut().enumerate() {
+                *out += a.0[i] * b.0[i];
+            }
+            out
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! The kernels for x86: 12 x 32 results of 512 bits (24 of 32 registers), 6 x 16 of 256 bits (12 of 16).
+    use super::{Job, Vector, drive};
+    use std::arch::x86_64::{
+        __m256, __m512, __m512bh, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
+        _mm256_storeu_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_storeu_ps,
+    };
+
+    /// # Safety
+    /// As [`drive`].
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn f32_avx2(job: &Job) {
+        // SAFETY: the caller's; the features are this function's.
+        unsafe { drive::<Avx2, 6, 2>(job) }
+    }
+
+    /// # Safety
+    /// As [`drive`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) unsafe fn f32_avx512(job: &Job) {
+        // SAFETY: as above.
+        unsafe { drive::<Avx512, 12, 2>(job) }
+    }
+
+    /// # Safety
+    /// As [`drive`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub(super) unsafe fn bf16_avx512(job: &Job) {
+        // SAFETY: as above.
+        unsafe { drive::<Bf16, 12, 2>(job) }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Avx2(__m256);
+
+    // Each method is inlined into a function above, which has its feature; pointers are valid by the trait's contract.
+    impl Vector for Avx2 {
+        const LANES: usize = 8;
+        type Sum = __m256;
+
+        #[inline(always)]
+        unsafe fn load(at: *const u32) -> Self {
+            // SAFETY: valid for 8 words.
+            Self(unsafe { _mm256_loadu_ps(at.cast()) })
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(at: *const u32) -> Self {
+            // SAFETY: valid for one word.
+            Self(unsafe { _mm256_set1_ps(*at.cast()) })
+        }
+
+        #[inline(always)]
+        unsafe fn zero() -> __m256 {
+            // SAFETY: the caller has AVX2.
+            unsafe { _mm256_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn read(at: *const f32) -> __m256 {
+            // SAFETY: valid for 8 elements.
+            unsafe { _mm256_loadu_ps(at) }
+        }
+
+        #[inline(always)]
+        unsafe fn write(at: *mut f32, sum: __m256) {
+            // SAFETY: valid for 8 elements.
+            unsafe { _mm256_storeu_ps(at, sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(sum: __m256, a: Self, b: Self) -> __m256 {
+            // SAFETY: the caller has FMA.
+            unsafe { _mm256_fmadd_ps(a.0, b.0, sum) }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Avx512(__m512);
+
+    impl Vector for Avx512 {
+        const LANES: usize = 16;
+        type Sum = __m512;
+
+        #[inline(always)]
+        unsafe fn load(at: *const u32) -> Self {
+            // SAFETY: valid for 16 words.
+            Self(unsafe { _mm512_loadu_ps(at.cast()) })
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(at: *const u32) -> Self {
+            // SAFETY: valid for one word.
+            Self(unsafe { _mm512_set1_ps(*at.cast()) })
+        }
+
+        #[inline(always)]
+        unsafe fn zero() -> __m512 {
+            // SAFETY: the caller has AVX-512.
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn read(at: *const f32) -> __m512 {
+            // SAFETY: valid for 16 elements.
+            unsafe { _mm512_loadu_ps(at) }
+        }
+
+        #[inline(always)]
+        unsafe fn write(at: *mut f32, sum: __m512) {
+            // SAFETY: valid for 16 elements.
+            unsafe { _mm512_storeu_ps(at, sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(sum: __m512, a: Self, b: Self) -> __m512 {
+            // SAFETY: the caller has AVX-512.
+            unsafe { _mm512_fmadd_ps(a.0, b.0, sum) }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Bf16(__m512);
+
+    impl Vector for Bf16 {
+        const LANES: usize = 16;
+        type Sum = __m512;
+
+        #[inline(always)]
+        unsafe fn load(at: *const u32) -> Self {
+            // SAFETY: valid for 16 words.
+            Self(unsafe { _mm512_loadu_ps(at.cast()) })
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(at: *const u32) -> Self {
+            // SAFETY: valid for one word; a pattern of bits moves through f32 unchanged here: it is only copied.
+            Self(unsafe { _mm512_set1_ps(*at.cast()) })
+        }
+
+        #[inline(always)]
+        unsafe fn zero() -> __m512 {
+            // SAFETY: the caller has AVX-512.
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn read(at: *const f32) -> __m512 {
+            // SAFETY: valid for 16 elements.
+            unsafe { _mm512_loadu_ps(at) }
+        }
+
+        #[inline(always)]
+        unsafe fn write(at: *mut f32, sum: __m512) {
+            // SAFETY: valid for 16 elements.
+            unsafe { _mm512_storeu_ps(at, sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(sum: __m512, a: Self, b: Self) -> __m512 {
+            // SAFETY: both types are 512 bits of any pattern; the caller has AVX512-BF16.
+            unsafe {
+                let pairs = |x: __m512| std::mem::transmute::<__m512, __m512bh>(x);
+                _mm512_dpbf16_ps(sum, pairs(a.0), pairs(b.0))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Purpose, Stream};
+    use half::bf16;
+
+    /// Random values and their words, `rows` x `inner` elements, words along the inner dimension.
+    fn words(format: Format, rows: usize, inner: usize, seed: u64) -> (Vec<f32>, Vec<u32>) {
+        let mut draws = Stream::new(seed, Purpose::Synthetic, 0, 0);
+        let values: Vec<f32> = (0..rows * inner)
+            .map(|_| bf16::from_f64(draws.next_normal()).to_f32())
+            .collect();
+        let packed = match format {
+            Format::F32 => values.iter().map(|v| v.to_bits()).collect(),
+            Format::Bf16 => values
+                .chunks_exact(2)
+                .map(|p| {
+                    u32::from(bf16::from_f32(p[0]).to_bits())
+                        | u32::from(bf16::from_f32(p[1]).to_bits()) << 16
+                })
+                .collect(),
+        };
+        (values, packed)
+    }
+
+    /// Every kernel against sums in f64, both layouts of the left operand, both orders, rows that fill no block.
+    #[test]
+    fn kernels_multiply() {
+        for isa in Isa::all() {
+            for format in [Format::F32, Format::Bf16] {
+                if format == Format::Bf16 && !isa.multiplies_bf16() {
+                    continue;
+                }
+                for (rows, columns, inner) in [(1, 32, 8), (7, 64, 40), (12, 32, 64), (29, 96, 16)] {
+                    let (a, a_words) = words(format, rows, inner, 1);
+                    let (b, b_words) = words(format, columns, inner, 2);
+                    let steps = inner / format.per_word();
+                    let mut panels = vec![0u32; columns * steps];
+                    for n in 0..columns {
+                        for k in 0..steps {
+                            panels[n / 32 * 32 * steps + k * 32 + n % 32] = b_words[n * steps + k];
+                        }
+                    }
+                    let mut turned = vec![0u32; rows * steps];
+                    for m in 0..rows {
+                        for k in 0..steps {
+                            turned[k * rows + m] = a_words[m * steps + k];
+                        }
+                    }
+                    let lefts = [
+                        (
+                            Left {
+                                words: &a_words,
+                                row: steps,
+                                step: 1,
+                            },
+                            Order::RowsFirst,
+                        ),
+                        (
+                            Left {
+                                words: &turned,
+                                row: 1,
+                                step: rows,
+                            },
+                            Order::PanelsFirst,
+                        ),
+                    ];
+                    for (left, order) in lefts {
+                        let right = Right {
+                            words: &panels,
+                            panel: 32 * steps,
+                            step: 32,
+                        };
+                        let mut out = vec![1f32; rows * columns];
+                        let shape = Shape {
+                            rows,
+                            columns,
+                            inner: steps,
+                        };
+                        multiply(
+                            isa,
+                            format,
+                            shape,
+                            left,
+                            right,
+                            Out {
+                                values: &mut out,
+                                row: columns,
+                                add: false,
+                            },
+                            order,
+                        );
+                        multiply(
+                            isa,
+                            format,
+                            shape,
+                            left,
+                            right,
+                            Out {
+                                values: &mut out,
+                                row: columns,
+                                add: true,
+                            },
+                            order,
+                        );
+                        for m in 0..rows {
+                            for n in 0..columns {
+                                let products = (0..inner)
+                                    .map(|k| f64::from(a[m * inner + k]) * f64::from(b[n * inner + k]));
+                                let expected = 2.0 * products.sum::<f64>();
+                                let got = f64::from(out[m * columns + n]);
+                                assert!(
+                                    (got - expected).abs() < 1e-4,
+                                    "{isa:?} {format:?} {m} {n}: {got} {expected}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! `arcface-worker bench`: how fast one part of training runs on this machine, alone. Prints medians and minima over
+//! repetitions after one that is not counted, with the sizes, the device and the threads they hold for.
+
+mod backbone;
+mod checkpoint;
+mod head;
+mod loader;
+mod memory;
+mod timing;
+
+use super::output::Output;
+use crate::collective::{Collective, CollectiveError, ReduceOp};
+use anyhow::Context;
+use serde_json::Value;
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    time::SystemTime,
+};
+use tch::Tensor;
+
+/// Arguments of `bench`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    arcface-worker bench head --classes 100000 --batch 128 --against plain --output json\n  \
+    arcface-worker bench backbone --network mbf --train")]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub part: Part,
+    /// Repetitions that count; default 10, 5 pairs of a comparison.
+    #[arg(long, global = true, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repetitions: Option<u32>,
+    /// How to print the result.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// What can be measured.
+#[derive(clap::Subcommand, Debug)]
+pub enum Part {
+    /// One step of the head on one rank: loss, gradients and update.
+    Head(head::HeadArgs),
+    /// One forward pass of a network, with --train a backward pass as well.
+    Backbone {
+        /// Network.
+        #[arg(long, default_value = "r18")]
+        network: String,
+        /// Images.
+        #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+        batch: u32,
+        /// Training mode, and the gradient of every parameter.
+        #[arg(long)]
+        train: bool,
+    },
+    /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
+    Loader {
+        /// Training data: .rec, image folder, or "synthetic".
+        #[arg(long, default_value = "synthetic")]
+        data: String,
+        /// Images of a batch.
+        #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+        batch: u32,
+        /// Decoding threads.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
+        threads: u16,
+    },
+    /// Writing, verifying and reading one head part.
+    Checkpoint {
+        /// Classes of the part.
+        #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1..))]
+        classes: u32,
+        /// Embedding size.
+        #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+        dim: u32,
+        /// Directory to write in; the disk that is measured.
+        #[arg(long, default_value = ".")]
+        dir: PathBuf,
+    },
+}
+
+/// Runs `bench`.
+pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+    let result = measure(&args)?;
+    let text = match (args.output, &result) {
+        (Output::Table, Value::Object(entries)) => entries
+            .iter()
+            .map(|(key, value)| format!("{key:20} {value}\n"))
+            .collect(),
+        _ => format!("{result:#}\n"),
+    };
+    io::stdout()
+        .write_all(text.as_bytes())
+        .context("write the result")
+}
+
+/// The result as a JSON object.
+pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
+    let is_comparison = matches!(&args.part, Part::Head(args) if args.is_comparison());
+    let repetitions = args.repetitions.unwrap_or(if is_comparison { 5 } else { 10 });
+    let mut result = match &args.part {
+        Part::Head(args) => head::measure(repetitions, args)?,
+        Part::Backbone {
+            network,
+            batch,
+            train,
+        } => backbone::measure(repetitions, network, *batch, *train)?,
+        Part::Loader { data, batch, threads } => loader::measure(repetitions, data, *batch, *threads)?,
+        Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
+    };
+    result["repetitions"] = repetitions.into();
+    result["device"] = "cpu".into();
+    result["date"] = humantime::format_rfc3339_seconds(SystemTime::now())
+        .to_string()
+        .into();
+    result["torch_threads"] = tch::get_num_threads().into();
+    Ok(result)
+}
+
+/// The communicator of a single rank: what others would add is nothing.
+struct Alone;
+
+impl Collective for Alone {
+    fn rank(&self) -> u32 {
+        0
+    }
+
+    fn world_size(&self) -> u32 {
+        1
+    }
+
+    fn all_reduce(&mut self, _: &mut Tensor, _: ReduceOp) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    fn all_gather(&mut self, local: &Tensor) -> Result<Tensor, CollectiveError> {
+        Ok(local.copy())
+    }
+
+    fn reduce_scatter(&mut self, full: &Tensor) -> Result<Tensor, CollectiveError> {
+        Ok(full.copy())
+    }
+
+    fn broadcast(&mut self, _: &mut Tensor, _: u32) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    fn barrier(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arcface_proto::failure::{ExitCode, Failure};
+    use clap::Parser;
+    use serde_json::json;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: BenchArgs,
+    }
+
+    fn bench(line: &str) -> anyhow::Result<Value> {
+        measure(&Cli::try_parse_from(line.split(' ')).expect("valid").args)
+    }
+
+    #[test]
+    fn every_part_can_be_measured() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let checkpoint = format!(
+            "bench checkpoint --classes 20 --dim 8 --repetitions 2 --dir {}",
+            dir.path().display()
+        );
+        for (line, key) in [
+            (
+                "bench head --classes 50 --dim 8 --batch 4 --sample-rate 0.5 --repetitions 2",
+                "median_ms",
+            ),
+            (
+                "bench backbone --network tiny --batch 2 --repetitions 1",
+                "images_per_second",
+            ),
+            (
+                "bench backbone --network tiny --batch 2 --train --repetitions 1",
+                "images_per_second",
+            ),
+            ("bench loader --batch 2 --repetitions 2", "images_per_second"),
+            (checkpoint.as_str(), "read_median_ms"),
+        ] {
+            let result = bench(line).unwrap_or_else(|error| panic!("{line}: {error:#}"));
+            assert!(
+                result[key].as_f64().is_some_and(|value| value > 0.0),
+                "{line}: {result}"
+            );
+            assert_eq!(
+                (&result["device"], &result["bench"]),
+                (&json!("cpu"), &json!(line.split(' ').nth(1)))
+            );
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).expect("list").count(), 0);
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_a_usage_error() {
+        for line in ["bench head --sample-rate 0", "bench backbone --network nosuch"] {
+            let error = bench(line).expect_err("refused");
+            assert!(
+                error
+                    .downcast_ref::<Failure>()
+                    .is_some_and(|f| f.code == ExitCode::Usage),
+                "{error:#}"
+            );
+        }
+    }
+}
