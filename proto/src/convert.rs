@@ -297,7 +297,7 @@ fn head_spec(c: &mut Checker, head: v1::HeadSection) -> HeadSpec {
         implementation: c.choice(
             "head.implementation",
             &head.implementation,
-            crate::spec::HeadImplementation::Plain,
+            crate::spec::HeadImplementation::Tiled,
         ),
     }
 }

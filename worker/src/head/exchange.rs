@@ -29,6 +29,9 @@ pub(super) fn gather_rows(
     local: &Tensor,
     rows: &[u32],
 ) -> Result<Tensor, HeadError> {
+    if let [_] = rows {
+        return Ok(local.contiguous());
+    }
     let longest = rows.iter().copied().max().unwrap_or(0);
     let gathered = comm.all_gather(&padded(local, longest))?;
     if rows.iter().all(|&n| n == longest) {
@@ -47,6 +50,9 @@ pub(super) fn scatter_rows(
     all: &Tensor,
     rows: &[u32],
 ) -> Result<Tensor, HeadError> {
+    if let [_] = rows {
+        return Ok(all.contiguous());
+    }
     let longest = rows.iter().copied().max().unwrap_or(0);
     let lengths: Vec<i64> = rows.iter().map(|&n| i64::from(n)).collect();
     let parts: Vec<Tensor> = all

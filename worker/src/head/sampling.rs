@@ -1,7 +1,7 @@
 //! Which classes of a shard take part in a step (Partial FC, arXiv:2203.15565): all positives, and random
 //! negatives. Pure: a function of (seed, step, class), so it survives a restart and a changed world.
 
-use crate::random::{Purpose, bits};
+use crate::random::{Draws, Purpose};
 use arcface_proto::types::ClassRange;
 
 /// Chooses the classes of a step.
@@ -31,26 +31,60 @@ impl ClassSampler for RandomNegatives {
         if positives.len() >= wanted {
             return Some(positives.to_vec());
         }
-        // Each class draws a key; the smallest keys are a uniform sample. Keys of one step differ between classes
-        // (the draw is a bijection of the class), so there are no ties.
-        let mut is_positive = positives.iter().copied().peekable();
-        let mut negatives: Vec<(u64, u32)> = (0..shard.len())
-            .filter(|&local| is_positive.next_if_eq(&local).is_none())
-            .map(|local| {
-                let class = u64::from(shard.lo) + u64::from(local);
-                (bits(self.seed, Purpose::ClassSampling, step, class), local)
-            })
-            .collect();
         let fill = wanted - positives.len();
-        if fill < negatives.len() {
-            negatives.select_nth_unstable(fill);
-            negatives.truncate(fill);
-        }
+        let negatives = self.smallest_keys(step, shard, positives, fill);
         let mut chosen: Vec<u32> = negatives.into_iter().map(|(_, local)| local).collect();
         chosen.extend_from_slice(positives);
-        chosen.sort_unstable();
+        // The stable sort sees two rising runs and merges them.
+        chosen.sort();
         Some(chosen)
     }
+}
+
+impl RandomNegatives {
+    /// The `fill` negatives with the smallest keys, each with its key, in the order of classes. Every class draws a key, so they are a uniform
+    /// sample; keys of one step differ between classes (the draw is a bijection of the class), so there are no ties.
+    ///
+    /// Keys are uniform too: nearly all of the smallest lie under a threshold that is known beforehand, and only
+    /// what is under it is kept and looked at again.
+    fn smallest_keys(&self, step: u64, shard: ClassRange, positives: &[u32], fill: usize) -> Vec<(u64, u32)> {
+        let classes = shard.len() as usize - positives.len();
+        let mut threshold = likely_threshold(classes, fill);
+        loop {
+            let mut smallest = self.keys_up_to(threshold, step, shard, positives);
+            if smallest.len() >= fill || threshold == u64::MAX {
+                if fill < smallest.len() {
+                    let mut keys: Vec<u64> = smallest.iter().map(|(key, _)| *key).collect();
+                    let (_, first_over, _) = keys.select_nth_unstable(fill);
+                    smallest.retain(|(key, _)| key < first_over);
+                }
+                return smallest;
+            }
+            // The one draw in thousands that the threshold was too low for.
+            threshold = u64::MAX;
+        }
+    }
+
+    fn keys_up_to(&self, threshold: u64, step: u64, shard: ClassRange, positives: &[u32]) -> Vec<(u64, u32)> {
+        let draws = Draws::new(self.seed, Purpose::ClassSampling, step);
+        let mut is_positive = positives.iter().copied().peekable();
+        let key = |local: u32| (draws.bits(u64::from(shard.lo) + u64::from(local)), local);
+        let mut found = Vec::new();
+        for (key, local) in (0..shard.len()).map(key) {
+            if is_positive.next_if_eq(&local).is_none() && key <= threshold {
+                found.push((key, local));
+            }
+        }
+        found
+    }
+}
+
+/// A key that more than `fill` of so many uniform keys are below, but for four standard deviations of bad luck.
+fn likely_threshold(classes: usize, fill: usize) -> u64 {
+    let (classes, fill) = (classes as f64, fill as f64);
+    let share = (fill + 4.0 * fill.sqrt() + 4.0) / classes;
+    // Saturates: a share of 1 or more is all keys.
+    (share * u64::MAX as f64) as u64
 }
 
 #[cfg(test)]
@@ -77,6 +111,33 @@ mod tests {
             prop_assert!(chosen.iter().all(|&c| c < len));
             prop_assert!(positives.iter().all(|p| chosen.binary_search(p).is_ok()));
         }
+    }
+
+    /// Against a full sort of all keys; small shards also meet thresholds that are too low.
+    #[test]
+    fn the_smallest_keys_are_found() {
+        let sampler = RandomNegatives { seed: 7, rate: 0.5 };
+        let shard = ClassRange { lo: 100, hi: 1100 };
+        for (step, fill) in (0..300).flat_map(|step| [(step, 1), (step, 40), (step, 995), (step, 2000)]) {
+            let positives = [3, 500, 999];
+            let mut all = sampler.keys_up_to(u64::MAX, step, shard, &positives);
+            assert_eq!(all.len(), 997);
+            all.sort_unstable();
+            all.truncate(fill);
+            let mut found = sampler.smallest_keys(step, shard, &positives, fill);
+            found.sort_unstable();
+            assert_eq!(found, all);
+        }
+        assert_eq!(likely_threshold(10, 10), u64::MAX);
+        let draws: usize = (0..2000)
+            .filter(|&step| {
+                sampler
+                    .keys_up_to(likely_threshold(997, 100), step, shard, &[])
+                    .len()
+                    < 100
+            })
+            .count();
+        assert!(draws < 10, "{draws} of 2000 thresholds were too low");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use super::{
     lazy_sgd::History,
     margin::{Loss, Prepared, Rows},
     sampling::{ClassSampler, RandomNegatives},
-    unit::normalize_backward,
+    unit::MIN_NORM,
 };
 use crate::{
     collective::{Collective, ReduceOp},
@@ -417,11 +417,12 @@ impl Head for TiledHead {
         let grad_unit_rd = scatter_rows(comm, &grad_unit_bd, rows)?;
         let first: usize = rows.iter().take(comm.rank() as usize).map(|&n| n as usize).sum();
         let own = first..first + embedding.size()[0] as usize;
-        let grad_embedding = self.through_norm(&grad_unit_rd, own, &prepared, &probabilities);
+        let factor = share * f64::from(comm.world_size());
+        let grad_embedding = self.through_norm(&grad_unit_rd, own, &prepared, &probabilities, factor);
         self.pending += 1;
         Ok(HeadOutput {
             loss: loss + prepared.norm_loss(),
-            grad_embedding: grad_embedding * (share * f64::from(comm.world_size())),
+            grad_embedding,
         })
     }
 
@@ -573,31 +574,45 @@ impl TiledHead {
         }
     }
 
-    /// Gradient by this rank's embeddings from that by their directions, and by their norms where the loss has some.
+    /// Gradient by this rank's embeddings, times `factor`, from that by their directions, and by their norms where the
+    /// loss has some. In plain loops: a handful of tensor operations would wake and spin libtorch's threads, which the
+    /// next pass over the classes needs.
     fn through_norm(
         &self,
         grad_unit_rd: &Tensor,
         own: std::ops::Range<usize>,
         prepared: &Prepared,
         probabilities: &[f64],
+        factor: f64,
     ) -> Tensor {
         let micro = &self.micros[self.pending];
-        let (dim, padded) = (self.geometry.dim as i64, self.geometry.padded as i64);
-        let rows = own.len() as i64;
-        let unit = &micro.unit.floats()[own.start * padded as usize..own.end * padded as usize];
-        let unit_rd = Tensor::from_slice(unit).view([rows, padded]).narrow(1, 0, dim);
-        let norms: Vec<f32> = micro.norms[own.clone()].iter().map(|norm| *norm as f32).collect();
-        let norm_r1 = Tensor::from_slice(&norms)
-            .unsqueeze(1)
-            .clamp_min(super::unit::MIN_NORM);
-        let grad = normalize_backward(grad_unit_rd, &unit_rd, &norm_r1);
-        if !prepared.moves_norms() {
-            return grad;
+        let dim = self.geometry.dim;
+        let mut grad_rd = Tensor::empty([own.len() as i64, dim as i64], (Kind::Float, Device::Cpu));
+        let rows = memory::floats(grad_unit_rd).chunks_exact(dim);
+        let out = memory::floats_mut(&mut grad_rd).chunks_exact_mut(dim);
+        for ((sample, grad), out) in own.zip(rows).zip(out) {
+            let unit = &micro.unit_row(sample, self.geometry)[..dim];
+            let norm = micro.norms[sample];
+            // A row under the smallest norm was divided by a constant, and has no part along it to take away.
+            let along: f64 = match norm < MIN_NORM {
+                true => 0.0,
+                false => grad
+                    .iter()
+                    .zip(unit)
+                    .map(|(g, x)| f64::from(*g) * f64::from(*x))
+                    .sum(),
+            };
+            let divisor = if norm < MIN_NORM { MIN_NORM } else { norm };
+            let by_norm = match prepared.moves_norms() {
+                true => prepared.grad_norm(sample, probabilities[sample]),
+                false => 0.0,
+            };
+            for ((out, g), x) in out.iter_mut().zip(grad).zip(unit) {
+                let across = (f64::from(*g) - f64::from(*x) * along) / divisor;
+                *out = ((across + f64::from(*x) * by_norm) * factor) as f32;
+            }
         }
-        let by_norm: Vec<f32> = own
-            .map(|row| prepared.grad_norm(row, probabilities[row]) as f32)
-            .collect();
-        grad + unit_rd * Tensor::from_slice(&by_norm).unsqueeze(1)
+        grad_rd
     }
 
     /// Brings rows that were touched before `before` up to date; what came before is forgotten.

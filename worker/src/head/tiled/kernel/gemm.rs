@@ -72,7 +72,7 @@ pub enum Order {
     PanelsFirst,
 }
 
-/// Rows, columns (a multiple of 32) and words along the inner dimension (a multiple of 4 unless `left.row` is 1).
+/// Rows, columns (a multiple of 32) and words along the inner dimension.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Rows.
@@ -105,10 +105,6 @@ pub fn multiply(
     assert!(
         left.row == 1 || left.step == 1,
         "one stride of the left operand is 1"
-    );
-    assert!(
-        left.row == 1 || inner.is_multiple_of(4),
-        "the inner loop is unrolled by 4"
     );
     assert!(
         out.row >= columns && (out.values.len() >= (rows - 1) * out.row + columns),
@@ -259,16 +255,23 @@ unsafe fn micro<V: Vector, const ROWS: usize, const VECTORS: usize>(job: &Job, m
         if job.left_row == 1 {
             let mut left = left;
             for _ in 0..job.shape.inner {
-                accumulate::<V, ROWS, VECTORS>(&mut sums, left, 1, right);
+                accumulate::<V, ROWS, VECTORS>(&mut sums, |r| left.add(r), right);
                 left = left.add(job.left_step);
                 right = right.add(job.right_step);
             }
         } else {
-            for k in (0..job.shape.inner).step_by(4) {
-                for u in 0..4 {
-                    accumulate::<V, ROWS, VECTORS>(&mut sums, left.add(k + u), job.left_row, right);
-                    right = right.add(job.right_step);
+            // Every third row has a pointer of its own, the others are one or two strides from it, which is an address
+            // mode: twelve pointers would not fit the registers.
+            let mut thirds = [left; 4];
+            for (third, at) in thirds.iter_mut().enumerate().take(ROWS.div_ceil(3)) {
+                *at = left.add(third * 3 * job.left_row);
+            }
+            for _ in 0..job.shape.inner {
+                accumulate::<V, ROWS, VECTORS>(&mut sums, |r| thirds[r / 3].add(r % 3 * job.left_row), right);
+                for at in thirds.iter_mut().take(ROWS.div_ceil(3)) {
+                    *at = at.add(1);
                 }
+                right = right.add(job.right_step);
             }
         }
         for (r, row) in sums.iter().enumerate() {
@@ -279,15 +282,14 @@ unsafe fn micro<V: Vector, const ROWS: usize, const VECTORS: usize>(job: &Job, m
     }
 }
 
-/// One step along the inner dimension.
+/// One step along the inner dimension; `left` gives the place of a row's word.
 ///
 /// # Safety
 /// As [`micro`].
 #[inline(always)]
 unsafe fn accumulate<V: Vector, const ROWS: usize, const VECTORS: usize>(
     sums: &mut [[V::Sum; VECTORS]; ROWS],
-    left: *const u32,
-    left_row: usize,
+    left: impl Fn(usize) -> *const u32,
     right: *const u32,
 ) {
     // SAFETY: the caller's.
@@ -297,7 +299,7 @@ unsafe fn accumulate<V: Vector, const ROWS: usize, const VECTORS: usize>(
             *column = V::load(right.add(v * V::LANES));
         }
         for (r, row) in sums.iter_mut().enumerate() {
-            let word = V::broadcast(left.add(r * left_row));
+            let word = V::broadcast(left(r));
             for (sum, column) in row.iter_mut().zip(columns) {
                 *sum = V::add_product(*sum, word, column);
             }
