@@ -1,7 +1,7 @@
 //! A network as the list of its layers' operations, noted while the layers run once: what exporters read instead of a
 //! second description of every network.
 //!
-//! Values are told apart by their storage. While a [`Trace`] listens, each recorded output is replaced by zeros of the
+//! Values are told apart by their storage. While a `Trace` listens, each recorded output is replaced by zeros of the
 //! same shape in one element of storage of its own, so a trace needs no memory and no two values share an address. An
 //! operation that no layer records leads to a tensor that nobody knows, and the trace ends there with a message.
 

@@ -111,7 +111,7 @@ impl Pass for PairRows<'_> {
     }
 }
 
-/// A row as words that pair its neighbours: word i is (row[2i], row[2i + 1]).
+/// A row as words that pair its neighbours: word `i` is `(row[2i], row[2i + 1])`.
 pub struct PairNeighbours<'a> {
     /// The row, of even length.
     pub row: &'a [f32],
