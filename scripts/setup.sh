@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches what a fresh Debian or Ubuntu (x86-64) lacks to build, test and lint: a C++ compiler and pip from apt,
+# Fetches what a fresh Debian or Ubuntu (x86-64) lacks to build, test and lint: C++ compiler, cmake, nasm and pip from apt,
 # libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or sudo if apt packages
 # are missing.
 #
@@ -51,6 +51,9 @@ need_system() {
     command -v cargo >/dev/null || die "cargo: Rust is not installed" "install it with rustup; rust-toolchain.toml names the version"
     command -v flock >/dev/null || missing+=(util-linux)
     command -v cc >/dev/null && command -v c++ >/dev/null || missing+=(build-essential)
+    # libjpeg-turbo is built from source.
+    command -v cmake >/dev/null || missing+=(cmake)
+    command -v nasm >/dev/null || missing+=(nasm)
     command -v python3 >/dev/null || missing+=(python3)
     python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
     [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"

@@ -1,15 +1,15 @@
 //! Encoded images to 112x112 RGB bytes. Knows image formats, not where the bytes came from.
 //!
-//! JPEG (baseline, progressive, grayscale) goes through zune-jpeg, PNG through the image crate. A record of a
-//! packed data set must have the network's size already, so another size is an error: resizing it silently would hide
+//! JPEG (baseline, progressive, grayscale) goes through libjpeg-turbo with its default, exact settings, so the pixels are
+//! those of OpenCV and Pillow bit for bit; PNG goes through the image crate. A record of a packed data set must have the network's size already, so another size is an error: resizing it silently would hide
 //! crops that were aligned for another network. An image folder is raw material: there it is resized.
 //!
 //! A JPEG has no checksum: damage in its headers and bytes that end early are seen, a changed byte amid the coded pixels
 //! may decode to other pixels without an error.
 
 use image::{ImageFormat, ImageReader, Limits, RgbImage, imageops};
-use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
-use zune_jpeg::JpegDecoder;
+use std::cell::RefCell;
+use turbojpeg::{Decompressor, Image, PixelFormat};
 
 /// Height and width of a training image, in pixels.
 pub const SIDE: usize = 112;
@@ -17,6 +17,8 @@ pub const SIDE: usize = 112;
 pub const PIXEL_BYTES: usize = SIDE * SIDE * 3;
 /// Widest and highest image that is decoded, in pixels.
 const MAX_SIDE: u32 = 8192;
+/// Most scans of a progressive JPEG; encoders write about ten, and a file of thousands is made to keep a decoder busy.
+const MAX_SCANS: u32 = 100;
 
 /// A decoded image: rows from the top, pixels from the left, R G B.
 pub type Pixels = [u8; PIXEL_BYTES];
@@ -34,11 +36,15 @@ pub enum OtherSize {
 pub fn decode(bytes: &[u8], other_size: OtherSize, out: &mut Pixels) -> Result<(), String> {
     // The fast path writes straight into `out`.
     if is_jpeg(bytes) {
-        let mut decoder = jpeg_decoder(bytes)?;
-        if decoder.dimensions() == Some((SIDE, SIDE)) {
-            return decoder
-                .decode_into(out)
-                .map_err(|e| format!("broken JPEG: {}", tidy(&e)));
+        let fits = with_decompressor(|decompressor| {
+            let fits = jpeg_size(decompressor, bytes)? == (SIDE, SIDE);
+            if fits {
+                decompress(decompressor, bytes, out, SIDE, SIDE)?;
+            }
+            Ok(fits)
+        })?;
+        if fits {
+            return Ok(());
         }
     }
     let image = decode_any(bytes)?;
@@ -59,13 +65,12 @@ pub fn decode(bytes: &[u8], other_size: OtherSize, out: &mut Pixels) -> Result<(
 /// Decodes at the image's own size.
 pub fn decode_any(bytes: &[u8]) -> Result<RgbImage, String> {
     if is_jpeg(bytes) {
-        let mut decoder = jpeg_decoder(bytes)?;
-        let (width, height) = decoder.dimensions().ok_or("broken JPEG: no size")?;
-        let pixels = decoder
-            .decode()
-            .map_err(|e| format!("broken JPEG: {}", tidy(&e)))?;
-        return RgbImage::from_raw(width as u32, height as u32, pixels)
-            .ok_or("broken JPEG: too few pixels".into());
+        return with_decompressor(|decompressor| {
+            let (width, height) = jpeg_size(decompressor, bytes)?;
+            let mut image = RgbImage::new(width as u32, height as u32);
+            decompress(decompressor, bytes, &mut image, width, height)?;
+            Ok(image)
+        });
     }
     if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
         let mut limits = Limits::default();
@@ -86,7 +91,7 @@ pub fn decode_any(bytes: &[u8]) -> Result<RgbImage, String> {
 /// Width and height from the header alone.
 pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
     if is_jpeg(bytes) {
-        let (width, height) = jpeg_decoder(bytes)?.dimensions().ok_or("broken JPEG: no size")?;
+        let (width, height) = with_decompressor(|decompressor| jpeg_size(decompressor, bytes))?;
         return Ok((width as u32, height as u32));
     }
     ImageReader::with_format(std::io::Cursor::new(bytes), ImageFormat::Png)
@@ -98,18 +103,60 @@ fn is_jpeg(bytes: &[u8]) -> bool {
     bytes.starts_with(&[0xff, 0xd8])
 }
 
-fn jpeg_decoder(bytes: &[u8]) -> Result<JpegDecoder<ZCursor<&[u8]>>, String> {
-    // Strict: bytes that end early are an error. Otherwise the rest would be filled with grey and trained on.
-    let options = DecoderOptions::default()
-        .jpeg_set_out_colorspace(ColorSpace::RGB)
-        .set_strict_mode(true)
-        .set_max_width(MAX_SIDE as usize)
-        .set_max_height(MAX_SIDE as usize);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    decoder
-        .decode_headers()
-        .map_err(|e| format!("broken JPEG: {}", tidy(&e)))?;
-    Ok(decoder)
+/// Calls `f` with this thread's decoder: making one takes as long as decoding a small image.
+fn with_decompressor<T>(f: impl FnOnce(&mut Decompressor) -> Result<T, String>) -> Result<T, String> {
+    thread_local! {
+        static DECOMPRESSOR: RefCell<Option<Decompressor>> = const { RefCell::new(None) };
+    }
+    DECOMPRESSOR.with_borrow_mut(|slot| {
+        let decompressor = match slot {
+            Some(decompressor) => decompressor,
+            None => {
+                let mut fresh = Decompressor::new().map_err(|e| format!("start the JPEG decoder: {e}"))?;
+                fresh.set_scan_limit(MAX_SCANS).map_err(|e| broken_jpeg(&e))?;
+                slot.insert(fresh)
+            }
+        };
+        f(decompressor)
+    })
+}
+
+/// Width and height, from the header; nothing of their size has been allocated yet.
+fn jpeg_size(decompressor: &mut Decompressor, bytes: &[u8]) -> Result<(usize, usize), String> {
+    let header = decompressor.read_header(bytes).map_err(|e| broken_jpeg(&e))?;
+    let largest = MAX_SIDE as usize;
+    if header.width > largest || header.height > largest {
+        return Err(format!(
+            "the image is {}x{}, at most {MAX_SIDE}x{MAX_SIDE} is decoded",
+            header.width, header.height
+        ));
+    }
+    Ok((header.width, header.height))
+}
+
+/// Bytes that end early or do not make sense are errors: the decoder would go on with grey, and that be trained on.
+fn decompress(
+    decompressor: &mut Decompressor,
+    bytes: &[u8],
+    pixels: &mut [u8],
+    width: usize,
+    height: usize,
+) -> Result<(), String> {
+    let image = Image {
+        pixels,
+        width,
+        pitch: width * 3,
+        height,
+        format: PixelFormat::RGB,
+    };
+    decompressor.decompress(bytes, image).map_err(|e| broken_jpeg(&e))
+}
+
+fn broken_jpeg(error: &turbojpeg::Error) -> String {
+    let text = tidy(error);
+    // Its name for the function that failed says nothing to a user.
+    let what = text.split_once("(): ").map_or(text.as_str(), |(_, what)| what);
+    format!("broken JPEG: {what}")
 }
 
 /// Libraries' messages in one line, without the quotes and the stop.
