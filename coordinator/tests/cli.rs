@@ -91,7 +91,7 @@ fn every_bad_field_of_a_job_file_has_its_line_and_2() {
         let (code, stdout, stderr) = run(&[command, &file, "--set", "train.lr=fast"]);
         assert_eq!((code, stdout.as_str()), (2, ""));
         let expected = [
-            "model.network: \"r5O\" is not one of tiny, r18, r34, r50, r100, r200, mbf",
+            "model.network: \"r5O\" is not one of tiny, r18, r34, r50, r100, r200, r2060, mbf, mbf_large, vit_t, vit_t_dp005_mask0, vit_s, vit_s_dp005_mask_0, vit_b, vit_b_dp005_mask_005, vit_l_dp005_mask_005, vit_h",
             "hint: did you mean \"r50\"?",
             "head.scal: unknown key",
             "hint: did you mean \"scale\"?",

@@ -2,7 +2,25 @@
 //! every range and relation; the fields' meaning and units are written in `arcface/v1/job.proto`.
 
 /// Backbones by registry name, as `arcface-worker networks` lists them.
-pub const NETWORKS: [&str; 7] = ["tiny", "r18", "r34", "r50", "r100", "r200", "mbf"];
+pub const NETWORKS: [&str; 17] = [
+    "tiny",
+    "r18",
+    "r34",
+    "r50",
+    "r100",
+    "r200",
+    "r2060",
+    "mbf",
+    "mbf_large",
+    "vit_t",
+    "vit_t_dp005_mask0",
+    "vit_s",
+    "vit_s_dp005_mask_0",
+    "vit_b",
+    "vit_b_dp005_mask_005",
+    "vit_l_dp005_mask_005",
+    "vit_h",
+];
 
 /// A validated job with every default filled in.
 #[derive(Clone, Debug, PartialEq)]
