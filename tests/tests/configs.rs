@@ -3,6 +3,10 @@
 //! `batch_size` per rank, and the number of ranks that the recipe's name says (8 if it says none).
 
 use anyhow::{Context, Result, ensure};
+use arcface_coordinator::{
+    plan::{PlanJob, PlanNode, plan},
+    spec::{self, JobFile, SpecError},
+};
 use arcface_proto::{
     convert,
     spec::{Choice, JobSpec, LossName},
@@ -13,22 +17,33 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 /// Where a recipe means something that its number does not say; each file has a comment beside the value.
 /// (recipe, key, the reference's value, ours)
-const REINTERPRETED: [(&str, &str, &str, &str); 4] = [
+const REINTERPRETED: [(&str, &str, &str, &str); 6] = [
     // Below one class a shard: only the classes of the batch.
     ("wf42m_pfc0008_32gpu_r100", "sample_rate", "0.0", "0.000001"),
     // "No warm-up" is written 0.
     ("3millions", "warmup_epoch", "-1", "0"),
     ("3millions_pfc", "warmup_epoch", "-1", "0"),
     ("3millions_mp", "warmup_epoch", "-1", "0"),
+    // JPEGs are decoded on the CPU, and images are changed by flips alone.
+    ("wf42m_pfc02_vit_h", "dali", "true", "false"),
+    ("wf42m_pfc02_vit_h", "dali_aug", "true", "false"),
 ];
 
-fn load(path: &Path) -> Result<JobSpec> {
-    let text = fs::read_to_string(path)?;
-    let wire: v1::JobSpec = toml::from_str(&text)?;
-    convert::job_spec(&wire).map_err(|violations| {
-        let list: Vec<_> = violations.iter().map(ToString::to_string).collect();
-        anyhow::anyhow!(list.join("; "))
+/// A job file through the loader of `submit`.
+fn load(path: &Path) -> Result<JobFile> {
+    spec::parse(&fs::read_to_string(path)?, &[]).map_err(|error| match error {
+        SpecError::Fields(violations) => {
+            let list: Vec<_> = violations.iter().map(ToString::to_string).collect();
+            anyhow::anyhow!(list.join("; "))
+        }
+        other => other.into(),
     })
+}
+
+/// The reference's values by recipe.
+fn recipes() -> Result<BTreeMap<String, Map<String, Value>>> {
+    let path = arcface_tests::workspace().join("tests/formats/reference_recipes.json");
+    Ok(serde_json::from_str(&fs::read_to_string(path)?)?)
 }
 
 fn load_all() -> Result<BTreeMap<String, JobSpec>> {
@@ -49,7 +64,9 @@ fn load_folder(folder: &str) -> Result<BTreeMap<String, JobSpec>> {
             "{} is not a job file",
             path.display()
         );
-        let job = load(&path).with_context(|| format!("load {}", path.display()))?;
+        let job = load(&path)
+            .with_context(|| format!("load {}", path.display()))?
+            .spec;
         let stem = path
             .file_stem()
             .unwrap_or_default()
@@ -68,7 +85,16 @@ fn load_folder(folder: &str) -> Result<BTreeMap<String, JobSpec>> {
 
 /// The job's values under the reference's names and in its units.
 fn in_reference_terms(job: &JobSpec) -> Map<String, Value> {
+    // The reference's default output has no other name.
+    let default_output = format!("work_dirs/{}", job.name);
+    let output = Some(&job.output).filter(|output| **output != default_output);
     let value = serde_json::json!({
+        "dali": false,
+        "dali_aug": false,
+        // A job resumes from its own checkpoints, which hold all states, and from nothing else.
+        "resume": false,
+        "save_all_states": false,
+        "output": output,
         "batch_size": job.train.batch_size,
         "embedding_size": job.model.embedding_size,
         "fp16": job.train.precision.as_str() == "fp16",
@@ -155,8 +181,7 @@ fn a_job_with_every_default_written_out_is_a_job_file() -> Result<()> {
 
 #[test]
 fn recipes_keep_the_references_values() -> Result<()> {
-    let path = arcface_tests::workspace().join("tests/formats/reference_recipes.json");
-    let recipes: BTreeMap<String, Map<String, Value>> = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let recipes = recipes()?;
     let jobs = load_all()?;
     let mut wrong = Vec::new();
     for (name, recipe) in &recipes {
@@ -197,6 +222,46 @@ fn recipes_keep_the_references_values() -> Result<()> {
         wrong.push(format!("{name}: not a recipe of the reference"));
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    ensure!(recipes.len() >= 49, "only {} recipes", recipes.len());
     println!("{} recipes, {} job files", recipes.len(), jobs.len());
+    Ok(())
+}
+
+/// Nodes of eight slots, as many as a job needs, hold it; with one slot less it waits and says so.
+#[test]
+fn every_config_is_placed_on_nodes_that_are_enough() -> Result<()> {
+    for job in load_all()?.values() {
+        let world = job.world_size;
+        let node = |index: u32, slots: u32| -> Result<PlanNode> {
+            Ok(PlanNode {
+                id: format!("node-{index}").parse()?,
+                slots,
+                free: slots,
+                usable: true,
+            })
+        };
+        let nodes = (0..world.div_ceil(8))
+            .map(|index| node(index, 8.min(world - 8 * index)))
+            .collect::<Result<Vec<_>>>()?;
+        let wish = PlanJob {
+            least: job.min_world_size,
+            most: job.max_world_size,
+        };
+        let placement = plan(&nodes, wish, &[]).map_err(|why| anyhow::anyhow!("{}: {why}", job.name))?;
+        ensure!(
+            placement.len() == world as usize,
+            "{}: {} ranks",
+            job.name,
+            placement.len()
+        );
+        let mut fewer = nodes;
+        fewer[0].free -= 1;
+        ensure!(
+            plan(&fewer, wish, &[]).is_err(),
+            "{}: planned on {} slots",
+            job.name,
+            world - 1
+        );
+    }
     Ok(())
 }
