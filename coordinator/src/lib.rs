@@ -3,7 +3,7 @@
 //!
 //! Pure logic (`plan`, `job`, `membership`) has no I/O, no clock and no async; `control` is the one task that owns
 //! state and the only reader of the clock; `store` keeps what must survive; `api` is the gRPC rim; `spec` reads job
-//! files, `cli` is the command line.
+//! files, `recipe` turns those of arcface_torch into them, `cli` is the command line.
 
 pub mod api;
 pub mod cli;
@@ -12,6 +12,7 @@ pub mod exporter;
 pub mod job;
 pub mod membership;
 pub mod plan;
+pub mod recipe;
 pub mod server;
 pub mod spec;
 pub mod store;

@@ -2,6 +2,7 @@
 //! this module decides on exit codes, only `output` writes to standard output.
 
 mod connect;
+mod convert_config;
 mod follow;
 mod jobs;
 mod json;
@@ -62,6 +63,8 @@ enum Command {
     Checkpoints(jobs::CheckpointsArgs),
     /// List the evaluations of a job, oldest first
     Evals(jobs::EvalsArgs),
+    /// Turn a recipe of arcface_torch (.py) into a job file, without executing it
+    ConvertConfig(convert_config::ConvertConfigArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
 }
@@ -192,6 +195,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Evals(args) => jobs::evals(args).await?,
         Command::Nodes(args) => nodes::list(args).await?,
         Command::Drain(args) => nodes::drain(args).await?,
+        Command::ConvertConfig(args) => convert_config::run(&args)?,
         Command::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(

@@ -50,19 +50,18 @@ pub(super) struct JobArgs {
 impl JobArgs {
     /// The job, checked.
     pub fn read(&self) -> anyhow::Result<JobFile> {
-        let text = read_text(&self.file)?;
+        let text = read_text("job", &self.file, "job files of the known recipes are in configs/")?;
         Ok(spec::parse(&text, &self.set).map_err(|error| Complaints::of_job_file(&self.file, error))?)
     }
 }
 
-fn read_text(path: &Path) -> Result<String, Failure> {
-    let fail = |code, what: &str| Failure::new(code, format!("job {}: {what}", path.display()));
+/// A file that a person wrote: the kind it should be of, and where there are such files.
+pub(super) fn read_text(kind: &str, path: &Path, where_they_are: &str) -> Result<String, Failure> {
+    let fail = |code, what: &str| Failure::new(code, format!("{kind} {}: {what}", path.display()));
     let unreadable = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            fail(ExitCode::NotFound, "no such file").hint("job files of the known recipes are in configs/")
-        }
+        io::ErrorKind::NotFound => fail(ExitCode::NotFound, "no such file").hint(where_they_are),
         io::ErrorKind::IsADirectory => {
-            fail(ExitCode::Usage, "is a directory").hint("name the job file in it")
+            fail(ExitCode::Usage, "is a directory").hint(format!("name the {kind} file in it"))
         }
         io::ErrorKind::InvalidData => fail(ExitCode::Usage, "is not UTF-8 text"),
         kind => fail(ExitCode::NotFound, &format!("cannot be read: {kind}")),
