@@ -298,7 +298,10 @@ fn a_recipe_becomes_a_job_file_that_can_be_submitted() {
 
     let (code, printed, stderr) = run(&["convert-config", &recipe]);
     assert_eq!(code, 0, "{stderr}");
-    assert!(stderr.starts_with(&format!("warning: {recipe}:4: config.dali is not carried over: ")), "{stderr}");
+    assert!(
+        stderr.starts_with(&format!("warning: {recipe}:4: config.dali is not carried over: ")),
+        "{stderr}"
+    );
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
 
     let (code, stdout, stderr) = run(&["convert-config", &recipe, "-o", &job]);
@@ -306,30 +309,56 @@ fn a_recipe_becomes_a_job_file_that_can_be_submitted() {
     assert_eq!(std::fs::read_to_string(&job).expect("written"), printed);
     let (code, filled, stderr) = run(&["submit", &job, "--dry-run"]);
     assert_eq!(code, 0, "{stderr}");
-    assert!(filled.contains("world_size = 2\n") && filled.contains("lr = 0.2\n"), "{filled}");
+    assert!(
+        filled.contains("world_size = 2\n") && filled.contains("lr = 0.2\n"),
+        "{filled}"
+    );
 
     // What is there is replaced only when told so, and never with half a file.
     let (code, _, stderr) = run(&["convert-config", &recipe, "-o", &job]);
     assert_eq!(
         (code, stderr),
-        (2, format!("error: -o {job}: is there already\nhint: --force replaces it\n"))
+        (
+            2,
+            format!("error: -o {job}: is there already\nhint: --force replaces it\n")
+        )
     );
     std::fs::write(&job, "mine").expect("write");
-    std::fs::write(&recipe, "config.rec = '/d'\nconfig.num_epoch = 3\nconfig.lr = 0\n").expect("write");
+    std::fs::write(
+        &recipe,
+        "config.rec = '/d'\nconfig.num_epoch = 3\nconfig.lr = 0\n",
+    )
+    .expect("write");
     let (code, _, stderr) = run(&["convert-config", &recipe, "-o", &job, "--force"]);
     assert_eq!(code, 2);
     assert!(
-        stderr.starts_with(&format!("error: recipe {recipe}:3: config.lr: 0 is not a positive number\nhint: ")),
+        stderr.starts_with(&format!(
+            "error: recipe {recipe}:3: config.lr: 0 is not a positive number\nhint: "
+        )),
         "{stderr}"
     );
     assert_eq!(std::fs::read_to_string(&job).expect("kept"), "mine");
     std::fs::write(&recipe, "config.rec = '/d'\nconfig.num_epoch = 3\n").expect("write");
-    assert_eq!(run(&["convert-config", &recipe, "-o", &job, "--force", "--gpus", "4"]).0, 0);
-    assert!(std::fs::read_to_string(&job).expect("replaced").contains("world_size = 4\n"));
-    assert_eq!(std::fs::read_dir(folder.path()).expect("folder").count(), 2, "no draft is left");
+    assert_eq!(
+        run(&["convert-config", &recipe, "-o", &job, "--force", "--gpus", "4"]).0,
+        0
+    );
+    assert!(
+        std::fs::read_to_string(&job)
+            .expect("replaced")
+            .contains("world_size = 4\n")
+    );
+    assert_eq!(
+        std::fs::read_dir(folder.path()).expect("folder").count(),
+        2,
+        "no draft is left"
+    );
 
     assert_eq!(run(&["convert-config", &path("none.py")]).0, 3);
-    assert_eq!(run(&["convert-config", &recipe, "-o", "/dev/null", "--force"]).0, 2);
+    assert_eq!(
+        run(&["convert-config", &recipe, "-o", "/dev/null", "--force"]).0,
+        2
+    );
     assert_eq!(run(&["convert-config", &recipe, "--gpus", "0"]).0, 2);
 }
 

@@ -5,6 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use arcface_coordinator::{
     plan::{PlanJob, PlanNode, plan},
+    recipe::{self, Source},
     spec::{self, JobFile, SpecError},
 };
 use arcface_proto::{
@@ -224,6 +225,62 @@ fn recipes_keep_the_references_values() -> Result<()> {
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     ensure!(recipes.len() >= 49, "only {} recipes", recipes.len());
     println!("{} recipes, {} job files", recipes.len(), jobs.len());
+    Ok(())
+}
+
+/// A value as Python writes it.
+fn in_python(value: &Value) -> String {
+    match value {
+        Value::Null => "None".to_owned(),
+        Value::Bool(true) => "True".to_owned(),
+        Value::Bool(false) => "False".to_owned(),
+        Value::Array(values) => {
+            let values: Vec<_> = values.iter().map(in_python).collect();
+            format!("[{}]", values.join(", "))
+        }
+        // Numbers and strings are written as in JSON.
+        other => other.to_string(),
+    }
+}
+
+/// The recipes of `configs/` are what `convert-config` makes of the reference's files, key for key.
+#[test]
+fn a_converted_recipe_is_the_config_of_its_name() -> Result<()> {
+    for (name, recipe) in &recipes()? {
+        let mut text = "from easydict import EasyDict as edict\n\nconfig = edict()\n".to_owned();
+        // The number of ranks is in the name.
+        for (key, value) in recipe.iter().filter(|(key, _)| *key != "world_size") {
+            text.push_str(&format!("config.{key} = {}  # as it is\n", in_python(value)));
+        }
+        let source = Source {
+            name: &format!("{name}.py"),
+            text: &text,
+        };
+        let options = recipe::Options {
+            job: name.clone(),
+            gpus: None,
+        };
+        let converted = recipe::convert(source, None, &options)
+            .map_err(|complaints| anyhow::anyhow!("{name}: {complaints:?}"))?;
+        let path = arcface_tests::workspace().join(format!("configs/{name}.toml"));
+        let config = load(&path)?;
+        ensure!(
+            converted.job.wire == config.wire,
+            "{name}: converted to\n{}",
+            converted.text
+        );
+        for (key, ..) in REINTERPRETED
+            .iter()
+            .filter(|(recipe, ..)| recipe == name)
+            .map(|(_, key, ..)| (key,))
+        {
+            let named = |remark: &recipe::Remark| remark.text.starts_with(&format!("config.{key} "));
+            ensure!(
+                converted.remarks.iter().any(named),
+                "{name}: nothing is said about {key}"
+            );
+        }
+    }
     Ok(())
 }
 

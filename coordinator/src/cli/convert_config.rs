@@ -41,7 +41,11 @@ pub(super) fn run(args: &ConvertConfigArgs) -> anyhow::Result<()> {
         check_writable(path, args.force)?;
     }
     let read = |path: &Path| {
-        let text = read_text("recipe", path, "the reference's recipes are in arcface_torch/configs/")?;
+        let text = read_text(
+            "recipe",
+            path,
+            "the reference's recipes are in arcface_torch/configs/",
+        )?;
         Ok::<_, Failure>((output::clean(&path.display().to_string()), text))
     };
     let (name, text) = read(&args.recipe)?;
@@ -81,7 +85,9 @@ pub(super) fn run(args: &ConvertConfigArgs) -> anyhow::Result<()> {
 fn check_writable(path: &Path, force: bool) -> Result<(), Failure> {
     let fail = |what: &str| Failure::new(ExitCode::Usage, format!("-o {}: {what}", path.display()));
     match fs::metadata(path) {
-        Ok(there) if !there.is_file() => Err(fail("is not a regular file").hint("without -o it goes to standard output")),
+        Ok(there) if !there.is_file() => {
+            Err(fail("is not a regular file").hint("without -o it goes to standard output"))
+        }
         Ok(_) if !force => Err(fail("is there already").hint("--force replaces it")),
         _ => Ok(()),
     }

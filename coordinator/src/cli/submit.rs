@@ -50,7 +50,11 @@ pub(super) struct JobArgs {
 impl JobArgs {
     /// The job, checked.
     pub fn read(&self) -> anyhow::Result<JobFile> {
-        let text = read_text("job", &self.file, "job files of the known recipes are in configs/")?;
+        let text = read_text(
+            "job",
+            &self.file,
+            "job files of the known recipes are in configs/",
+        )?;
         Ok(spec::parse(&text, &self.set).map_err(|error| Complaints::of_job_file(&self.file, error))?)
     }
 }

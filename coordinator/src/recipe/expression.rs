@@ -77,7 +77,9 @@ impl Value {
     /// Python's `==`.
     fn equals(&self, other: &Value) -> bool {
         match (self, other) {
-            (Value::List(a), Value::List(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.equals(b)),
+            (Value::List(a), Value::List(b)) => {
+                a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.equals(b))
+            }
             _ => match (self.number(), other.number()) {
                 (Some(a), Some(b)) => a == b,
                 _ => self == other,
@@ -140,14 +142,20 @@ pub fn apply(operator: &str, left: &Value, right: &Value) -> Result<Value, Why> 
             "*" => a.checked_mul(b),
             "//" | "%" | "/" if b == 0 => return Err(by_zero()),
             // Python rounds down, and the remainder has the divisor's sign.
-            "//" => a.checked_div_euclid(b).map(|q| if b < 0 && a.rem_euclid(b) != 0 { q - 1 } else { q }),
-            "%" => a.checked_rem_euclid(b).map(|r| if b < 0 && r != 0 { r + b } else { r }),
+            "//" => a
+                .checked_div_euclid(b)
+                .map(|q| if b < 0 && a.rem_euclid(b) != 0 { q - 1 } else { q }),
+            "%" => a
+                .checked_rem_euclid(b)
+                .map(|r| if b < 0 && r != 0 { r + b } else { r }),
             "/" => return finite(a as f64 / b as f64),
             "**" if b < 0 => return finite((a as f64).powf(b as f64)),
             "**" => u32::try_from(b).ok().and_then(|b| a.checked_pow(b)),
             _ => return Err(format!("it uses {operator:?}")),
         };
-        return result.map(Whole).ok_or_else(|| "a number of more than 63 bits".to_owned());
+        return result
+            .map(Whole)
+            .ok_or_else(|| "a number of more than 63 bits".to_owned());
     }
     let (Some(a), Some(b)) = (left.number(), right.number()) else {
         return Err(format!("{operator:?} of {left} and {right}"));
@@ -181,11 +189,21 @@ fn short(value: Value) -> Result<Value, Why> {
         Value::Text(text) => text.len(),
         Value::List(values) => values
             .iter()
-            .map(|value| if let Value::Text(text) = value { 1 + text.len() } else { 1 })
+            .map(|value| {
+                if let Value::Text(text) = value {
+                    1 + text.len()
+                } else {
+                    1
+                }
+            })
             .sum(),
         _ => 0,
     };
-    if size <= LONGEST { Ok(value) } else { Err(too_long()) }
+    if size <= LONGEST {
+        Ok(value)
+    } else {
+        Err(too_long())
+    }
 }
 
 fn unexpected(placed: &Placed) -> Why {
@@ -225,7 +243,8 @@ impl Reader<'_> {
     }
 
     fn word(&mut self, wanted: &str) -> bool {
-        let found = matches!(self.tokens.first().map(|p| &p.token), Some(Token::Name(name)) if name == wanted);
+        let found =
+            matches!(self.tokens.first().map(|p| &p.token), Some(Token::Name(name)) if name == wanted);
         if found {
             self.tokens = &self.tokens[1..];
         }
@@ -465,7 +484,10 @@ fn compare(sign: &str, left: &Value, right: &Value) -> Result<bool, Why> {
         ("==", ..) => return Ok(left.equals(right)),
         ("!=", ..) => return Ok(!left.equals(right)),
         (_, Value::Text(a), Value::Text(b)) => Some(a.cmp(b)),
-        _ => left.number().zip(right.number()).and_then(|(a, b)| a.partial_cmp(&b)),
+        _ => left
+            .number()
+            .zip(right.number())
+            .and_then(|(a, b)| a.partial_cmp(&b)),
     };
     let order = order.ok_or_else(|| format!("{sign:?} of {left} and {right}"))?;
     Ok(match sign {

@@ -21,7 +21,8 @@ enum Kind {
     Whole,
     Number,
     Text,
-    List,
+    Texts,
+    Numbers,
 }
 
 /// A line of the job file.
@@ -74,6 +75,9 @@ const CARRIED: [&str; 25] = [
     "weight_decay",
 ];
 
+/// What to do about an expression.
+const WRITE_IT: &str = "write the number or text itself";
+
 /// A job file in the making.
 pub struct Job<'a> {
     layers: &'a [Layer<'a>],
@@ -96,8 +100,20 @@ impl<'a> Job<'a> {
         job.literal("job", "name", text(&options.job));
         job.literal("job", "world_size", whole(world_size.into()));
         job.plain("job", "seed", "seed", Kind::Whole, Some(Value::Whole(2048)));
-        job.plain("model", "network", "network", Kind::Text, Some(Value::Text("r50".into())));
-        job.plain("model", "embedding_size", "embedding_size", Kind::Whole, Some(Value::Whole(512)));
+        job.plain(
+            "model",
+            "network",
+            "network",
+            Kind::Text,
+            Some(Value::Text("r50".into())),
+        );
+        job.plain(
+            "model",
+            "embedding_size",
+            "embedding_size",
+            Kind::Whole,
+            Some(Value::Whole(512)),
+        );
         let classes = job.plain("head", "num_classes", "num_classes", Kind::Whole, None);
         job.margin();
         job.sample_rate(classes, world_size);
@@ -112,18 +128,60 @@ impl<'a> Job<'a> {
         job.plain("data", "num_image", "num_image", Kind::Whole, None);
         job.num_workers();
         job.augment();
-        let batch = job.plain("train", "batch_size", "batch_size", Kind::Whole, Some(Value::Whole(128)));
+        let batch = job.plain(
+            "train",
+            "batch_size",
+            "batch_size",
+            Kind::Whole,
+            Some(Value::Whole(128)),
+        );
         job.num_epoch();
         job.warmup_epoch();
-        job.plain("train", "optimizer", "optimizer", Kind::Text, Some(Value::Text("sgd".into())));
+        job.plain(
+            "train",
+            "optimizer",
+            "optimizer",
+            Kind::Text,
+            Some(Value::Text("sgd".into())),
+        );
         job.plain("train", "lr", "lr", Kind::Number, Some(Value::Real(0.1)));
-        job.plain("train", "momentum", "momentum", Kind::Number, Some(Value::Real(0.9)));
-        job.plain("train", "weight_decay", "weight_decay", Kind::Number, Some(Value::Real(5e-4)));
+        job.plain(
+            "train",
+            "momentum",
+            "momentum",
+            Kind::Number,
+            Some(Value::Real(0.9)),
+        );
+        job.plain(
+            "train",
+            "weight_decay",
+            "weight_decay",
+            Kind::Number,
+            Some(Value::Real(5e-4)),
+        );
         job.gradient_acc();
         job.precision();
-        job.plain("train", "frequent", "frequent", Kind::Whole, Some(Value::Whole(10)));
-        job.plain("eval", "verbose", "verbose", Kind::Whole, Some(Value::Whole(2000)));
-        job.plain("eval", "val_targets", "val_targets", Kind::List, Some(Value::List(Vec::new())));
+        job.plain(
+            "train",
+            "frequent",
+            "frequent",
+            Kind::Whole,
+            Some(Value::Whole(10)),
+        );
+        job.plain(
+            "eval",
+            "verbose",
+            "verbose",
+            Kind::Whole,
+            Some(Value::Whole(2000)),
+        );
+        job.plain(
+            "eval",
+            "val_targets",
+            "val_targets",
+            Kind::Texts,
+            Some(Value::List(Vec::new())),
+        );
         job.rest();
         job.title(world_size, batch);
         job
@@ -174,32 +232,55 @@ impl<'a> Job<'a> {
                         .strip_prefix(&path(entry.section, entry.key))
                         .is_some_and(|rest| rest.is_empty() || rest.starts_with('['))
                 });
-                let key = entry.map(|entry| entry.from).filter(|from| !from.is_empty());
                 // Keys that are missing have no entry.
                 let last = violation.path.rsplit('.').next().unwrap_or_default();
-                let missing = CARRIED.iter().find(|key| **key == last);
-                let found = missing.map(|key| self.lost(key)).unwrap_or_default();
-                let origin = entry.and_then(|entry| entry.origin.clone()).or(found);
-                let name = match key.or(missing.copied()) {
-                    Some(key) => format!("config.{key}"),
-                    None => violation.path.clone(),
+                let key = entry
+                    .map(|entry| entry.from)
+                    .or(CARRIED.iter().copied().find(|key| *key == last))
+                    .unwrap_or_default();
+                let lost = self.lost(key);
+                let origin = entry.and_then(|entry| entry.origin.clone());
+                let (file, line) = match (&lost, origin) {
+                    (_, Some((file, line))) => (file, Some(line)),
+                    (Some((file, setting, _)), None) => ((*file).to_owned(), Some(setting.line)),
+                    (None, None) => (self.layers[0].file.to_owned(), None),
+                };
+                let (text, hint) = match lost {
+                    Some((_, setting, why)) => (
+                        format!("config.{key} = {} is not evaluated ({why})", setting.text),
+                        WRITE_IT.to_owned(),
+                    ),
+                    None if key == "num_epoch" && line.is_none() => (
+                        "config.num_epoch: is missing".to_owned(),
+                        "the reference has no default either: config.num_epoch = 20".to_owned(),
+                    ),
+                    None if key.is_empty() => (violation.to_string(), violation.hint.clone()),
+                    None => (
+                        format!("config.{key}: {}", violation.problem),
+                        violation.hint.clone(),
+                    ),
                 };
                 Remark {
-                    file: origin.as_ref().map_or(self.layers[0].file, |(file, _)| file).into(),
-                    line: origin.map(|(_, line)| line),
-                    text: format!("{name}: {}", violation.problem),
-                    hint: violation.hint.clone(),
+                    file,
+                    line,
+                    text,
+                    hint,
                 }
             })
             .collect()
     }
 
-    /// Where a key is set to something that has no value here.
-    fn lost(&self, key: &str) -> Option<(String, usize)> {
-        self.layers.iter().find_map(|layer| {
-            let setting = layer.script.settings.get(key)?;
-            Some((layer.file.into(), setting.line))
-        })
+    /// The setting of a key that has no value in any layer, and why.
+    fn lost(&self, key: &str) -> Option<(&str, &Setting, &str)> {
+        let mut settings = self
+            .layers
+            .iter()
+            .filter_map(|layer| Some((layer.file, layer.script.settings.get(key)?)));
+        let (file, first) = settings.next()?;
+        let why = first.value.as_ref().err()?;
+        settings
+            .all(|(_, setting)| setting.value.is_err())
+            .then_some((file, first, why.as_str()))
     }
 
     /// The first layer's value of a key; settings without a value are noted and the next layer's taken.
@@ -235,10 +316,11 @@ impl<'a> Job<'a> {
                 None => format!("{} is left out", path(place.0, place.1)),
             };
             let message = format!("config.{key} = {text} is not evaluated ({why}): {instead}");
-            self.remark(Some((file.into(), line)), message, "write the number or text itself");
-            found
-                .comments
-                .push(format!("Line {line} of {} has {text}, which was not evaluated.", clean(file)));
+            self.remark(Some((file.into(), line)), message, WRITE_IT);
+            found.comments.push(format!(
+                "Line {line} of {} has {text}, which was not evaluated.",
+                clean(file)
+            ));
         }
         found
     }
@@ -268,7 +350,14 @@ impl<'a> Job<'a> {
         });
     }
 
-    fn entry(&mut self, section: &'static str, key: &'static str, from: &'static str, value: String, found: Found) {
+    fn entry(
+        &mut self,
+        section: &'static str,
+        key: &'static str,
+        from: &'static str,
+        value: String,
+        found: Found,
+    ) {
         self.entries.push(Entry {
             section,
             key,
@@ -291,7 +380,7 @@ impl<'a> Job<'a> {
         let required = default.is_some();
         let found = self.find((section, key), from, default);
         let value = found.value.clone()?;
-        if value == Value::Nothing && (!required || kind == Kind::List) {
+        if value == Value::Nothing && (!required || kind == Kind::Texts) {
             return None;
         }
         self.entry(section, key, from, toml(&value, kind), found);
@@ -325,7 +414,12 @@ impl<'a> Job<'a> {
             Some(value) => toml(&value, Kind::Text),
         };
         // The reference's base file names one folder for every recipe that names none.
-        if self.layers.len() > 1 && found.origin.as_ref().is_some_and(|(file, _)| file == self.layers[1].file) {
+        if self.layers.len() > 1
+            && found
+                .origin
+                .as_ref()
+                .is_some_and(|(file, _)| file == self.layers[1].file)
+        {
             found.origin = None;
             return self.entry("", "output", "output", text(&format!("work_dirs/{job}")), found);
         }
@@ -335,7 +429,10 @@ impl<'a> Job<'a> {
     fn margin(&mut self) {
         let arcface = || numbers(&[1.0, 0.5, 0.0]);
         // Older recipes name the loss; newer ones ignore the name.
-        let set = self.layers.iter().any(|layer| layer.script.settings.contains_key("margin_list"));
+        let set = self
+            .layers
+            .iter()
+            .any(|layer| layer.script.settings.contains_key("margin_list"));
         let loss = self.layers.iter().find_map(|layer| {
             let setting = layer.script.settings.get("loss")?;
             Some((setting.value.clone(), (layer.file.to_owned(), setting.line)))
@@ -347,7 +444,11 @@ impl<'a> Job<'a> {
         if let Some((value, origin)) = loss {
             let known = matches!(&value, Ok(Value::Text(name)) if name == "cosface" || name == "arcface");
             if set {
-                self.remark(Some(origin), "config.loss is not carried over: config.margin_list decides", "");
+                self.remark(
+                    Some(origin),
+                    "config.loss is not carried over: config.margin_list decides",
+                    "",
+                );
             } else if !known {
                 self.remark(
                     Some(origin),
@@ -364,9 +465,9 @@ impl<'a> Job<'a> {
         };
         let value = match margins.as_deref() {
             Some([m1, m2, m3]) if *m3 > 0.0 && (*m1 != 1.0 || *m2 != 0.0) => {
-                found
-                    .comments
-                    .push(format!("The recipe has {value}; the reference ignores m1 and m2 where m3 > 0."));
+                found.comments.push(format!(
+                    "The recipe has {value}; the reference ignores m1 and m2 where m3 > 0."
+                ));
                 self.remark(
                     found.origin.clone(),
                     format!("config.margin_list: the reference ignores m1 and m2 of {value}; written as it trains, [1.0, 0.0, {m3:?}]"),
@@ -386,7 +487,13 @@ impl<'a> Job<'a> {
             }
             _ => value,
         };
-        self.entry("head", "margin_list", "margin_list", toml(&value, Kind::List), found);
+        self.entry(
+            "head",
+            "margin_list",
+            "margin_list",
+            toml(&value, Kind::Numbers),
+            found,
+        );
     }
 
     fn sample_rate(&mut self, classes: Option<Value>, world_size: u32) {
@@ -397,7 +504,8 @@ impl<'a> Job<'a> {
             let shard = classes.as_ref().and_then(number).unwrap_or(0.0) / f64::from(world_size);
             value = Value::Real(if shard < 1e6 { 1e-6 } else { 1e-12 });
             found.comments.extend([
-                "The reference says 0: each step uses the classes of its batch and no random ones.".to_owned(),
+                "The reference says 0: each step uses the classes of its batch and no random ones."
+                    .to_owned(),
                 "Any rate below one class a shard means the same.".to_owned(),
             ]);
             self.remark(
@@ -406,7 +514,13 @@ impl<'a> Job<'a> {
                 "",
             );
         }
-        self.entry("head", "sample_rate", "sample_rate", toml(&value, Kind::Number), found);
+        self.entry(
+            "head",
+            "sample_rate",
+            "sample_rate",
+            toml(&value, Kind::Number),
+            found,
+        );
     }
 
     fn num_workers(&mut self) {
@@ -414,14 +528,22 @@ impl<'a> Job<'a> {
         let mut value = found.value.clone().unwrap_or(Value::Whole(2));
         if number(&value) == Some(0.0) {
             value = Value::Whole(1);
-            found.comments.push("The recipe says 0: the training process decodes. Here a thread does.".into());
+            found
+                .comments
+                .push("The recipe says 0: the training process decodes. Here a thread does.".into());
             self.remark(
                 found.origin.clone(),
                 "config.num_workers = 0: data.num_workers has 1, images are decoded by threads",
                 "",
             );
         }
-        self.entry("data", "num_workers", "num_workers", toml(&value, Kind::Whole), found);
+        self.entry(
+            "data",
+            "num_workers",
+            "num_workers",
+            toml(&value, Kind::Whole),
+            found,
+        );
     }
 
     fn augment(&mut self) {
@@ -435,9 +557,9 @@ impl<'a> Job<'a> {
         }
         let mut found = self.find(("data", "augment"), "dali_aug", Some(Value::Bool(false)));
         if found.value.take().is_some_and(|value| value.is_true()) {
-            found
-                .comments
-                .push("The recipe has dali_aug: other random changes of the images, which are not here.".into());
+            found.comments.push(
+                "The recipe has dali_aug: other random changes of the images, which are not here.".into(),
+            );
             self.remark(
                 found.origin.clone(),
                 "config.dali_aug is not carried over: data.augment has \"flip\", other random changes of images are not here",
@@ -471,7 +593,13 @@ impl<'a> Job<'a> {
             );
             value = Value::Whole(0);
         }
-        self.entry("train", "warmup_epoch", "warmup_epoch", toml(&value, Kind::Whole), found);
+        self.entry(
+            "train",
+            "warmup_epoch",
+            "warmup_epoch",
+            toml(&value, Kind::Whole),
+            found,
+        );
     }
 
     fn gradient_acc(&mut self) {
@@ -484,10 +612,17 @@ impl<'a> Job<'a> {
             self.remark(
                 found.origin.clone(),
                 format!("config.gradient_acc = {value}: gradients are averaged here, the reference adds them"),
-                "with SGD, a train.lr of that many times the recipe's takes the same steps; AdamW takes them as it is",
+                "train.clip_grad_norm = 5 divided by that takes the reference's steps with adamw; with sgd also train.lr times \
+                 and train.weight_decay divided by it",
             );
         }
-        self.entry("train", "gradient_acc", "gradient_acc", toml(&value, Kind::Whole), found);
+        self.entry(
+            "train",
+            "gradient_acc",
+            "gradient_acc",
+            toml(&value, Kind::Whole),
+            found,
+        );
     }
 
     fn precision(&mut self) {
@@ -501,7 +636,10 @@ impl<'a> Job<'a> {
 
     /// Every key that has no place in a job file.
     fn rest(&mut self) {
-        let using = self.layers.iter().find_map(|layer| layer.script.settings.get("using_wandb"));
+        let using = self
+            .layers
+            .iter()
+            .find_map(|layer| layer.script.settings.get("using_wandb"));
         let logs_to_wandb = using.is_some_and(|using| using.value.as_ref().is_ok_and(Value::is_true));
         let mut others: Vec<(String, usize, String, Option<Value>)> = Vec::new();
         for layer in self.layers {
@@ -518,12 +656,17 @@ impl<'a> Job<'a> {
             let (why, hint) = match key.as_str() {
                 // The first is dealt with beside the margins, the second chooses among the recipe's own branches.
                 "loss" | "dataset" => continue,
-                "resume" | "save_all_states" | "suffix_run_name" | "using_wandb" if asks_for_nothing => continue,
+                "resume" | "save_all_states" | "suffix_run_name" | "using_wandb" if asks_for_nothing => {
+                    continue;
+                }
                 "resume" => (
                     "a job resumes from its own checkpoints without being told",
                     "model.init takes a backbone that `arcface-worker import` has read",
                 ),
-                "save_all_states" => ("every checkpoint holds all states", "[checkpoint] says how often and how many"),
+                "save_all_states" => (
+                    "every checkpoint holds all states",
+                    "[checkpoint] says how often and how many",
+                ),
                 "suffix_run_name" => ("it names a run of wandb", "job.name names the job"),
                 "using_wandb" => (
                     "wandb is not here",
@@ -537,15 +680,24 @@ impl<'a> Job<'a> {
                     "lr falls by the reference's polynomial of degree 2, not in steps",
                     "",
                 ),
-                _ => ("it is not a key that the reference reads, or has no counterpart", ""),
+                _ => (
+                    "it is not a key that the reference reads, or has no counterpart",
+                    "",
+                ),
             };
-            self.remark(Some((file, line)), format!("config.{} is not carried over: {why}", clean(&key)), hint);
+            self.remark(
+                Some((file, line)),
+                format!("config.{} is not carried over: {why}", clean(&key)),
+                hint,
+            );
         }
     }
 
     fn title(&mut self, world_size: u32, batch: Option<Value>) {
         let file = clean(self.layers[0].file);
-        self.title = format!("# Made of {file}, a recipe of arcface_torch, by `arcface-coordinator convert-config`.\n");
+        self.title = format!(
+            "# Made of {file}, a recipe of arcface_torch, by `arcface-coordinator convert-config`.\n"
+        );
         if let Some(Value::Whole(batch @ 1..=0xffff_ffff)) = batch {
             let total = group(batch * i64::from(world_size), ',');
             let ranks = if world_size == 1 { "rank" } else { "ranks" };
@@ -574,7 +726,9 @@ fn clean(text: &str) -> String {
 
 /// True for keys whose values nobody should see.
 fn is_secret(key: &str) -> bool {
-    ["key", "token", "secret", "password"].iter().any(|word| key.ends_with(word))
+    ["key", "token", "secret", "password"]
+        .iter()
+        .any(|word| key.ends_with(word))
 }
 
 fn number(value: &Value) -> Option<f64> {
@@ -597,12 +751,17 @@ fn toml(value: &Value, kind: Kind) -> String {
         Value::Whole(number) if kind == Kind::Number => real(*number as f64),
         Value::Whole(number) => whole(*number),
         // A count such as 3e6.
-        Value::Real(number) if kind == Kind::Whole && number.fract() == 0.0 && number.abs() < 9e15 => whole(*number as i64),
+        Value::Real(number) if kind == Kind::Whole && number.fract() == 0.0 && number.abs() < 9e15 => {
+            whole(*number as i64)
+        }
         Value::Real(number) => real(*number),
         Value::Text(value) => text(value),
         Value::List(values) => {
-            let numeric = values.iter().all(|value| number(value).is_some());
-            let kind = if numeric { Kind::Number } else { Kind::Text };
+            let kind = if kind == Kind::Numbers {
+                Kind::Number
+            } else {
+                Kind::Text
+            };
             let values: Vec<_> = values.iter().map(|value| toml(value, kind)).collect();
             format!("[{}]", values.join(", "))
         }

@@ -51,9 +51,9 @@ pub struct Malformed {
 
 /// Operators and brackets, longer ones before those that they begin with.
 const SIGNS: [&str; 48] = [
-    "**=", "//=", ">>=", "<<=", "...", "**", "//", ">>", "<<", "<=", ">=", "==", "!=", "->", "+=", "-=", "*=", "/=", "%=",
-    "&=", "|=", "^=", "@=", ":=", "+", "-", "*", "/", "%", "@", "&", "|", "^", "~", "<", ">", "(", ")", "[", "]", "{",
-    "}", ",", ":", ".", ";", "=", "\\",
+    "**=", "//=", ">>=", "<<=", "...", "**", "//", ">>", "<<", "<=", ">=", "==", "!=", "->", "+=", "-=",
+    "*=", "/=", "%=", "&=", "|=", "^=", "@=", ":=", "+", "-", "*", "/", "%", "@", "&", "|", "^", "~", "<",
+    ">", "(", ")", "[", "]", "{", "}", ",", ":", ".", ";", "=", "\\",
 ];
 
 /// What may stand before a string's quote, in lower case.
@@ -172,8 +172,7 @@ impl Lexer<'_> {
     }
 
     fn token(&mut self, first: char) -> Result<Token, Malformed> {
-        let digit_after_point =
-            || first == '.' && self.rest()[1..].starts_with(|c: char| c.is_ascii_digit());
+        let digit_after_point = || first == '.' && self.rest()[1..].starts_with(|c: char| c.is_ascii_digit());
         if first.is_ascii_digit() || digit_after_point() {
             return self.number();
         }
@@ -196,7 +195,10 @@ impl Lexer<'_> {
             "(" | "[" | "{" => self.brackets.push((sign, self.number)),
             ")" | "]" | "}" => {
                 let opened = self.brackets.pop().map(|(open, _)| open);
-                if !matches!((opened, *sign), (Some("("), ")") | (Some("["), "]") | (Some("{"), "}")) {
+                if !matches!(
+                    (opened, *sign),
+                    (Some("("), ")") | (Some("["), "]") | (Some("{"), "}")
+                ) {
                     return self.malformed(format!("{sign:?} closes nothing"));
                 }
             }
@@ -216,7 +218,9 @@ impl Lexer<'_> {
         };
         if radix != 10 {
             self.at += 2;
-            let digits = self.take_while(|c| c.is_ascii_alphanumeric() || c == '_').replace('_', "");
+            let digits = self
+                .take_while(|c| c.is_ascii_alphanumeric() || c == '_')
+                .replace('_', "");
             return match i64::from_str_radix(&digits, radix) {
                 Ok(number) => Ok(Token::Whole(number)),
                 Err(_) if !digits.is_empty() && digits.chars().all(|c| c.is_digit(radix)) => {
@@ -234,7 +238,10 @@ impl Lexer<'_> {
             self.take_while(is_digit);
         }
         let exponent = self.rest().strip_prefix(['e', 'E']);
-        if exponent.is_some_and(|rest| rest.trim_start_matches(['+', '-']).starts_with(|c: char| c.is_ascii_digit())) {
+        if exponent.is_some_and(|rest| {
+            rest.trim_start_matches(['+', '-'])
+                .starts_with(|c: char| c.is_ascii_digit())
+        }) {
             whole = false;
             self.take();
             self.take_while(|c| c == '+' || c == '-');
@@ -304,7 +311,10 @@ impl Lexer<'_> {
             'U' => 8,
             _ => 0,
         };
-        let code = self.rest().get(..digits).and_then(|code| u32::from_str_radix(code, 16).ok());
+        let code = self
+            .rest()
+            .get(..digits)
+            .and_then(|code| u32::from_str_radix(code, 16).ok());
         match (c, code.and_then(char::from_u32)) {
             ('x' | 'u' | 'U', Some(character)) => {
                 self.at += digits;
@@ -335,7 +345,11 @@ mod tests {
 
     fn tokens(source: &str) -> Vec<Token> {
         let lines = lines(source).expect("Python");
-        lines.into_iter().flat_map(|line| line.tokens).map(|placed| placed.token).collect()
+        lines
+            .into_iter()
+            .flat_map(|line| line.tokens)
+            .map(|placed| placed.token)
+            .collect()
     }
 
     fn problem(source: &str) -> (usize, String) {
@@ -352,7 +366,10 @@ mod tests {
             ("1.", Token::Real(1.0)),
             ("1_000", Token::Whole(1000)),
             ("0x10", Token::Whole(16)),
-            ("9223372036854775808", Token::Other("a number of more than 63 bits")),
+            (
+                "9223372036854775808",
+                Token::Other("a number of more than 63 bits"),
+            ),
             ("2j", Token::Other("an imaginary number")),
             ("''", text("")),
             ("\"a # b\"  # c", text("a # b")),
@@ -382,13 +399,19 @@ mod tests {
 
     #[test]
     fn what_is_no_python_is_said_with_its_line() {
-        assert_eq!(problem("a = 1\nb = 'x\n"), (2, "a string that does not end".into()));
+        assert_eq!(
+            problem("a = 1\nb = 'x\n"),
+            (2, "a string that does not end".into())
+        );
         assert_eq!(problem("a = '''\n\n"), (1, "a string that does not end".into()));
         assert_eq!(problem("a = (1,\n2"), (1, "\"(\" is never closed".into()));
         assert_eq!(problem("a = (1]"), (1, "\"]\" closes nothing".into()));
         assert_eq!(problem("\na = $x"), (2, "'$' is not Python".into()));
         assert_eq!(problem("a = 1x"), (1, "a number that goes on in letters".into()));
         assert_eq!(problem("a = 0b12"), (1, "a number with wrong digits".into()));
-        assert_eq!(problem("a \\ b"), (1, "a backslash that does not end its line".into()));
+        assert_eq!(
+            problem("a \\ b"),
+            (1, "a backslash that does not end its line".into())
+        );
     }
 }

@@ -64,7 +64,11 @@ impl fmt::Display for Remark {
 ///
 /// # Errors
 /// Everything that keeps it from being a job, each with its line: text that is not Python, values out of range.
-pub fn convert(recipe: Source<'_>, base: Option<Source<'_>>, options: &Options) -> Result<Conversion, Vec<Remark>> {
+pub fn convert(
+    recipe: Source<'_>,
+    base: Option<Source<'_>>,
+    options: &Options,
+) -> Result<Conversion, Vec<Remark>> {
     let mut layers = Vec::new();
     for source in [Some(recipe), base].into_iter().flatten() {
         let script = script::read(source.text).map_err(|malformed| {
@@ -151,9 +155,13 @@ mod tests {
                 // An empty line would end the case.
                 Ok(done) if all => format!("{}{}", say(&done.remarks), done.text.replace("\n\n", "\n.\n")),
                 Ok(done) => {
-                    let usual = convert(source("r.py", "config.rec = '/d'\nconfig.num_epoch = 20"), None, &options(None))
-                        .expect("valid")
-                        .text;
+                    let usual = convert(
+                        source("r.py", "config.rec = '/d'\nconfig.num_epoch = 20"),
+                        None,
+                        &options(None),
+                    )
+                    .expect("valid")
+                    .text;
                     let differ = done
                         .text
                         .lines()
@@ -171,7 +179,10 @@ mod tests {
     fn ranks_are_in_the_name_or_given() {
         let ranks = |job: &str, gpus| {
             let text = "config.rec = '/d'\nconfig.num_epoch = 1";
-            let options = Options { job: job.into(), gpus };
+            let options = Options {
+                job: job.into(),
+                gpus,
+            };
             let done = convert(Source { name: "x.py", text }, None, &options).expect("valid");
             (done.job.spec.world_size, done.remarks.len())
         };

@@ -90,7 +90,10 @@ impl Names for Walk<'_> {
 
     fn setting(&self, object: &str, key: &str) -> Option<Result<Value, Why>> {
         (object == CONFIG).then(|| match self.script.settings.get(key) {
-            Some(setting) => setting.value.clone().map_err(|_| format!("config.{key} is not evaluated")),
+            Some(setting) => setting
+                .value
+                .clone()
+                .map_err(|_| format!("config.{key} is not evaluated")),
             None => Err(format!("config.{key} is not set")),
         })
     }
@@ -149,7 +152,13 @@ impl Walk<'_> {
     }
 
     /// `if`, `elif` and `else`: at most one body is executed.
-    fn branches(&mut self, lines: &[Line], mut at: usize, mode: Mode, depth: usize) -> Result<usize, Malformed> {
+    fn branches(
+        &mut self,
+        lines: &[Line],
+        mut at: usize,
+        mode: Mode,
+        depth: usize,
+    ) -> Result<usize, Malformed> {
         let indent = lines[at].indent;
         // What becomes of the branches still to come.
         let mut open = mode;
@@ -201,7 +210,10 @@ impl Walk<'_> {
         match kind {
             Compound::Definition => {
                 self.variables.remove(&name);
-                self.leave_out(line.number, format!("{name}: functions and classes are not carried over"));
+                self.leave_out(
+                    line.number,
+                    format!("{name}: functions and classes are not carried over"),
+                );
                 Mode::Dead
             }
             Compound::If | Compound::Other => {
@@ -217,18 +229,26 @@ impl Walk<'_> {
         if mode == Mode::Dead {
             return;
         }
-        for statement in split(tokens, ";").into_iter().filter(|statement| !statement.is_empty()) {
+        for statement in split(tokens, ";")
+            .into_iter()
+            .filter(|statement| !statement.is_empty())
+        {
             self.statement(line, statement, mode);
         }
     }
 
     fn statement(&mut self, line: usize, statement: &[Placed], mode: Mode) {
-        let only_text = statement.iter().all(|placed| matches!(placed.token, Token::Text(_)));
+        let only_text = statement
+            .iter()
+            .all(|placed| matches!(placed.token, Token::Text(_)));
         if only_text || is_word(statement, "pass") {
             return;
         }
         if is_word(statement, "import") || is_word(statement, "from") {
-            if statement.iter().any(|placed| placed.token == Token::Name(CONFIG.into())) {
+            if statement
+                .iter()
+                .any(|placed| placed.token == Token::Name(CONFIG.into()))
+            {
                 self.leave_out(
                     line,
                     "the import of another recipe is not followed: give its file with --base".into(),
@@ -254,12 +274,15 @@ impl Walk<'_> {
 
     /// `x += 1`, or anything else.
     fn other(&mut self, line: usize, statement: &[Placed], mode: Mode) {
-        let augmented = statement.iter().enumerate().find_map(|(at, placed)| match placed.token {
-            Token::Sign(sign) => ["+=", "-=", "*=", "/=", "//=", "%=", "**="]
-                .contains(&sign)
-                .then(|| (at, sign.trim_end_matches('='))),
-            _ => None,
-        });
+        let augmented = statement
+            .iter()
+            .enumerate()
+            .find_map(|(at, placed)| match placed.token {
+                Token::Sign(sign) => ["+=", "-=", "*=", "/=", "//=", "%=", "**="]
+                    .contains(&sign)
+                    .then(|| (at, sign.trim_end_matches('='))),
+                _ => None,
+            });
         if let Some((at, operator)) = augmented {
             let (target, value) = (&statement[..at], &statement[at + 1..]);
             let result = match mode {
@@ -301,7 +324,9 @@ impl Walk<'_> {
             ] if name == CONFIG && key_after(rest).is_some_and(|(_, length)| length == rest.len()) => {
                 if let Some((key, _)) = key_after(rest) {
                     let text = self.quote(text);
-                    self.script.settings.insert(key.to_owned(), Setting { line, value, text });
+                    self.script
+                        .settings
+                        .insert(key.to_owned(), Setting { line, value, text });
                 }
             }
             _ => self.assign_in_part(line, target),
@@ -328,7 +353,9 @@ impl Walk<'_> {
         let text = self.quote(target);
         let why = || format!("the assignment to {text} in line {line} is not evaluated");
         for (at, placed) in target.iter().enumerate() {
-            let Token::Name(name) = &placed.token else { continue };
+            let Token::Name(name) = &placed.token else {
+                continue;
+            };
             if let Some((key, _)) = key_after(&target[at + 1..]).filter(|_| name == CONFIG) {
                 let unknown = Setting {
                     line,
@@ -385,7 +412,9 @@ fn compound(tokens: &[Placed]) -> Option<Compound> {
     match word.as_str() {
         "if" => Some(Compound::If),
         "def" | "class" => Some(Compound::Definition),
-        "for" | "while" | "with" | "try" | "except" | "finally" | "elif" | "else" | "async" => Some(Compound::Other),
+        "for" | "while" | "with" | "try" | "except" | "finally" | "elif" | "else" | "async" => {
+            Some(Compound::Other)
+        }
         _ => (tokens.last()?.token == Token::Sign(":")).then_some(Compound::Other),
     }
 }
@@ -442,7 +471,10 @@ mod tests {
             Ok(value) => format!("{key} = {value}"),
             Err(why) => format!("{key} = ? {why}"),
         });
-        let left_out = script.left_out.iter().map(|left| format!("{}: {}", left.line, left.text));
+        let left_out = script
+            .left_out
+            .iter()
+            .map(|left| format!("{}: {}", left.line, left.text));
         settings.chain(left_out).collect()
     }
 
@@ -503,9 +535,14 @@ mod tests {
         assert_eq!(shown(" a = 1\n"), [format!("1: {wrong}")]);
         assert_eq!(shown("a = 1\n  b = 2\n"), [format!("2: {wrong}")]);
         assert_eq!(shown("if 1:\n    a = 1\n  b = 2\n"), [format!("3: {wrong}")]);
-        assert_eq!(shown("if 1:\na = 1\n"), ["1: the lines that belong to it are missing"]);
+        assert_eq!(
+            shown("if 1:\na = 1\n"),
+            ["1: the lines that belong to it are missing"]
+        );
         assert_eq!(shown("if 1\n"), ["1: a colon is missing"]);
-        let deep: String = (0..100).map(|depth| format!("{}if 1:\n", " ".repeat(depth))).collect();
+        let deep: String = (0..100)
+            .map(|depth| format!("{}if 1:\n", " ".repeat(depth)))
+            .collect();
         assert_eq!(shown(&deep), ["21: more than 20 blocks inside each other"]);
     }
 }
