@@ -3,6 +3,7 @@
 
 use super::expression::Value;
 use super::script::{Script, Setting};
+use super::write::{Kind, clean, group, number, numbers, path, text, toml, whole};
 use super::{Options, Remark};
 use arcface_proto::convert::FieldViolation;
 use std::fmt::Write;
@@ -13,16 +14,6 @@ pub struct Layer<'a> {
     pub file: &'a str,
     /// What it sets.
     pub script: Script,
-}
-
-/// How a value is written.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Whole,
-    Number,
-    Text,
-    Texts,
-    Numbers,
 }
 
 /// A line of the job file.
@@ -299,7 +290,6 @@ impl<'a> Job<'a> {
                     line,
                     text,
                 }) => {
-                    let text = if is_secret(key) { "..." } else { text };
                     lost.push((layer.file, *line, text.to_owned(), why.clone()));
                 }
                 Some(setting) => {
@@ -475,14 +465,12 @@ impl<'a> Job<'a> {
                 );
                 numbers(&[1.0, 0.0, *m3])
             }
-            Some([m1, _, m3]) if *m1 != 1.0 || *m3 != 0.0 => {
-                if *m3 <= 0.0 {
-                    self.remark(
-                        found.origin.clone(),
-                        format!("config.margin_list: the reference refuses {value}; here it trains, as cos(m1*theta + m2) - m3"),
-                        "",
-                    );
-                }
+            Some([m1, _, m3]) if *m3 <= 0.0 && (*m1 != 1.0 || *m3 != 0.0) => {
+                self.remark(
+                    found.origin.clone(),
+                    format!("config.margin_list: the reference refuses {value}; here it trains, as cos(m1*theta + m2) - m3"),
+                    "",
+                );
                 value
             }
             _ => value,
@@ -709,93 +697,4 @@ impl<'a> Job<'a> {
         }
         self.title.push('\n');
     }
-}
-
-fn path(section: &str, key: &str) -> String {
-    match section {
-        "" => key.to_owned(),
-        section => format!("{section}.{key}"),
-    }
-}
-
-/// A name from elsewhere, on one line.
-fn clean(text: &str) -> String {
-    let clean = |c: char| if c.is_control() { ' ' } else { c };
-    text.chars().map(clean).collect()
-}
-
-/// True for keys whose values nobody should see.
-fn is_secret(key: &str) -> bool {
-    ["key", "token", "secret", "password"]
-        .iter()
-        .any(|word| key.ends_with(word))
-}
-
-fn number(value: &Value) -> Option<f64> {
-    match value {
-        Value::Whole(number) => Some(*number as f64),
-        Value::Real(number) => Some(*number),
-        _ => None,
-    }
-}
-
-fn numbers(values: &[f64]) -> Value {
-    Value::List(values.iter().map(|value| Value::Real(*value)).collect())
-}
-
-/// A value in TOML. What is not of the kind is written as it is, for the loader to refuse.
-fn toml(value: &Value, kind: Kind) -> String {
-    match value {
-        Value::Nothing => text("None"),
-        Value::Bool(value) => value.to_string(),
-        Value::Whole(number) if kind == Kind::Number => real(*number as f64),
-        Value::Whole(number) => whole(*number),
-        // A count such as 3e6.
-        Value::Real(number) if kind == Kind::Whole && number.fract() == 0.0 && number.abs() < 9e15 => {
-            whole(*number as i64)
-        }
-        Value::Real(number) => real(*number),
-        Value::Text(value) => text(value),
-        Value::List(values) => {
-            let kind = if kind == Kind::Numbers {
-                Kind::Number
-            } else {
-                Kind::Text
-            };
-            let values: Vec<_> = values.iter().map(|value| toml(value, kind)).collect();
-            format!("[{}]", values.join(", "))
-        }
-    }
-}
-
-fn text(text: &str) -> String {
-    toml::Value::String(text.into()).to_string()
-}
-
-/// As people write it: 5e-4, 0.001, 10.0.
-fn real(number: f64) -> String {
-    match number.abs() {
-        size if size > 0.0 && size < 1e-3 => format!("{number:e}"),
-        _ => format!("{number:?}"),
-    }
-}
-
-/// With separators from 10,000 on.
-fn whole(number: i64) -> String {
-    match number {
-        -9999..=9999 => number.to_string(),
-        _ => group(number, '_'),
-    }
-}
-
-fn group(number: i64, separator: char) -> String {
-    let digits = number.unsigned_abs().to_string();
-    let mut grouped = if number < 0 { "-".to_owned() } else { String::new() };
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            grouped.push(separator);
-        }
-        grouped.push(digit);
-    }
-    grouped
 }

@@ -5,6 +5,7 @@ mod expression;
 mod job;
 mod lex;
 mod script;
+mod write;
 
 use crate::spec::{self, JobFile, SpecError};
 use std::fmt;
