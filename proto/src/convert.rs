@@ -4,7 +4,7 @@
 mod loss;
 
 use crate::spec::{
-    CheckpointSpec, Choice, DataSpec, EvalSpec, HeadSpec, JobSpec, ModelSpec, NETWORKS, TrainSpec,
+    CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, EvalSpec, HeadSpec, JobSpec, ModelSpec, NETWORKS, TrainSpec,
 };
 use crate::v1;
 use std::fmt;
@@ -220,6 +220,9 @@ fn model_spec(c: &mut Checker, model: v1::ModelSection) -> ModelSpec {
         "",
     );
     ModelSpec {
+        gradient_checkpointing: model
+            .gradient_checkpointing
+            .unwrap_or_else(|| CHECKPOINTED_NETWORKS.contains(&network.as_str())),
         network,
         embedding_size,
         dropout,
@@ -413,6 +416,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             dropout: Some(spec.model.dropout),
             init: spec.model.init.clone(),
             freeze_batch_norm: Some(spec.model.freeze_batch_norm),
+            gradient_checkpointing: Some(spec.model.gradient_checkpointing),
         }),
         head: Some(loss::to_wire(
             &spec.head.loss,
@@ -481,6 +485,24 @@ mod tests {
     fn a_job_survives_the_wire() {
         let spec = job_spec(&smallest()).expect("valid");
         assert_eq!(job_spec(&job_spec_to_wire(&spec)), Ok(spec));
+    }
+
+    #[test]
+    fn networks_that_need_it_are_checkpointed_unless_the_job_says_otherwise() {
+        let checkpointing = |network: &str, wanted| {
+            let mut wire = smallest();
+            let model = wire.model.as_mut().expect("set above");
+            model.network = Some(network.into());
+            model.gradient_checkpointing = wanted;
+            job_spec(&wire).expect("valid").model.gradient_checkpointing
+        };
+        for network in NETWORKS {
+            let by_default = CHECKPOINTED_NETWORKS.contains(&network);
+            assert_eq!(checkpointing(network, None), by_default, "{network}");
+            assert!(checkpointing(network, Some(true)), "{network}");
+            assert!(!checkpointing(network, Some(false)), "{network}");
+        }
+        assert!(CHECKPOINTED_NETWORKS.iter().all(|name| NETWORKS.contains(name)));
     }
 
     #[test]

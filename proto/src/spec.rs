@@ -22,6 +22,16 @@ pub const NETWORKS: [&str; 17] = [
     "vit_h",
 ];
 
+/// Of these, the ones that train with gradient checkpointing unless a job says otherwise: those that the reference
+/// trains so.
+pub const CHECKPOINTED_NETWORKS: [&str; 5] = [
+    "r2060",
+    "vit_b",
+    "vit_b_dp005_mask_005",
+    "vit_l_dp005_mask_005",
+    "vit_h",
+];
+
 /// A validated job with every default filled in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobSpec {
@@ -75,6 +85,8 @@ pub struct ModelSpec {
     pub init: Option<String>,
     /// Batch norm in evaluation mode, statistics and affine parameters fixed.
     pub freeze_batch_norm: bool,
+    /// Activations are computed again in the backward pass instead of kept.
+    pub gradient_checkpointing: bool,
 }
 
 pub use loss::{AdaFace, CurricularFace, Loss, LossName, MagFace, SubCenter};

@@ -19,6 +19,10 @@ pub enum Purpose {
     Synthetic = 6,
     /// Dropout; counters: step, sample.
     Dropout = 7,
+    /// Residual branches that a sample skips; counters: step, sample and branch.
+    DropPath = 8,
+    /// Tokens that training hides; counters: step, sample.
+    TokenMask = 9,
 }
 
 /// SplitMix64's output function (Steele, Lea, Flood 2014): a bijection of 64 bits that mixes well.

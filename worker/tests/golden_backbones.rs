@@ -56,7 +56,7 @@ fn names_shapes_and_order_equal_the_reference() {
     let files = files("backbones/state", "", ".json");
     for (network, path) in &files {
         let golden = golden::read_json(path);
-        let backbone = Backbone::new(&BackboneConfig::new(network, 512)).expect("a known network");
+        let backbone = Backbone::outline(&BackboneConfig::new(network, 512)).expect("a known network");
         let ours: Vec<serde_json::Value> = backbone
             .state()
             .iter()

@@ -13,6 +13,7 @@ use super::{
     pass::{ForwardMode, Pass, Tap},
     registry::{self, REGISTRY, Registered},
     state::{Builder, Role, StateEntry},
+    training::TrainingPass,
 };
 
 /// What to build.
@@ -22,20 +23,23 @@ pub struct BackboneConfig {
     pub network: String,
     /// Embedding length D.
     pub embedding_size: i64,
-    /// Dropout probability before the last linear layer; networks without such a layer ignore it.
+    /// Dropout probability before the last linear layer; MobileFaceNets have none.
     pub dropout: f64,
     /// Batch norm uses its running statistics while training too, and its affine parameters do not train.
     pub freeze_batch_norm: bool,
+    /// Training passes compute the trunk's activations again on the way back instead of keeping them.
+    pub gradient_checkpointing: bool,
 }
 
 impl BackboneConfig {
-    /// For evaluation: no dropout, batch norm as always.
+    /// For evaluation: no dropout, batch norm as always, nothing computed twice.
     pub fn new(network: impl Into<String>, embedding_size: i64) -> Self {
         Self {
             network: network.into(),
             embedding_size,
             dropout: 0.0,
             freeze_batch_norm: false,
+            gradient_checkpointing: false,
         }
     }
 }
@@ -47,6 +51,7 @@ impl From<&ModelSpec> for BackboneConfig {
             embedding_size: i64::from(spec.embedding_size),
             dropout: spec.dropout,
             freeze_batch_norm: spec.freeze_batch_norm,
+            gradient_checkpointing: spec.gradient_checkpointing,
         }
     }
 }
@@ -122,6 +127,19 @@ pub struct Backbone {
 impl Backbone {
     /// Allocates every tensor as zeros: initialise, fill or load before use.
     pub fn new(config: &BackboneConfig) -> Result<Self, ModelError> {
+        Self::build(config, |state| Builder::new(state, config.freeze_batch_norm))
+    }
+
+    /// Names and shapes without memory for values: to list, to count and to trace, nothing else. Writing to its tensors
+    /// panics.
+    pub fn outline(config: &BackboneConfig) -> Result<Self, ModelError> {
+        Self::build(config, |state| Builder::outline(state))
+    }
+
+    fn build(
+        config: &BackboneConfig,
+        builder: impl FnOnce(&mut Vec<StateEntry>) -> Builder<'_>,
+    ) -> Result<Self, ModelError> {
         let registered = Self::registered(&config.network)?;
         if !(1..=65536).contains(&config.embedding_size) {
             return Err(ModelError::EmbeddingSize {
@@ -129,8 +147,7 @@ impl Backbone {
             });
         }
         let mut state = Vec::new();
-        let builder = Builder::new(&mut state, config.freeze_batch_norm);
-        let network = (registered.build)(builder, config);
+        let network = (registered.build)(builder(&mut state), config);
         Ok(Self {
             config: config.clone(),
             state,
@@ -249,18 +266,34 @@ impl Backbone {
         self.run(images, &mut Pass::new(mode, Some(tap)))
     }
 
-    pub(super) fn run(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
-        let size = images.size();
-        let [n, 3, IMAGE_SIZE, IMAGE_SIZE] = size[..] else {
-            panic!("images have shape {size:?}, expected [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]");
-        };
-        if n == 0 {
-            return Tensor::zeros([0, self.config.embedding_size], (Kind::Float, images.device()));
+    /// Embeddings of images to train on, with the way back from their gradient.
+    ///
+    /// # Panics
+    /// If the images have another shape.
+    pub fn forward_to_train<'a>(&'a self, images: &Tensor, mode: &ForwardMode) -> TrainingPass<'a> {
+        match self.config.gradient_checkpointing && num_images(images) > 0 {
+            true => TrainingPass::recomputing(self.network.as_ref(), &channels_last(images), mode),
+            false => TrainingPass::keeping(self.forward(images, mode)),
         }
-        self.network.forward(&channels_last(images), pass)
     }
 
-    /// Multiply-accumulates of convolutions and linear layers for one image, counted as it goes through the layers.
+    pub(super) fn run(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
+        if num_images(images) == 0 {
+            return Tensor::zeros([0, self.config.embedding_size], (Kind::Float, images.device()));
+        }
+        self.through_all_parts(&channels_last(images), pass)
+    }
+
+    fn through_all_parts(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
+        let mut x = self.network.stem(images, pass);
+        for piece in self.network.trunk() {
+            x = piece.forward(&x, pass);
+        }
+        self.network.tail(&x, pass)
+    }
+
+    /// Multiply-accumulates of convolutions, linear layers and attention for one image, counted as it goes through the
+    /// layers.
     pub fn macs(&self) -> u64 {
         let mode = ForwardMode::evaluation(Precision::Fp32);
         let mut pass = Pass::counting(&mode);
@@ -274,9 +307,18 @@ impl Backbone {
         let mode = ForwardMode::evaluation(Precision::Fp32);
         let (mut trace, image) = Trace::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE]);
         let mut pass = Pass::tracing(&mode, &mut trace);
-        let embedding = tch::no_grad(|| self.network.forward(&image, &mut pass));
+        let embedding = tch::no_grad(|| self.through_all_parts(&image, &mut pass));
         trace.finish(&embedding, &self.state)
     }
+}
+
+/// N of images \[N, 3, 112, 112\].
+fn num_images(images: &Tensor) -> i64 {
+    let size = images.size();
+    let [n, 3, IMAGE_SIZE, IMAGE_SIZE] = size[..] else {
+        panic!("images have shape {size:?}, expected [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]");
+    };
+    n
 }
 
 /// The same tensor with its channels innermost in memory, a layout that every layer keeps: the CPU's convolutions are

@@ -244,7 +244,7 @@ mod tests {
     #[test]
     fn every_network_leaves_a_graph_in_which_values_are_made_before_they_are_read() {
         for network in REGISTRY {
-            let backbone = Backbone::new(&BackboneConfig::new(network.name, 16)).unwrap();
+            let backbone = Backbone::outline(&BackboneConfig::new(network.name, 16)).unwrap();
             let graph = backbone.graph();
             let mut made = vec![false; graph.shapes.len()];
             made[IMAGES] = true;
@@ -265,7 +265,7 @@ mod tests {
     #[test]
     fn every_parameter_of_every_network_is_in_its_graph() {
         for network in REGISTRY {
-            let backbone = Backbone::new(&BackboneConfig::new(network.name, 16)).unwrap();
+            let backbone = Backbone::outline(&BackboneConfig::new(network.name, 16)).unwrap();
             let graph = backbone.graph();
             let used: HashSet<&str> = graph
                 .nodes

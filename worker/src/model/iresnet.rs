@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use super::{
     backbone::BackboneConfig,
-    layers::{BatchNorm, Conv2d, ConvShape, Linear, Network, PRelu},
+    layers::{BatchNorm, Conv2d, ConvShape, Linear, Network, PRelu, Piece},
     pass::Pass,
     state::{Builder, Init},
 };
@@ -47,6 +47,11 @@ pub const R200: Layout = Layout {
     widths: WIDTHS,
     blocks: [6, 26, 60, 6],
 };
+/// 2060 layers.
+pub const R2060: Layout = Layout {
+    widths: WIDTHS,
+    blocks: [3, 128, 896, 3],
+};
 /// A quarter of the widths and one block a stage: not a published network, but one that demonstrations and tests can
 /// train on a CPU in minutes.
 pub const TINY: Layout = Layout {
@@ -59,6 +64,8 @@ pub const EMBEDDING_ENTRY: &str = "features.bias";
 
 /// Side of the last feature map.
 const LAST_MAP: i64 = 7;
+/// Tensors of its input's size that a block keeps for its backward pass.
+const KEPT_BY_BLOCK: f64 = 6.0;
 /// Standard deviation of fresh convolution weights, as the reference draws them.
 const CONV_INIT: Init = Init::Normal { std: 0.1 };
 
@@ -113,6 +120,12 @@ impl Block {
     }
 }
 
+/// Blocks in one piece of a stage. With n blocks in pieces of k, n/k inputs are kept, and while a piece is run again
+/// [`KEPT_BY_BLOCK`] k tensors: the sum is least where both are equal.
+fn piece_length(blocks: usize) -> usize {
+    (blocks as f64 / KEPT_BY_BLOCK).sqrt().round().max(1.0) as usize
+}
+
 struct IResNet {
     conv1: Conv2d,
     bn1: BatchNorm,
@@ -156,20 +169,34 @@ pub fn build(mut b: Builder, config: &BackboneConfig, layout: &Layout) -> Box<dy
 }
 
 impl Network for IResNet {
-    fn forward(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
+    fn stem(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
         let x = self.conv1.forward(images, pass);
         pass.tap("conv1", &x);
         let x = self.bn1.forward(&x, pass);
         pass.tap("bn1", &x);
-        let mut x = self.prelu.forward(&x, pass);
+        let x = self.prelu.forward(&x, pass);
         pass.tap("prelu", &x);
+        x
+    }
+
+    fn trunk(&self) -> Vec<Piece<'_>> {
+        let mut pieces = Vec::new();
         for (name, blocks) in &self.stages {
-            for block in blocks {
-                x = block.forward(&x, pass);
-            }
-            pass.tap(name, &x);
+            let runs = blocks.chunks(piece_length(blocks.len()));
+            pieces.extend(runs.map(|run| {
+                Piece::new(|x, pass| {
+                    run.iter()
+                        .fold(x.shallow_clone(), |x, block| block.forward(&x, pass))
+                })
+            }));
+            let last = pieces.pop().expect("a stage has blocks");
+            pieces.push(last.ending(name));
         }
-        let x = self.bn2.forward(&x, pass);
+        pieces
+    }
+
+    fn tail(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let x = self.bn2.forward(x, pass);
         pass.tap("bn2", &x);
         let x = pass.flatten(&x);
         let x = pass.dropout(x, self.dropout);

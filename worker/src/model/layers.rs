@@ -11,20 +11,67 @@ use super::{
     state::{Builder, Init},
 };
 
-/// A network: images in, embeddings out.
+/// A network, images in, embeddings out, in three parts: what lies between the first layers and the last ones is a row
+/// of pieces, each of which can be run again from its input alone.
 pub trait Network: Send {
-    /// Embeddings \[N, D\] f32 of images \[N, 3, 112, 112\] f32.
-    fn forward(&self, images: &Tensor, pass: &mut Pass) -> Tensor;
+    /// From images \[N, 3, 112, 112\] f32 to the input of the trunk.
+    fn stem(&self, images: &Tensor, pass: &mut Pass) -> Tensor;
+
+    /// The pieces in between, first to last.
+    fn trunk(&self) -> Vec<Piece<'_>>;
+
+    /// From the output of the trunk to embeddings \[N, D\] f32.
+    fn tail(&self, x: &Tensor, pass: &mut Pass) -> Tensor;
+}
+
+/// A part of a trunk. It keeps the pass's precision and changes nothing but running statistics.
+pub struct Piece<'a> {
+    forward: Box<dyn Fn(&Tensor, &mut Pass) -> Tensor + 'a>,
+    tap: Option<String>,
+}
+
+impl<'a> Piece<'a> {
+    /// A piece that computes `forward`.
+    pub fn new(forward: impl Fn(&Tensor, &mut Pass) -> Tensor + 'a) -> Self {
+        Self {
+            forward: Box::new(forward),
+            tap: None,
+        }
+    }
+
+    /// The same, whose output is that of the child module `name`.
+    pub fn ending(self, name: impl Into<String>) -> Self {
+        Self {
+            tap: Some(name.into()),
+            ..self
+        }
+    }
+
+    /// Its output.
+    pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let y = (self.forward)(x, pass);
+        if let Some(name) = &self.tap {
+            pass.tap(name, &y);
+        }
+        y
+    }
 }
 
 /// Momentum of the running statistics (PyTorch's default).
 const BATCH_NORM_MOMENTUM: f64 = 0.1;
-/// Added to the variance (PyTorch's default, and what the reference names).
+/// Added to the variance (PyTorch's default, and what the reference names for convolutional networks).
 const BATCH_NORM_EPS: f64 = 1e-5;
 /// Slope of a fresh PReLU (PyTorch's default).
 const PRELU_INIT: f64 = 0.25;
 
-/// Shape of a convolution with square kernel and no bias.
+/// PyTorch's default for weights and biases of convolutions and linear layers: uniform with bound 1/sqrt(fan_in).
+fn torch_default(fan_in: i64) -> Init {
+    Init::Uniform {
+        bound: 1.0 / (fan_in as f64).sqrt(),
+    }
+}
+
+/// Shape of a convolution with square kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct ConvShape {
     /// Input channels.
@@ -81,6 +128,10 @@ impl ConvShape {
         size
     }
 
+    fn weight_size(self) -> [i64; 4] {
+        [self.output, self.input / self.groups, self.kernel, self.kernel]
+    }
+
     /// Weights that one output element is made of.
     fn fan_in(self) -> i64 {
         self.input / self.groups * self.kernel * self.kernel
@@ -92,23 +143,29 @@ impl ConvShape {
     }
 }
 
-/// Convolution without bias: tensor `weight`.
+/// Convolution: tensors `weight` and, if it has one, `bias`.
 pub struct Conv2d {
     weight: Tensor,
+    bias: Option<Tensor>,
     shape: ConvShape,
 }
 
 impl Conv2d {
-    /// Registers the layer.
+    /// Without bias.
     pub fn new(mut b: Builder, shape: ConvShape, init: Init) -> Self {
-        let size = [
-            shape.output,
-            shape.input / shape.groups,
-            shape.kernel,
-            shape.kernel,
-        ];
         Self {
-            weight: b.parameter("weight", &size, init),
+            weight: b.parameter("weight", &shape.weight_size(), init),
+            bias: None,
+            shape,
+        }
+    }
+
+    /// With bias, PyTorch's default initialisation.
+    pub fn with_bias(mut b: Builder, shape: ConvShape) -> Self {
+        let init = torch_default(shape.fan_in());
+        Self {
+            weight: b.parameter("weight", &shape.weight_size(), init),
+            bias: Some(b.parameter("bias", &[shape.output], init)),
             shape,
         }
     }
@@ -122,7 +179,7 @@ impl Conv2d {
         pass.count_macs(&y, self.shape.fan_in());
         pass.record(&[x], y, || Op::Conv {
             weight: self.weight.shallow_clone(),
-            bias: None,
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
             shape: self.shape,
         })
     }
@@ -136,7 +193,7 @@ impl Conv2d {
         } = self.shape;
         x.to_kind(kind).conv2d(
             &self.weight.to_kind(kind),
-            None::<Tensor>,
+            self.bias.as_ref().map(|bias| bias.to_kind(kind)),
             [stride, stride],
             [padding, padding],
             [1, 1],
@@ -152,14 +209,20 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// With bias, PyTorch's default initialisation: uniform with bound 1/sqrt(fan_in) for both.
+    /// With bias, PyTorch's default initialisation.
     pub fn new(mut b: Builder, input: i64, output: i64) -> Self {
-        let init = Init::Uniform {
-            bound: 1.0 / (input as f64).sqrt(),
-        };
+        let init = torch_default(input);
         Self {
             weight: b.parameter("weight", &[output, input], init),
             bias: Some(b.parameter("bias", &[output], init)),
+        }
+    }
+
+    /// With a bias that starts at 0.
+    pub fn with_zero_bias(mut b: Builder, input: i64, output: i64, init: Init) -> Self {
+        Self {
+            weight: b.parameter("weight", &[output, input], init),
+            bias: Some(b.parameter("bias", &[output], Init::Constant(0.0))),
         }
     }
 
@@ -174,9 +237,17 @@ impl Linear {
     /// \[.., input\] to \[.., output\] in the pass's precision.
     pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
         let kind = pass.kind();
-        let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
-        let y = x.to_kind(kind).linear(&self.weight.to_kind(kind), bias);
-        pass.count_macs(&y, self.weight.size()[1]);
+        let [output, input] = [self.weight.size()[0], self.weight.size()[1]];
+        let y = if pass.counts_only() {
+            let mut size = x.size();
+            size.pop();
+            size.push(output);
+            Tensor::zeros(size, (kind, x.device()))
+        } else {
+            let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
+            x.to_kind(kind).linear(&self.weight.to_kind(kind), bias)
+        };
+        pass.count_macs(&y, input);
         pass.record(&[x], y, || Op::Linear {
             weight: self.weight.shallow_clone(),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
@@ -195,6 +266,7 @@ pub struct BatchNorm {
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor,
+    eps: f64,
     frozen: bool,
 }
 
@@ -207,6 +279,11 @@ impl BatchNorm {
     /// The same with a `weight` that never trains.
     pub fn with_frozen_weight(b: Builder, channels: i64) -> Self {
         Self::build(b, channels, false)
+    }
+
+    /// The same with another constant under the root.
+    pub fn with_eps(self, eps: f64) -> Self {
+        Self { eps, ..self }
     }
 
     fn build(mut b: Builder, channels: i64, trainable_weight: bool) -> Self {
@@ -230,6 +307,7 @@ impl BatchNorm {
             running_mean: b.buffer("running_mean", &shape, Kind::Float, zero),
             running_var: b.buffer("running_var", &shape, Kind::Float, one),
             num_batches_tracked: b.buffer("num_batches_tracked", &[], Kind::Int64, zero),
+            eps: BATCH_NORM_EPS,
             frozen,
         }
     }
@@ -240,7 +318,7 @@ impl BatchNorm {
         let values_per_channel = x.numel() as i64 / self.weight.size()[0].max(1);
         // A single value has no unbiased variance: PyTorch refuses it in Python and writes NaN from C++. A rank with
         // one sample left must go on, and must not poison the statistics.
-        let track = !batch_statistics || values_per_channel > 1;
+        let track = !batch_statistics || (values_per_channel > 1 && !pass.repeats());
         if batch_statistics && track {
             let _ = self.num_batches_tracked.shallow_clone().g_add_scalar_(1);
         }
@@ -251,7 +329,7 @@ impl BatchNorm {
             track.then_some(&self.running_var),
             batch_statistics,
             BATCH_NORM_MOMENTUM,
-            BATCH_NORM_EPS,
+            self.eps,
             true,
         );
         pass.record(&[x], y, || Op::BatchNorm {
@@ -259,7 +337,7 @@ impl BatchNorm {
             bias: self.bias.shallow_clone(),
             mean: self.running_mean.shallow_clone(),
             variance: self.running_var.shallow_clone(),
-            eps: BATCH_NORM_EPS,
+            eps: self.eps,
         })
     }
 }

@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::{
     backbone::BackboneConfig,
-    layers::{BatchNorm, Conv2d, ConvShape, Linear, Network, PRelu},
+    layers::{BatchNorm, Conv2d, ConvShape, Linear, Network, PRelu, Piece},
     pass::Pass,
     state::{Builder, Init},
 };
@@ -23,6 +23,12 @@ pub struct Layout {
 pub const MBF: Layout = Layout {
     blocks: [1, 4, 6, 2],
     scale: 2,
+};
+
+/// The reference's `mbf_large`.
+pub const MBF_LARGE: Layout = Layout {
+    blocks: [2, 8, 12, 4],
+    scale: 4,
 };
 
 /// The state entry whose length is the embedding size.
@@ -145,18 +151,22 @@ impl Stage {
         Stage::Residual((0..blocks).map(block).collect())
     }
 
-    fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+    fn pieces(&self) -> Vec<Piece<'_>> {
         match self {
-            Stage::Conv(block) => block.forward(x, pass),
-            Stage::Down(block) => block.forward(x, pass),
-            Stage::Residual(blocks) => blocks
-                .iter()
-                .fold(x.shallow_clone(), |x, block| block.forward(&x, pass)),
+            Stage::Conv(block) => vec![Piece::new(|x, pass| block.forward(x, pass))],
+            Stage::Down(block) => vec![Piece::new(|x, pass| block.forward(x, pass))],
+            Stage::Residual(blocks) => {
+                let blocks = blocks.iter();
+                blocks
+                    .map(|block| Piece::new(|x, pass| block.forward(x, pass)))
+                    .collect()
+            }
         }
     }
 }
 
 struct MobileFaceNet {
+    stem: ConvBlock,
     stages: Vec<Stage>,
     conv_sep: ConvBlock,
     global: LinearBlock,
@@ -169,15 +179,13 @@ pub fn build(mut b: Builder, config: &BackboneConfig, layout: &Layout) -> Box<dy
     let narrow = 64 * layout.scale;
     let wide = 128 * layout.scale;
     let [first, second, third, fourth] = layout.blocks;
+    let stem = ConvBlock::new(b.child("layers.0"), ConvShape::three(3, narrow, 2));
     let mut stages = Vec::new();
     let mut stage = |b: &mut Builder, make: &dyn Fn(Builder) -> Stage| {
-        let at = format!("layers.{}", stages.len());
+        let at = format!("layers.{}", stages.len() + 1);
         stages.push(make(b.child(at)));
     };
     let b = &mut b;
-    stage(b, &|b| {
-        Stage::Conv(ConvBlock::new(b, ConvShape::three(3, narrow, 2)))
-    });
     // The reference's first stage is a grouped convolution (64 groups whatever the width) when it has one block.
     stage(b, &|b| match first {
         1 => Stage::Conv(ConvBlock::new(b, ConvShape::three(narrow, narrow, 1).groups(64))),
@@ -200,6 +208,7 @@ pub fn build(mut b: Builder, config: &BackboneConfig, layout: &Layout) -> Box<dy
         groups: SEPARATED,
     };
     Box::new(MobileFaceNet {
+        stem,
         stages,
         conv_sep: ConvBlock::new(b.child("conv_sep"), ConvShape::one(wide, SEPARATED, 1)),
         global: LinearBlock::new(b.child("features.layers.0"), global),
@@ -209,13 +218,24 @@ pub fn build(mut b: Builder, config: &BackboneConfig, layout: &Layout) -> Box<dy
 }
 
 impl Network for MobileFaceNet {
-    fn forward(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
-        let mut x = images.shallow_clone();
+    fn stem(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
+        let x = self.stem.forward(images, pass);
+        pass.tap("layers.0", &x);
+        x
+    }
+
+    fn trunk(&self) -> Vec<Piece<'_>> {
+        let mut pieces = Vec::new();
         for (i, stage) in self.stages.iter().enumerate() {
-            x = stage.forward(&x, pass);
-            pass.tap(&format!("layers.{i}"), &x);
+            pieces.extend(stage.pieces());
+            let last = pieces.pop().expect("a stage has blocks");
+            pieces.push(last.ending(format!("layers.{}", i + 1)));
         }
-        let x = pass.leave_mixed_precision(x);
+        pieces
+    }
+
+    fn tail(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        let x = pass.leave_mixed_precision(x.shallow_clone());
         let x = self.conv_sep.forward(&x, pass);
         pass.tap("conv_sep", &x);
         let x = self.global.forward(&x, pass);

@@ -4,10 +4,10 @@ use arcface_proto::spec::Precision;
 use tch::{Kind, Tensor};
 
 use super::graph::{Op, Trace};
-use crate::random::{Purpose, Stream};
+use crate::random::{self, Purpose, Stream};
 
-/// Where the dropout mask of a batch comes from: row i of the batch is global sample `first_sample + i` of the step,
-/// so the mask does not depend on how the global batch is cut.
+/// Where the random masks of a batch (dropout, drop path, hidden tokens) come from: row i of the batch is global sample
+/// `first_sample + i` of the step, so a mask does not depend on how the global batch is cut.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DropoutDraw {
     /// Seed of the job.
@@ -21,17 +21,17 @@ pub struct DropoutDraw {
 /// How to run the network.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ForwardMode {
-    /// Batch statistics in batch norm (and their running averages updated), dropout active.
+    /// Batch statistics in batch norm (and their running averages updated), random masks active.
     pub train: bool,
     /// Arithmetic of convolutions and linear layers in the trunk; the last linear layer and the embedding stay f32,
     /// as the reference keeps them outside its autocast.
     pub precision: Precision,
-    /// Counters of the dropout mask; only used while training.
+    /// Counters of the random masks; only used while training.
     pub dropout: DropoutDraw,
 }
 
 impl ForwardMode {
-    /// Evaluation: running statistics, no dropout.
+    /// Evaluation: running statistics, no random masks.
     pub fn evaluation(precision: Precision) -> Self {
         Self {
             train: false,
@@ -59,6 +59,7 @@ pub struct Pass<'a> {
     kind: Kind,
     tap: Option<Tap<'a>>,
     counts_only: bool,
+    repeats: bool,
     macs: u64,
     trace: Option<&'a mut Trace>,
 }
@@ -76,12 +77,22 @@ impl<'a> Pass<'a> {
             kind,
             tap,
             counts_only: false,
+            repeats: false,
             macs: 0,
             trace: None,
         }
     }
 
-    /// A pass that counts and does not compute: convolutions give zeros of the right shape.
+    /// A pass that computes what an earlier one has computed: the same random masks, and statistics that have already
+    /// moved stay.
+    pub(super) fn repeating(mode: &'a ForwardMode) -> Self {
+        Self {
+            repeats: true,
+            ..Self::new(mode, None)
+        }
+    }
+
+    /// A pass that counts and does not compute: convolutions and linear layers give zeros of the right shape.
     pub fn counting(mode: &'a ForwardMode) -> Self {
         Self {
             counts_only: true,
@@ -116,9 +127,14 @@ impl<'a> Pass<'a> {
         self.record(&[x], x.flatten(1, -1), || Op::Flatten)
     }
 
-    /// Whether convolutions need not compute.
+    /// Whether the costly layers need not compute.
     pub fn counts_only(&self) -> bool {
         self.counts_only
+    }
+
+    /// Whether running statistics have seen this batch already.
+    pub fn repeats(&self) -> bool {
+        self.repeats
     }
 
     /// Whether the network trains.
@@ -129,6 +145,14 @@ impl<'a> Pass<'a> {
     /// Kind that convolutions and linear layers compute in.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Runs a part of the network in f32 whatever the mode says.
+    pub fn in_full_precision<T>(&mut self, part: impl FnOnce(&mut Self) -> T) -> T {
+        let kind = std::mem::replace(&mut self.kind, Kind::Float);
+        let made = part(self);
+        self.kind = kind;
+        made
     }
 
     /// Leaves the reduced precision: the layers from here on compute in f32.
@@ -164,7 +188,7 @@ impl<'a> Pass<'a> {
             step,
             first_sample,
         } = self.mode.dropout;
-        let rows = x.size().first().map_or(0, |&n| n as u64);
+        let rows = rows(&x);
         let per_row = (x.numel() as u64).checked_div(rows).unwrap_or(0);
         let keep = (1.0 / (1.0 - p)) as f32;
         let mut mask: Vec<f32> = Vec::with_capacity(x.numel());
@@ -175,6 +199,55 @@ impl<'a> Pass<'a> {
         let mask = Tensor::from_slice(&mask).view(x.size().as_slice());
         x.multiply(&mask.to_device(x.device()).to_kind(x.kind()))
     }
+
+    /// Stochastic depth (Huang et al., 2016): zeroes a residual branch's whole output for each sample of `x` \[N, ..\]
+    /// with probability `p` and scales the others by 1/(1-p), while training. `branch` numbers the network's branches,
+    /// whose draws are independent.
+    pub fn drop_path(&self, x: Tensor, p: f64, branch: u16) -> Tensor {
+        if !self.mode.train || p <= 0.0 {
+            return x;
+        }
+        let DropoutDraw {
+            seed,
+            step,
+            first_sample,
+        } = self.mode.dropout;
+        let keep = (1.0 / (1.0 - p)) as f32;
+        let scales = (0..rows(&x)).map(|row| {
+            let sample_and_branch = (first_sample + row) << 16 | u64::from(branch);
+            let drawn = random::uniform(seed, Purpose::DropPath, step, sample_and_branch);
+            if drawn < p { 0.0 } else { keep }
+        });
+        let mut shape = vec![1; x.dim()];
+        shape[0] = -1;
+        let scales = Tensor::from_slice(&scales.collect::<Vec<f32>>()).view(shape.as_slice());
+        x.multiply(&scales.to_device(x.device()).to_kind(x.kind()))
+    }
+
+    /// Of `tokens` tokens of each of `rows` samples, `kept` that are drawn without replacement, in ascending order:
+    /// \[rows, kept\] i64. Every call of a pass gives the same.
+    pub fn drawn_tokens(&self, rows: i64, tokens: usize, kept: usize) -> Tensor {
+        let DropoutDraw {
+            seed,
+            step,
+            first_sample,
+        } = self.mode.dropout;
+        let mut drawn: Vec<i64> = Vec::with_capacity(rows as usize * kept);
+        for row in 0..rows as u64 {
+            let mut draws = Stream::new(seed, Purpose::TokenMask, step, first_sample + row);
+            let mut order: Vec<(u64, i64)> = (0..tokens as i64).map(|token| (draws.next_bits(), token)).collect();
+            order.sort_unstable();
+            order.truncate(kept);
+            order.sort_unstable_by_key(|&(_, token)| token);
+            drawn.extend(order.iter().map(|&(_, token)| token));
+        }
+        Tensor::from_slice(&drawn).view([rows, kept as i64])
+    }
+}
+
+/// Samples of a batch.
+fn rows(x: &Tensor) -> u64 {
+    x.size().first().map_or(0, |&n| n as u64)
 }
 
 #[cfg(test)]
@@ -199,6 +272,62 @@ mod tests {
         let parts = Tensor::cat(&[drop_rows(0, 2), drop_rows(2, 3), drop_rows(5, 1)], 0);
         assert_eq!(whole, parts);
         assert_ne!(whole.get(0), whole.get(1));
+    }
+
+    fn at(first_sample: u64) -> ForwardMode {
+        let draw = DropoutDraw {
+            seed: 5,
+            step: 9,
+            first_sample,
+        };
+        ForwardMode::training(Precision::Fp32, draw)
+    }
+
+    fn skipped_rows(first_sample: u64, rows: i64, branch: u16) -> Tensor {
+        let ones = Tensor::ones([rows, 3, 2], (Kind::Float, Device::Cpu));
+        Pass::new(&at(first_sample), None).drop_path(ones, 0.3, branch)
+    }
+
+    #[test]
+    fn a_sample_skips_the_same_branches_wherever_the_batch_is_cut() {
+        let whole = skipped_rows(0, 64, 7);
+        let parts = Tensor::cat(
+            &[skipped_rows(0, 10, 7), skipped_rows(10, 53, 7), skipped_rows(63, 1, 7)],
+            0,
+        );
+        assert_eq!(whole, parts);
+        assert_ne!(whole, skipped_rows(0, 64, 8), "branches are independent");
+        assert_ne!(whole, skipped_rows(64, 64, 7), "samples are independent");
+    }
+
+    #[test]
+    fn drop_path_takes_whole_samples_and_keeps_the_mean() {
+        let scales = skipped_rows(0, 20_000, 3);
+        let by_sample = scales.view([-1, 6]);
+        assert_eq!(by_sample.amax(1, false), by_sample.amin(1, false));
+        let mean = scales.mean(Kind::Double).double_value(&[]);
+        // The standard error of the mean of 20,000 samples is 0.005.
+        assert!((mean - 1.0).abs() < 0.02, "{mean}");
+        let zeros = scales.eq(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        assert!((zeros - 0.3).abs() < 0.015, "{zeros}");
+        let ones = Tensor::ones([2, 8], (Kind::Float, Device::Cpu));
+        let mode = ForwardMode::evaluation(Precision::Fp32);
+        assert_eq!(Pass::new(&mode, None).drop_path(ones.shallow_clone(), 0.3, 0), ones);
+    }
+
+    #[test]
+    fn drawn_tokens_are_distinct_sorted_uniform_and_each_samples_own() {
+        let drawn = |first_sample, rows| Pass::new(&at(first_sample), None).drawn_tokens(rows, 144, 129);
+        let whole = drawn(0, 2000);
+        assert_eq!(whole, Tensor::cat(&[drawn(0, 1500), drawn(1500, 500)], 0));
+        let steps = whole.narrow(1, 1, 128) - whole.narrow(1, 0, 128);
+        assert!(steps.min().int64_value(&[]) >= 1);
+        assert!(whole.min().int64_value(&[]) >= 0 && whole.max().int64_value(&[]) < 144);
+        assert_ne!(whole.get(0), whole.get(1));
+        // Each token is kept with probability 129/144; the standard error over 2000 samples is 0.007.
+        let counts = whole.view([-1]).bincount(None::<Tensor>, 144).to_kind(Kind::Double) / 2000.0;
+        let error = (counts - 129.0 / 144.0).abs().max().double_value(&[]);
+        assert!(error < 0.035, "{error}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Every backbone by name, one line each; the same names in the same order as `arcface_proto::spec::NETWORKS`.
 
-use super::{backbone::BackboneConfig, iresnet, layers::Network, mobilefacenet, state::Builder};
+use super::{backbone::BackboneConfig, iresnet, layers::Network, mobilefacenet, state::Builder, vit};
 
 /// A network that can be built by name.
 pub struct Registered {
@@ -33,6 +33,18 @@ const fn mobilefacenet(
     }
 }
 
+const fn transformer(
+    name: &'static str,
+    build: fn(Builder, &BackboneConfig) -> Box<dyn Network>,
+) -> Registered {
+    let embedding_entry = vit::EMBEDDING_ENTRY;
+    Registered {
+        name,
+        embedding_entry,
+        build,
+    }
+}
+
 /// All networks.
 pub const REGISTRY: &[Registered] = &[
     iresnet("tiny", |b, c| iresnet::build(b, c, &iresnet::TINY)),
@@ -41,7 +53,19 @@ pub const REGISTRY: &[Registered] = &[
     iresnet("r50", |b, c| iresnet::build(b, c, &iresnet::R50)),
     iresnet("r100", |b, c| iresnet::build(b, c, &iresnet::R100)),
     iresnet("r200", |b, c| iresnet::build(b, c, &iresnet::R200)),
+    iresnet("r2060", |b, c| iresnet::build(b, c, &iresnet::R2060)),
     mobilefacenet("mbf", |b, c| mobilefacenet::build(b, c, &mobilefacenet::MBF)),
+    mobilefacenet("mbf_large", |b, c| {
+        mobilefacenet::build(b, c, &mobilefacenet::MBF_LARGE)
+    }),
+    transformer("vit_t", |b, c| vit::build(b, c, &vit::T)),
+    transformer("vit_t_dp005_mask0", |b, c| vit::build(b, c, &vit::T_DP005_MASK0)),
+    transformer("vit_s", |b, c| vit::build(b, c, &vit::S)),
+    transformer("vit_s_dp005_mask_0", |b, c| vit::build(b, c, &vit::S_DP005_MASK0)),
+    transformer("vit_b", |b, c| vit::build(b, c, &vit::B)),
+    transformer("vit_b_dp005_mask_005", |b, c| vit::build(b, c, &vit::B_DP005_MASK005)),
+    transformer("vit_l_dp005_mask_005", |b, c| vit::build(b, c, &vit::L_DP005_MASK005)),
+    transformer("vit_h", |b, c| vit::build(b, c, &vit::H)),
 ];
 
 /// The network of a name.

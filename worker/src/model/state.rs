@@ -49,6 +49,7 @@ pub struct Builder<'a> {
     state: &'a mut Vec<StateEntry>,
     path: String,
     freeze_batch_norm: bool,
+    outline: bool,
 }
 
 impl<'a> Builder<'a> {
@@ -59,6 +60,15 @@ impl<'a> Builder<'a> {
             state,
             path: String::new(),
             freeze_batch_norm,
+            outline: false,
+        }
+    }
+
+    /// The same for a network that is looked at and not run: its tensors have shapes, and one element in memory.
+    pub fn outline(state: &'a mut Vec<StateEntry>) -> Self {
+        Self {
+            outline: true,
+            ..Self::new(state, false)
         }
     }
 
@@ -68,6 +78,7 @@ impl<'a> Builder<'a> {
             path: format!("{}{name}.", self.path),
             state: self.state,
             freeze_batch_norm: self.freeze_batch_norm,
+            outline: self.outline,
         }
     }
 
@@ -78,20 +89,28 @@ impl<'a> Builder<'a> {
 
     /// A trainable f32 parameter.
     pub fn parameter(&mut self, leaf: &str, shape: &[i64], init: Init) -> Tensor {
-        let tensor = Tensor::zeros(shape, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let tensor = self.zeros(shape, Kind::Float).set_requires_grad(true);
         self.register(leaf, tensor, Role::Trainable, init)
     }
 
     /// An f32 parameter without gradient.
     pub fn frozen(&mut self, leaf: &str, shape: &[i64], init: Init) -> Tensor {
-        let tensor = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        let tensor = self.zeros(shape, Kind::Float);
         self.register(leaf, tensor, Role::Frozen, init)
     }
 
     /// A buffer of any kind.
     pub fn buffer(&mut self, leaf: &str, shape: &[i64], kind: Kind, init: Init) -> Tensor {
-        let tensor = Tensor::zeros(shape, (kind, Device::Cpu));
+        let tensor = self.zeros(shape, kind);
         self.register(leaf, tensor, Role::Buffer, init)
+    }
+
+    fn zeros(&self, shape: &[i64], kind: Kind) -> Tensor {
+        let options = (kind, Device::Cpu);
+        match self.outline {
+            true => Tensor::zeros([0i64; 0], options).expand(shape, false),
+            false => Tensor::zeros(shape, options),
+        }
     }
 
     fn register(&mut self, leaf: &str, tensor: Tensor, role: Role, init: Init) -> Tensor {

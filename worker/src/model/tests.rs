@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::*;
 
-fn tiny(config: BackboneConfig) -> Backbone {
+fn filled(config: BackboneConfig) -> Backbone {
     let mut backbone = Backbone::new(&config).unwrap();
     backbone.fill_golden();
     backbone
@@ -36,9 +36,160 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
     (&a - &b).norm().double_value(&[]) / b.norm().double_value(&[])
 }
 
+/// Gradients of all parameters, in one row. Those that the pass did not reach are zero.
+fn flat(gradients: &[Tensor]) -> Tensor {
+    let rows: Vec<Tensor> = gradients.iter().map(|gradient| gradient.reshape([-1])).collect();
+    Tensor::cat(&rows, 0)
+}
+
+fn all_gradients(backbone: &Backbone) -> Vec<Tensor> {
+    let gradient = |parameter: &Tensor| match parameter.grad() {
+        gradient if gradient.defined() => gradient,
+        _ => parameter.zeros_like(),
+    };
+    let trainable = backbone.trainable();
+    trainable
+        .iter()
+        .map(|(_, parameter)| gradient(parameter))
+        .collect()
+}
+
+/// Samples `first..first + n` of a global batch.
+fn drawing(precision: Precision, first_sample: u64) -> ForwardMode {
+    let draw = DropoutDraw {
+        seed: 3,
+        step: 4,
+        first_sample,
+    };
+    ForwardMode::training(precision, draw)
+}
+
+#[test]
+fn a_transformer_trains_alike_however_the_global_batch_is_cut() {
+    let config = BackboneConfig {
+        // Statistics of a batch depend on what is in it, whatever is random.
+        freeze_batch_norm: true,
+        dropout: 0.2,
+        ..BackboneConfig::new("vit_t", 32)
+    };
+    let images = images(5);
+    let cotangent = fill::symmetric("cotangent", &[5, 32]);
+    let train = |cuts: &[i64]| {
+        let backbone = filled(config.clone());
+        let mut first = 0;
+        let embeddings: Vec<Tensor> = cuts
+            .iter()
+            .map(|&rows| {
+                let part = images.narrow(0, first, rows);
+                let pass = backbone.forward_to_train(&part, &drawing(Precision::Fp32, first as u64));
+                let embedding = pass.embedding();
+                pass.backward(&cotangent.narrow(0, first, rows));
+                first += rows;
+                embedding
+            })
+            .collect();
+        (Tensor::cat(&embeddings, 0), flat(&all_gradients(&backbone)))
+    };
+    let (whole, whole_gradient) = train(&[5]);
+    let (parts, parts_gradient) = train(&[2, 0, 1, 2]);
+    assert!(distance(&parts, &whole) < 1e-5, "{}", distance(&parts, &whole));
+    let error = distance(&parts_gradient, &whole_gradient);
+    assert!(error < 1e-5, "{error}");
+}
+
+#[test]
+fn what_is_random_in_training_is_not_in_evaluation() {
+    let backbone = filled(BackboneConfig::new("vit_t", 32));
+    let embed = |mode: &ForwardMode| tch::no_grad(|| backbone.forward(&images(2), mode));
+    let evaluation = ForwardMode::evaluation(Precision::Fp32);
+    let drawn = ForwardMode {
+        train: false,
+        ..drawing(Precision::Fp32, 7)
+    };
+    assert_eq!(embed(&evaluation), embed(&evaluation));
+    assert_eq!(embed(&evaluation), embed(&drawn));
+    let other_samples = embed(&drawing(Precision::Fp32, 9));
+    assert!(distance(&embed(&drawing(Precision::Fp32, 7)), &other_samples) > 1e-3);
+}
+
+#[test]
+fn the_mask_token_trains_where_tokens_are_hidden() {
+    for (network, hides) in [("vit_t", true), ("vit_t_dp005_mask0", false)] {
+        let backbone = filled(BackboneConfig::new(network, 32));
+        let pass = backbone.forward_to_train(&images(2), &training(Precision::Fp32));
+        pass.backward(&fill::symmetric("cotangent", &[2, 32]));
+        for (name, parameter) in backbone.trainable() {
+            let gradient = parameter.grad();
+            let reached = gradient.defined() && gradient.abs().max().double_value(&[]) > 0.0;
+            assert_eq!(reached, hides || name != "mask_token", "{network}: {name}");
+        }
+    }
+}
+
+#[test]
+fn computing_activations_again_gives_the_same_gradients_and_statistics() {
+    // r50 has pieces of several blocks, the transformers random masks, MobileFaceNet another way into its trunk.
+    for (network, precision) in [
+        ("tiny", Precision::Fp32),
+        ("r50", Precision::Fp32),
+        ("mbf", Precision::Fp32),
+        ("vit_t", Precision::Fp32),
+        ("vit_t", Precision::Bf16),
+    ] {
+        let train = |gradient_checkpointing| {
+            let backbone = filled(BackboneConfig {
+                gradient_checkpointing,
+                dropout: 0.2,
+                ..BackboneConfig::new(network, 32)
+            });
+            let pass = backbone.forward_to_train(&images(3), &drawing(precision, 1));
+            let embedding = pass.embedding();
+            pass.backward(&fill::symmetric("cotangent", &[3, 32]));
+            let state = snapshot(&backbone);
+            (embedding, flat(&all_gradients(&backbone)), state)
+        };
+        let (embedding, gradient, state) = train(false);
+        let (again_embedding, again_gradient, again_state) = train(true);
+        assert_eq!(embedding, again_embedding, "{network}");
+        assert_eq!(state, again_state, "{network}: statistics");
+        let error = distance(&again_gradient, &gradient);
+        assert!(error < 1e-6, "{network}: {error}");
+    }
+}
+
+#[test]
+fn an_empty_batch_has_no_gradient() {
+    for gradient_checkpointing in [false, true] {
+        let backbone = filled(BackboneConfig {
+            gradient_checkpointing,
+            ..config()
+        });
+        let pass = backbone.forward_to_train(&images(0), &training(Precision::Fp32));
+        assert_eq!(pass.embedding().size(), [0, 32]);
+        pass.backward(&Tensor::zeros([0, 32], (Kind::Float, Device::Cpu)));
+        assert!(backbone.trainable().iter().all(|(_, p)| !p.grad().defined()));
+    }
+}
+
+#[test]
+fn an_outline_has_names_and_shapes_and_no_memory() {
+    let outline = Backbone::outline(&BackboneConfig::new("tiny", 32)).unwrap();
+    let whole = Backbone::new(&config()).unwrap();
+    let shapes = |backbone: &Backbone| -> Vec<(String, Vec<i64>, Role)> {
+        let entries = backbone.state().iter();
+        entries
+            .map(|entry| (entry.name.clone(), entry.tensor.size(), entry.role))
+            .collect()
+    };
+    assert_eq!(shapes(&outline), shapes(&whole));
+    assert_eq!(outline.macs(), whole.macs());
+    let strides = outline.state()[0].tensor.stride();
+    assert!(strides.iter().all(|&stride| stride == 0), "{strides:?}");
+}
+
 #[test]
 fn evaluation_of_a_sample_does_not_depend_on_its_batch() {
-    let backbone = tiny(config());
+    let backbone = filled(config());
     let mode = ForwardMode::evaluation(Precision::Fp32);
     let before = snapshot(&backbone);
     let all = tch::no_grad(|| backbone.forward(&images(3), &mode));
@@ -49,41 +200,33 @@ fn evaluation_of_a_sample_does_not_depend_on_its_batch() {
 
 #[test]
 fn bf16_trains_close_to_f32_with_f32_gradients() {
+    for network in ["tiny", "vit_t"] {
+        bf16_trains_close_to_f32(network);
+    }
+}
+
+fn bf16_trains_close_to_f32(network: &str) {
     let gradients = |precision| {
-        let backbone = tiny(config());
+        let backbone = filled(BackboneConfig::new(network, 32));
         let embedding = backbone.forward(&images(8), &training(precision));
         assert_eq!(embedding.kind(), Kind::Float);
         (&embedding * fill::symmetric("cotangent", &[8, 32]))
             .sum(Kind::Float)
             .backward();
-        let gradients: Vec<Tensor> = backbone
-            .trainable()
-            .iter()
-            .map(|(_, tensor)| tensor.grad())
-            .collect();
-        (embedding, gradients)
+        (embedding, all_gradients(&backbone))
     };
     let (embedding, full) = gradients(Precision::Fp32);
     let (rounded, reduced) = gradients(Precision::Bf16);
     let rounding = distance(&rounded, &embedding);
-    assert!((1e-5..0.05).contains(&rounding), "{rounding}");
+    assert!((1e-5..0.05).contains(&rounding), "{network}: {rounding}");
     assert!(reduced.iter().all(|gradient| gradient.kind() == Kind::Float));
-    let flat = |gradients: &[Tensor]| {
-        Tensor::cat(
-            &gradients
-                .iter()
-                .map(|gradient| gradient.reshape([-1]))
-                .collect::<Vec<_>>(),
-            0,
-        )
-    };
     let error = distance(&flat(&reduced), &flat(&full));
-    assert!(error < 0.1, "{error}");
+    assert!(error < 0.1, "{network}: {error}");
 }
 
 #[test]
 fn a_frozen_batch_norm_is_a_constant_map() {
-    let frozen = tiny(BackboneConfig {
+    let frozen = filled(BackboneConfig {
         freeze_batch_norm: true,
         ..config()
     });
@@ -98,7 +241,7 @@ fn a_frozen_batch_norm_is_a_constant_map() {
     let embedding = frozen.forward(&images(2), &training(Precision::Fp32));
     assert_eq!(before, snapshot(&frozen), "no statistics move");
     let evaluated =
-        tch::no_grad(|| tiny(config()).forward(&images(2), &ForwardMode::evaluation(Precision::Fp32)));
+        tch::no_grad(|| filled(config()).forward(&images(2), &ForwardMode::evaluation(Precision::Fp32)));
     assert!(
         distance(&embedding, &evaluated) < 1e-5,
         "training equals evaluation"
@@ -115,7 +258,7 @@ fn a_frozen_batch_norm_is_a_constant_map() {
 
 #[test]
 fn small_batches_leave_finite_statistics() {
-    let backbone = tiny(config());
+    let backbone = filled(config());
     let before = snapshot(&backbone);
     let empty = backbone.forward(&images(0), &training(Precision::Fp32));
     assert_eq!(empty.size(), [0, 32]);
@@ -159,6 +302,20 @@ fn initial_weights_have_the_reference_distributions() {
     assert_eq!(snapshot(&backbone), snapshot(&draw(1)), "a seed is a network");
     assert_ne!(tensor("conv1.weight"), draw(2).state()[0].tensor.detach());
 
+    let mut vit = Backbone::new(&BackboneConfig::new("vit_t", 64)).unwrap();
+    vit.init_random(1);
+    let values = vit.state().iter().filter(|entry| entry.tensor.kind() == Kind::Float);
+    for entry in values {
+        let (std, name) = (entry.tensor.std(false).double_value(&[]), entry.name.as_str());
+        let normal = name == "pos_embed" || name == "mask_token" || entry.tensor.dim() == 2;
+        if normal {
+            // The mask token has 256 elements.
+            assert!((std / 0.02 - 1.0).abs() < 0.15, "{name}: {std}");
+        } else if !name.starts_with("patch_embed") {
+            assert_eq!(std, 0.0, "{name} is constant");
+        }
+    }
+
     let mut mbf = Backbone::new(&BackboneConfig::new("mbf", 64)).unwrap();
     mbf.init_random(1);
     let separated = mbf
@@ -172,7 +329,7 @@ fn initial_weights_have_the_reference_distributions() {
 
 #[test]
 fn a_state_that_does_not_fit_changes_nothing() {
-    let mut backbone = tiny(config());
+    let mut backbone = filled(config());
     let before = snapshot(&backbone);
     let shape = |name: &str| match name {
         "fc.bias" => vec![33],
@@ -207,7 +364,7 @@ fn unknown_networks_and_sizes_are_refused() {
 
 #[test]
 fn counting_without_computing_counts_the_same() {
-    for network in ["tiny", "mbf"] {
+    for network in ["tiny", "mbf", "vit_t"] {
         let backbone = Backbone::new(&BackboneConfig::new(network, 32)).unwrap();
         let mode = ForwardMode::evaluation(Precision::Fp32);
         let mut pass = Pass::new(&mode, None);

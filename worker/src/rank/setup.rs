@@ -51,12 +51,7 @@ impl Prepared {
                 .hint("a smaller train.batch_size or job.world_size, or more data")
         })?;
         let sets = evaluate::open_sets(&spec, data_roots)?;
-        let mut backbone = Backbone::new(&BackboneConfig {
-            network: spec.model.network.clone(),
-            embedding_size: i64::from(spec.model.embedding_size),
-            dropout: spec.model.dropout,
-            freeze_batch_norm: spec.model.freeze_batch_norm,
-        })?;
+        let mut backbone = Backbone::new(&BackboneConfig::from(&spec.model))?;
         match &spec.model.init {
             Some(path) => {
                 let path = data::roots::resolve(path, data_roots).map_err(RankFailure::from)?;

@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 pub struct StepSettings {
     /// Arithmetic of the backbone.
     pub precision: Precision,
-    /// Seed of the dropout masks.
+    /// Seed of the random masks.
     pub seed: u64,
     /// Largest norm of the backbone's gradient.
     pub clip_grad_norm: Option<f64>,
@@ -140,27 +140,21 @@ impl Trainer {
                 first_sample: batch.micro.first_position % self.settings.global_batch,
             },
         );
-        let embedding_bd = self
+        let forward = self
             .phases
-            .time("forward", || self.backbone.forward(&batch.images, &mode));
+            .time("forward", || self.backbone.forward_to_train(&batch.images, &mode));
         let output = self.phases.time("head", || {
             self.head.forward_backward(
                 self.comm.as_mut(),
-                &embedding_bd.detach(),
+                &forward.embedding(),
                 &batch.labels,
                 rows,
                 step,
                 of_step / f64::from(self.settings.gradient_acc),
             )
         })?;
-        // An empty micro-batch of this rank has nothing to differentiate.
-        if embedding_bd.size()[0] > 0 {
-            self.phases.time("backward", || {
-                (&embedding_bd * &output.grad_embedding)
-                    .sum(Kind::Float)
-                    .backward();
-            });
-        }
+        self.phases
+            .time("backward", || forward.backward(&output.grad_embedding));
         Ok(output.loss * of_step)
     }
 

@@ -29,14 +29,14 @@ pub struct Described {
     pub parameters: usize,
     /// Parameter elements that train.
     pub trainable: usize,
-    /// Multiply-accumulates for one image, in units of 10^9.
+    /// Multiply-accumulates of one image's evaluation, in units of 10^9.
     pub gmacs: f64,
 }
 
 /// Builds every network once and counts.
 pub fn describe() -> Result<Vec<Described>, ModelError> {
     let line = |name| {
-        let backbone = Backbone::new(&BackboneConfig::new(name, EMBEDDING_SIZE))?;
+        let backbone = Backbone::outline(&BackboneConfig::new(name, EMBEDDING_SIZE))?;
         Ok(Described {
             name,
             parameters: backbone.num_parameters(),
@@ -59,13 +59,13 @@ pub fn run(args: NetworksArgs) -> anyhow::Result<()> {
 
 fn table(networks: &[Described]) -> String {
     let mut text = format!(
-        "{:<12} {:>11} {:>7} {:>10}\n",
+        "{:<20} {:>11} {:>7} {:>10}\n",
         "network", "parameters", "GMACs", "embedding"
     );
     for n in networks {
         let millions = format!("{:.2} M", n.parameters as f64 / 1e6);
         text += &format!(
-            "{:<12} {millions:>11} {:>7.2} {EMBEDDING_SIZE:>10}\n",
+            "{:<20} {millions:>11} {:>7.2} {EMBEDDING_SIZE:>10}\n",
             n.name, n.gmacs
         );
     }
@@ -105,6 +105,10 @@ mod tests {
             ("r100", 12.1),
             ("r200", 23.5),
             ("mbf", 0.45),
+            ("vit_t", 1.5),
+            ("vit_s", 5.7),
+            ("vit_b", 11.4),
+            ("vit_l_dp005_mask_005", 25.3),
         ] {
             let ours = gmacs(name);
             assert!(
@@ -112,6 +116,8 @@ mod tests {
                 "{name}: {ours} GMACs, published {published}"
             );
         }
+        // What a network is called after does not change what it computes.
+        assert_eq!(gmacs("vit_b"), gmacs("vit_b_dp005_mask_005"));
         // Counted by hand: stem, four stages, embedding layer.
         let stages = 36_929_536 + 3 * 22_077_440;
         assert_eq!(gmacs("tiny"), f64::from(5_419_008 + stages + 3_211_264) / 1e9);

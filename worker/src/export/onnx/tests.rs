@@ -169,7 +169,7 @@ fn assert_computes(path: &Path, backbone: &Backbone) {
 fn the_file_computes_what_the_network_computes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.onnx");
-    for network in ["tiny", "mbf"] {
+    for network in ["tiny", "mbf", "vit_t"] {
         let backbone = filled(network);
         for options in [Options::default(), SEPARATE] {
             let written = write(&path, &backbone, options).unwrap();
@@ -211,7 +211,7 @@ fn weights_over_the_limit_go_beside_the_file() {
 fn every_value_is_made_once_and_before_it_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.onnx");
-    for network in ["tiny", "mbf"] {
+    for network in ["tiny", "mbf", "vit_t"] {
         write(&path, &filled(network), Options::default()).unwrap();
         let graph = read(&path).graph.unwrap();
         let mut known: BTreeSet<&str> = BTreeSet::from(["input"]);

@@ -1,6 +1,9 @@
 //! How fast a network is.
 
-use super::timing::{median, min, time};
+use super::{
+    memory,
+    timing::{median, min, time},
+};
 use crate::model::{Backbone, BackboneConfig, DropoutDraw, ForwardMode};
 use arcface_proto::{
     failure::{ExitCode, Failure},
@@ -9,20 +12,53 @@ use arcface_proto::{
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-/// Forward passes, with `train` backward passes as well.
-pub(super) fn measure(repetitions: u32, network: &str, batch: u32, train: bool) -> anyhow::Result<Value> {
-    let mut backbone = Backbone::new(&BackboneConfig::new(network, 512))
-        .map_err(|error| Failure::new(ExitCode::Usage, error.to_string()))?;
+/// Arguments of `bench backbone`.
+#[derive(clap::Args, Debug)]
+pub struct BackboneArgs {
+    /// Network.
+    #[arg(long, default_value = "r18")]
+    network: String,
+    /// Images.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Training mode, and the gradient of every parameter.
+    #[arg(long)]
+    train: bool,
+    /// Compute activations again in the backward pass instead of keeping them.
+    #[arg(long, requires = "train")]
+    gradient_checkpointing: bool,
+}
+
+/// Forward passes, with `train` backward passes as well, and the memory that they take beside weights and gradients.
+pub(super) fn measure(repetitions: u32, args: &BackboneArgs) -> anyhow::Result<Value> {
+    let &BackboneArgs {
+        ref network,
+        batch,
+        train,
+        gradient_checkpointing,
+    } = args;
+    let config = BackboneConfig {
+        gradient_checkpointing,
+        ..BackboneConfig::new(network, 512)
+    };
+    let mut backbone =
+        Backbone::new(&config).map_err(|error| Failure::new(ExitCode::Usage, error.to_string()))?;
     backbone.init_random(1);
+    if train {
+        for (_, parameter) in backbone.trainable() {
+            // As large as the gradients of the first pass, so that these do not count as its memory.
+            parameter.mean(Kind::Float).backward();
+        }
+    }
     let images = Tensor::rand([batch.into(), 3, 112, 112], (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
+    let before = memory::resident();
+    memory::forget_peak();
     let times = time(repetitions, |_| {
         if train {
             let mode = ForwardMode::training(Precision::Fp32, DropoutDraw::default());
-            backbone
-                .forward(&images, &mode)
-                .square()
-                .mean(Kind::Float)
-                .backward();
+            let pass = backbone.forward_to_train(&images, &mode);
+            let gradient = pass.embedding();
+            pass.backward(&gradient);
             for (_, parameter) in backbone.trainable() {
                 parameter.shallow_clone().zero_grad();
             }
@@ -33,8 +69,11 @@ pub(super) fn measure(repetitions: u32, network: &str, batch: u32, train: bool) 
         }
         Ok(())
     })?;
+    let peak = memory::peak();
     Ok(json!({
         "bench": "backbone", "network": network, "batch": batch, "train": train, "precision": "fp32",
+        "gradient_checkpointing": gradient_checkpointing,
+        "peak_bytes": peak.zip(before).map(|(peak, before)| peak.saturating_sub(before)),
         "parameters": backbone.num_parameters(), "median_ms": median(&times), "min_ms": min(&times),
         "images_per_second": f64::from(batch) * 1e3 / median(&times),
     }))

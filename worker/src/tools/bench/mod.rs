@@ -42,17 +42,7 @@ pub enum Part {
     /// One step of the head on one rank: loss, gradients and update.
     Head(head::HeadArgs),
     /// One forward pass of a network, with --train a backward pass as well.
-    Backbone {
-        /// Network.
-        #[arg(long, default_value = "r18")]
-        network: String,
-        /// Images.
-        #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
-        batch: u32,
-        /// Training mode, and the gradient of every parameter.
-        #[arg(long)]
-        train: bool,
-    },
+    Backbone(backbone::BackboneArgs),
     /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
     Loader {
         /// Training data: .rec, image folder, or "synthetic".
@@ -100,11 +90,7 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
     let repetitions = args.repetitions.unwrap_or(if is_comparison { 5 } else { 10 });
     let mut result = match &args.part {
         Part::Head(args) => head::measure(repetitions, args)?,
-        Part::Backbone {
-            network,
-            batch,
-            train,
-        } => backbone::measure(repetitions, network, *batch, *train)?,
+        Part::Backbone(args) => backbone::measure(repetitions, args)?,
         Part::Loader { data, batch, threads } => loader::measure(repetitions, data, *batch, *threads)?,
         Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
     };
@@ -186,6 +172,10 @@ mod tests {
             (
                 "bench backbone --network tiny --batch 2 --train --repetitions 1",
                 "images_per_second",
+            ),
+            (
+                "bench backbone --network tiny --batch 2 --train --gradient-checkpointing --repetitions 1",
+                "peak_bytes",
             ),
             ("bench loader --batch 2 --repetitions 2", "images_per_second"),
             (checkpoint.as_str(), "read_median_ms"),
