@@ -4,7 +4,8 @@
 mod loss;
 
 use crate::spec::{
-    CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, EvalSpec, HeadSpec, JobSpec, ModelSpec, NETWORKS, TrainSpec,
+    CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, EvalSpec, HeadSpec, JobSpec, ModelSpec,
+    NETWORKS, TrainSpec,
 };
 use crate::v1;
 use std::fmt;

@@ -235,7 +235,9 @@ impl<'a> Pass<'a> {
         let mut drawn: Vec<i64> = Vec::with_capacity(rows as usize * kept);
         for row in 0..rows as u64 {
             let mut draws = Stream::new(seed, Purpose::TokenMask, step, first_sample + row);
-            let mut order: Vec<(u64, i64)> = (0..tokens as i64).map(|token| (draws.next_bits(), token)).collect();
+            let mut order: Vec<(u64, i64)> = (0..tokens as i64)
+                .map(|token| (draws.next_bits(), token))
+                .collect();
             order.sort_unstable();
             order.truncate(kept);
             order.sort_unstable_by_key(|&(_, token)| token);
@@ -292,7 +294,11 @@ mod tests {
     fn a_sample_skips_the_same_branches_wherever_the_batch_is_cut() {
         let whole = skipped_rows(0, 64, 7);
         let parts = Tensor::cat(
-            &[skipped_rows(0, 10, 7), skipped_rows(10, 53, 7), skipped_rows(63, 1, 7)],
+            &[
+                skipped_rows(0, 10, 7),
+                skipped_rows(10, 53, 7),
+                skipped_rows(63, 1, 7),
+            ],
             0,
         );
         assert_eq!(whole, parts);
@@ -308,11 +314,18 @@ mod tests {
         let mean = scales.mean(Kind::Double).double_value(&[]);
         // The standard error of the mean of 20,000 samples is 0.005.
         assert!((mean - 1.0).abs() < 0.02, "{mean}");
-        let zeros = scales.eq(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        let zeros = scales
+            .eq(0.0)
+            .to_kind(Kind::Double)
+            .mean(Kind::Double)
+            .double_value(&[]);
         assert!((zeros - 0.3).abs() < 0.015, "{zeros}");
         let ones = Tensor::ones([2, 8], (Kind::Float, Device::Cpu));
         let mode = ForwardMode::evaluation(Precision::Fp32);
-        assert_eq!(Pass::new(&mode, None).drop_path(ones.shallow_clone(), 0.3, 0), ones);
+        assert_eq!(
+            Pass::new(&mode, None).drop_path(ones.shallow_clone(), 0.3, 0),
+            ones
+        );
     }
 
     #[test]
@@ -325,7 +338,11 @@ mod tests {
         assert!(whole.min().int64_value(&[]) >= 0 && whole.max().int64_value(&[]) < 144);
         assert_ne!(whole.get(0), whole.get(1));
         // Each token is kept with probability 129/144; the standard error over 2000 samples is 0.007.
-        let counts = whole.view([-1]).bincount(None::<Tensor>, 144).to_kind(Kind::Double) / 2000.0;
+        let counts = whole
+            .view([-1])
+            .bincount(None::<Tensor>, 144)
+            .to_kind(Kind::Double)
+            / 2000.0;
         let error = (counts - 129.0 / 144.0).abs().max().double_value(&[]);
         assert!(error < 0.035, "{error}");
     }

@@ -63,8 +63,12 @@ pub const REGISTRY: &[Registered] = &[
     transformer("vit_s", |b, c| vit::build(b, c, &vit::S)),
     transformer("vit_s_dp005_mask_0", |b, c| vit::build(b, c, &vit::S_DP005_MASK0)),
     transformer("vit_b", |b, c| vit::build(b, c, &vit::B)),
-    transformer("vit_b_dp005_mask_005", |b, c| vit::build(b, c, &vit::B_DP005_MASK005)),
-    transformer("vit_l_dp005_mask_005", |b, c| vit::build(b, c, &vit::L_DP005_MASK005)),
+    transformer("vit_b_dp005_mask_005", |b, c| {
+        vit::build(b, c, &vit::B_DP005_MASK005)
+    }),
+    transformer("vit_l_dp005_mask_005", |b, c| {
+        vit::build(b, c, &vit::L_DP005_MASK005)
+    }),
     transformer("vit_h", |b, c| vit::build(b, c, &vit::H)),
 ];
 

@@ -304,7 +304,10 @@ fn initial_weights_have_the_reference_distributions() {
 
     let mut vit = Backbone::new(&BackboneConfig::new("vit_t", 64)).unwrap();
     vit.init_random(1);
-    let values = vit.state().iter().filter(|entry| entry.tensor.kind() == Kind::Float);
+    let values = vit
+        .state()
+        .iter()
+        .filter(|entry| entry.tensor.kind() == Kind::Float);
     for entry in values {
         let (std, name) = (entry.tensor.std(false).double_value(&[]), entry.name.as_str());
         let normal = name == "pos_embed" || name == "mask_token" || entry.tensor.dim() == 2;
