@@ -29,7 +29,7 @@ pub use self::{
     decode::{OtherSize, Pixels},
     error::DataError,
     loader::{Batch, Loader, LoaderOptions},
-    mmap::Access,
+    mmap::{Access, MappedFile},
     sampler::{Epochs, MicroBatch},
 };
 

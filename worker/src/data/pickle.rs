@@ -144,6 +144,15 @@ impl<'a> Pickle<'a> {
         }
     }
 
+    /// Every value that was made, in the order of the input, whether it is part of the root or not.
+    pub fn values(&self) -> impl ExactSizeIterator<Item = Value<'_>> {
+        let nodes = &self.nodes[..];
+        (0..nodes.len()).map(move |index| Value {
+            nodes,
+            id: ValueId(index as u32),
+        })
+    }
+
     /// Bytes of the input up to and including the pickle's end; Python ignores what follows.
     pub fn consumed(&self) -> usize {
         self.consumed

@@ -15,7 +15,30 @@ pub mod weights;
 
 pub use error::FileError;
 
+use ::safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
+
+/// Kinds of numbers that files and tensors both know.
+const KINDS: [(Dtype, Kind); 10] = [
+    (Dtype::F32, Kind::Float),
+    (Dtype::F64, Kind::Double),
+    (Dtype::F16, Kind::Half),
+    (Dtype::BF16, Kind::BFloat16),
+    (Dtype::I64, Kind::Int64),
+    (Dtype::I32, Kind::Int),
+    (Dtype::I16, Kind::Int16),
+    (Dtype::I8, Kind::Int8),
+    (Dtype::U8, Kind::Uint8),
+    (Dtype::BOOL, Kind::Bool),
+];
+
+fn kind_of(dtype: Dtype) -> Option<Kind> {
+    KINDS.iter().find(|(d, _)| *d == dtype).map(|(_, kind)| *kind)
+}
+
+fn dtype_of(kind: Kind) -> Option<Dtype> {
+    KINDS.iter().find(|(_, k)| *k == kind).map(|(dtype, _)| *dtype)
+}
 
 /// The values of a tensor as bytes, row major, in the machine's byte order (the build is for little-endian machines).
 fn bytes(tensor: &Tensor) -> Vec<u8> {

@@ -8,7 +8,7 @@ use std::{
 use tch::Tensor;
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use super::{FileError, atomic, bytes, pytorch::STORAGES};
+use super::{FileError, atomic, bytes, dtype_of, pytorch::STORAGES};
 
 /// Values start at multiples of this many bytes, as PyTorch aligns them for memory maps.
 const ALIGNMENT: u16 = 64;
@@ -59,7 +59,7 @@ fn pickle(tensors: &[(&str, &Tensor)]) -> Result<Vec<u8>, String> {
     for (key, (name, tensor)) in tensors.iter().enumerate() {
         let (class, _) = STORAGES
             .iter()
-            .find(|(_, kind)| *kind == tensor.kind())
+            .find(|(_, dtype)| Some(*dtype) == dtype_of(tensor.kind()))
             .ok_or_else(|| format!("tensor {name:?}: kind {:?} cannot be written", tensor.kind()))?;
         out.text(name);
         out.global("torch._utils", "_rebuild_tensor_v2");

@@ -3,10 +3,11 @@
 //! A reader believes nothing: the header is bounded, its ranges must cover the file exactly, and no memory is taken
 //! before the file is known to hold that much.
 
+pub mod header;
+
 use std::{
     collections::HashMap,
-    fs::File,
-    io::{BufReader, BufWriter, Read, Write},
+    io::{BufWriter, Write},
     path::Path,
 };
 
@@ -14,12 +15,10 @@ use ::safetensors::{
     Dtype,
     tensor::{Metadata, TensorInfo},
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::{FileError, atomic, bytes, from_bytes};
-
-/// Longest header that is read, in bytes: the format's own limit.
-const MAX_HEADER: u64 = 100_000_000;
+use super::{FileError, atomic, bytes, dtype_of, from_bytes, kind_of};
+use crate::data::{Access, MappedFile};
 
 /// The tensors of a file.
 #[derive(Debug)]
@@ -42,89 +41,26 @@ impl Content {
 
 /// Reads a whole file.
 pub fn read(path: &Path) -> Result<Content, FileError> {
-    let file = File::open(path).map_err(FileError::io(path))?;
-    let length = file.metadata().map_err(FileError::io(path))?.len();
-    let mut file = BufReader::new(file);
-    let header = read_header(path, &mut file, length)?;
-    let mut tensors = Vec::new();
-    let mut buffer = Vec::new();
-    for name in header.offset_keys() {
-        let Some(info) = header.info(&name) else {
-            return Err(FileError::malformed(
-                path,
-                format!("header has no entry for {name:?}"),
-            ));
-        };
-        // Within the file: the header's ranges were checked to follow each other up to its end.
-        let (start, end) = info.data_offsets;
-        buffer.resize(end - start, 0);
-        file.read_exact(&mut buffer).map_err(FileError::io(path))?;
-        let tensor = decode(info, &buffer).ok_or_else(|| {
-            FileError::malformed(
-                path,
-                format!("tensor {name:?}: kind {} is not supported", info.dtype),
-            )
-        })?;
-        tensors.push((name, tensor));
-    }
-    Ok(Content {
-        tensors,
-        metadata: header.metadata().clone().unwrap_or_default(),
-    })
-}
-
-fn read_header(path: &Path, file: &mut impl Read, length: u64) -> Result<Metadata, FileError> {
+    let file = MappedFile::open(path, Access::Sequential).map_err(FileError::io(path))?;
     let malformed = |what: String| FileError::malformed(path, what);
-    let mut size = [0; 8];
-    if length < 8 {
-        return Err(malformed(format!(
-            "not a safetensors file: it has {length} bytes"
-        )));
-    }
-    file.read_exact(&mut size).map_err(FileError::io(path))?;
-    let size = u64::from_le_bytes(size);
-    if size > MAX_HEADER || size > length - 8 {
-        return Err(malformed(format!(
-            "not a safetensors file, or cut off: the header claims {size} bytes, the file has {length}"
-        )));
-    }
-    let mut header = vec![0; size as usize];
-    file.read_exact(&mut header).map_err(FileError::io(path))?;
-    // Deserialising checks that ranges follow each other without gaps and agree with kinds and shapes.
-    let header: Metadata =
-        serde_json::from_slice(&header).map_err(|error| malformed(format!("safetensors header: {error}")))?;
-    let expected = (header.data_len() as u64).checked_add(8 + size);
-    if expected != Some(length) {
-        return Err(malformed(format!(
-            "safetensors data is cut off or too long: the header describes {} bytes, the file holds {}",
-            header.data_len(),
-            length - 8 - size
-        )));
-    }
-    Ok(header)
-}
-
-fn decode(info: &TensorInfo, bytes: &[u8]) -> Option<Tensor> {
-    let shape: Option<Vec<i64>> = info.shape.iter().map(|&n| i64::try_from(n).ok()).collect();
-    from_bytes(bytes, &shape?, kind(info.dtype)?)
-}
-
-/// Kinds that both sides know.
-const KINDS: [(Dtype, Kind); 10] = [
-    (Dtype::F32, Kind::Float),
-    (Dtype::F64, Kind::Double),
-    (Dtype::F16, Kind::Half),
-    (Dtype::BF16, Kind::BFloat16),
-    (Dtype::I64, Kind::Int64),
-    (Dtype::I32, Kind::Int),
-    (Dtype::I16, Kind::Int16),
-    (Dtype::I8, Kind::Int8),
-    (Dtype::U8, Kind::Uint8),
-    (Dtype::BOOL, Kind::Bool),
-];
-
-fn kind(dtype: Dtype) -> Option<Kind> {
-    KINDS.iter().find(|(d, _)| *d == dtype).map(|(_, kind)| *kind)
+    let header = header::read(&file, file.len() as u64).map_err(malformed)?;
+    let data = &file[header.data..];
+    let tensors = header.tensors.into_iter().map(|described| {
+        // Within the file: the ranges were checked to follow each other up to its end.
+        let values = &data[described.start..described.end];
+        let tensor = kind_of(described.dtype).and_then(|kind| from_bytes(values, &described.shape, kind));
+        match tensor {
+            Some(tensor) => Ok((described.name, tensor)),
+            None => Err(malformed(format!(
+                "tensor {:?}: kind {} is not supported",
+                described.name, described.dtype
+            ))),
+        }
+    });
+    Ok(Content {
+        tensors: tensors.collect::<Result<_, _>>()?,
+        metadata: header.metadata,
+    })
 }
 
 /// Writes tensors of any of the usual kinds, atomically. The file lists them by kind, then name.
@@ -143,11 +79,11 @@ pub fn write_with<'a>(
 ) -> Result<(), FileError> {
     let mut named = Vec::new();
     for (name, tensor) in tensors {
-        let Some((dtype, _)) = KINDS.iter().find(|(_, kind)| *kind == tensor.kind()) else {
+        let Some(dtype) = dtype_of(tensor.kind()) else {
             let what = format!("tensor {name:?}: kind {:?} cannot be written", tensor.kind());
             return Err(FileError::malformed(path, what));
         };
-        named.push((name, tensor, *dtype));
+        named.push((name, tensor, dtype));
     }
     // Wide kinds first keeps every tensor aligned; then by name, so that equal content gives equal files.
     named.sort_by(|(a, _, x), (b, _, y)| y.cmp(x).then(a.cmp(b)));
@@ -190,7 +126,7 @@ fn header(
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
 

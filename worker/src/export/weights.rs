@@ -51,37 +51,65 @@ pub struct Weights {
     tensors: HashMap<String, Tensor>,
     /// As the file lists them.
     names: Vec<String>,
+    /// What the file holds beside the network.
+    beside: Vec<String>,
 }
 
-/// Start of every zip archive.
+/// Start of every zip archive that has an entry.
 const ZIP: &[u8] = b"PK\x03\x04";
-/// Start of what `torch.save` wrote before 1.6: a pickle of its magic number.
-const LEGACY_TORCH: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
+
+/// Forms of weights files.
+enum Form {
+    Pytorch,
+    Safetensors,
+}
+
+impl Form {
+    /// By content: names lie.
+    fn of(path: &Path) -> Result<Self, FileError> {
+        let mut start = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(pytorch::LEGACY_MAGIC.len() as u64).read_to_end(&mut start))
+            .map_err(FileError::io(path))?;
+        if start.starts_with(ZIP) || start == pytorch::LEGACY_MAGIC {
+            return Ok(Self::Pytorch);
+        }
+        if safetensors::header::looks_like(&start) {
+            return Ok(Self::Safetensors);
+        }
+        Err(FileError::Malformed {
+            path: path.to_owned(),
+            what: match start.get(..start.len().min(4)).unwrap_or_default() {
+                [] => "it is empty".to_owned(),
+                start => format!("neither safetensors nor PyTorch: it begins with bytes {start:02x?}"),
+            },
+            hint: "weights are a .safetensors file, or a state_dict written by torch.save",
+        })
+    }
+}
 
 impl Weights {
     /// Reads a safetensors file or a PyTorch state_dict; the content decides which, not the name.
     pub fn read(path: &Path) -> Result<Self, FileError> {
-        let mut start = Vec::new();
-        File::open(path)
-            .and_then(|file| file.take(LEGACY_TORCH.len() as u64).read_to_end(&mut start))
-            .map_err(FileError::io(path))?;
-        if start == LEGACY_TORCH {
-            return Err(FileError::Malformed {
-                path: path.to_owned(),
-                what: "written by torch.save before 1.6, in a format that is not supported".to_owned(),
-                hint: "load it in Python and torch.save it again",
-            });
-        }
-        let tensors = match start.starts_with(ZIP) {
-            true => pytorch::read(path)?,
-            false => safetensors::read(path)?.tensors,
+        let (tensors, beside) = match Form::of(path)? {
+            Form::Pytorch => {
+                let content = pytorch::read(path)?;
+                (content.tensors, content.beside)
+            }
+            Form::Safetensors => (safetensors::read(path)?.tensors, Vec::new()),
         };
         let names = tensors.iter().map(|(name, _)| name.clone()).collect();
         Ok(Self {
             path: path.to_owned(),
             tensors: tensors.into_iter().collect(),
             names,
+            beside,
         })
+    }
+
+    /// What the file holds beside the network, if that was one entry of a checkpoint; the first few keys.
+    pub fn beside(&self) -> &[String] {
+        &self.beside
     }
 
     /// Sets every tensor of the backbone. Missing, additional and misshapen ones are errors.

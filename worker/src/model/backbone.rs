@@ -103,6 +103,22 @@ pub enum ModelError {
         /// The source's shape.
         got: Vec<i64>,
     },
+    /// A tensor has another kind of numbers, which says that it is another tensor.
+    #[error("key {key} of {network} has kind {got:?}, expected {expected:?}")]
+    Kind {
+        /// The network that was loaded.
+        network: String,
+        /// Its name.
+        key: String,
+        /// The network's kind.
+        expected: Kind,
+        /// The source's kind.
+        got: Kind,
+    },
+}
+
+fn is_float(kind: Kind) -> bool {
+    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
 }
 
 fn known() -> String {
@@ -213,8 +229,8 @@ impl Backbone {
         });
     }
 
-    /// Sets every tensor from a source by name. Floating-point sources of any width are converted. Nothing changes
-    /// unless everything fits. Keys of the source that the network lacks are the caller's to check.
+    /// Sets every tensor from a source by name. Floating-point numbers of any width are converted, and whole ones, but
+    /// not into each other. Nothing changes unless everything fits. Keys of the source that the network lacks are the caller's to check.
     pub fn load_state(&mut self, source: &mut dyn FnMut(&str) -> Option<Tensor>) -> Result<(), ModelError> {
         let network = &self.config.network;
         let mut found = Vec::with_capacity(self.state.len());
@@ -233,6 +249,14 @@ impl Backbone {
                     key: entry.name.clone(),
                     expected,
                     got: tensor.size(),
+                });
+            }
+            if is_float(tensor.kind()) != is_float(entry.tensor.kind()) {
+                return Err(ModelError::Kind {
+                    network: network.clone(),
+                    key: entry.name.clone(),
+                    expected: entry.tensor.kind(),
+                    got: tensor.kind(),
                 });
             }
             found.push(tensor.reshape(expected.as_slice()));

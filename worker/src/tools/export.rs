@@ -126,6 +126,7 @@ mod tests {
         // PyTorch lists the entries in the order of its modules.
         let names: Vec<String> = pytorch::read(&at("b.pth"))
             .unwrap()
+            .tensors
             .into_iter()
             .map(|(name, _)| name)
             .collect();

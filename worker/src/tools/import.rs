@@ -7,7 +7,7 @@ use arcface_proto::failure::Failure;
 use crate::{
     export::{
         safetensors,
-        weights::{self, WeightsError},
+        weights::{Weights, WeightsError},
     },
     model::{Backbone, BackboneConfig},
 };
@@ -18,7 +18,7 @@ use crate::{
     arcface-worker import --network r50 backbone.pth -o model.safetensors\n  \
     arcface-worker import --network r18 --fill golden -o golden.safetensors")]
 pub struct ImportArgs {
-    /// A PyTorch state_dict (.pth, .pt) or a .safetensors file.
+    /// A PyTorch state_dict (.pth, .pt), bare or in a training checkpoint, or a .safetensors file.
     #[arg(value_name = "FILE", required_unless_present = "fill")]
     pub file: Option<PathBuf>,
     /// Network that the weights belong to; `arcface-worker networks` lists them.
@@ -45,7 +45,14 @@ pub enum Fill {
 /// Runs `import`.
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let backbone = match (&args.file, args.fill) {
-        (Some(file), _) => weights::open_backbone(file, &args.network).map_err(Failure::from)?,
+        (Some(file), _) => {
+            let weights = Weights::read(file).map_err(Failure::from)?;
+            let backbone = weights.backbone(&args.network).map_err(Failure::from)?;
+            if !weights.beside().is_empty() {
+                eprintln!("{}: left out: {}", file.display(), weights.beside().join(", "));
+            }
+            backbone
+        }
         (None, _) => {
             let config = BackboneConfig::new(&args.network, args.embedding_size);
             let mut backbone =
