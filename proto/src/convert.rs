@@ -4,8 +4,8 @@
 mod loss;
 
 use crate::spec::{
-    CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, EvalSpec, HeadSpec, JobSpec, ModelSpec,
-    NETWORKS, TrainSpec,
+    CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, EvalSpec, HeadInit, HeadSpec, JobSpec,
+    ModelSpec, NETWORKS, TrainSpec,
 };
 use crate::v1;
 use std::fmt;
@@ -286,8 +286,10 @@ fn head_spec(c: &mut Checker, head: v1::HeadSection) -> HeadSpec {
         "0 turns it off, 0.4 is the usual value",
     );
     let loss = loss::loss(c, &head);
+    let init = head_init(c, &head);
     HeadSpec {
         loss,
+        init,
         num_classes: head.num_classes,
         margin,
         scale,
@@ -304,6 +306,19 @@ fn head_spec(c: &mut Checker, head: v1::HeadSection) -> HeadSpec {
             crate::spec::HeadImplementation::Tiled,
         ),
     }
+}
+
+fn head_init(c: &mut Checker, head: &v1::HeadSection) -> Option<HeadInit> {
+    let given = |path: &Option<String>| path.clone().filter(|path| !path.is_empty());
+    let (init, class_list) = (given(&head.init), given(&head.class_list));
+    if init.is_none() && class_list.is_some() {
+        c.fail(
+            "head.class_list",
+            "does nothing without head.init",
+            "head.init names the head whose classes the list takes",
+        );
+    }
+    init.map(|path| HeadInit { path, class_list })
 }
 
 fn data_spec(c: &mut Checker, data: v1::DataSection, head: &HeadSpec) -> DataSpec {
@@ -429,6 +444,8 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
                 interclass_filtering_threshold: Some(spec.head.interclass_filtering_threshold.unwrap_or(0.0)),
                 margin_gradient: Some(spec.head.margin_gradient.as_str().into()),
                 implementation: Some(spec.head.implementation.as_str().into()),
+                init: spec.head.init.as_ref().map(|init| init.path.clone()),
+                class_list: spec.head.init.as_ref().and_then(|init| init.class_list.clone()),
                 ..Default::default()
             },
         )),
@@ -504,6 +521,26 @@ mod tests {
             assert!(!checkpointing(network, Some(false)), "{network}");
         }
         assert!(CHECKPOINTED_NETWORKS.iter().all(|name| NETWORKS.contains(name)));
+    }
+
+    #[test]
+    fn a_class_list_belongs_to_an_old_head() {
+        let mut wire = smallest();
+        let head = wire.head.get_or_insert_default();
+        head.class_list = Some("classes.txt".into());
+        let violations = job_spec(&wire).expect_err("invalid");
+        assert_eq!(
+            violations[0].to_string(),
+            "head.class_list: does nothing without head.init"
+        );
+        wire.head.get_or_insert_default().init = Some("old".into());
+        let spec = job_spec(&wire).expect("valid");
+        let expected = HeadInit {
+            path: "old".into(),
+            class_list: Some("classes.txt".into()),
+        };
+        assert_eq!(spec.head.init, Some(expected));
+        assert_eq!(job_spec(&job_spec_to_wire(&spec)), Ok(spec));
     }
 
     #[test]

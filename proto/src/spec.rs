@@ -110,6 +110,17 @@ pub struct HeadSpec {
     pub implementation: HeadImplementation,
     /// What becomes of cosines.
     pub loss: Loss,
+    /// Class weights to start from; `None` is random.
+    pub init: Option<HeadInit>,
+}
+
+/// `head.init` and `head.class_list`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeadInit {
+    /// The old head.
+    pub path: String,
+    /// File that says which old class each class starts as; `None`: the same one.
+    pub class_list: Option<String>,
 }
 
 /// `[data]`

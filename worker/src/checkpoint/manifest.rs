@@ -1,12 +1,12 @@
 //! `manifest.json` beside the parts: the committed manifest, so that a checkpoint can be checked and used without
 //! the coordinator's store. Its field `digest` is the BLAKE3 digest of the rest.
 
-use super::{CheckpointError, PartKind, reshard, write};
+use super::{CheckpointError, PartKind, reshard};
 use arcface_proto::{
     types::ClassRange,
     v1::{CheckpointManifest, CheckpointPart},
 };
-use std::{fs::File, io::Read, io::Write, path::Path};
+use std::{fs::File, io::Read, path::Path};
 
 /// Version of the layout that this program writes and reads.
 pub const FORMAT: u32 = 1;
@@ -17,19 +17,13 @@ pub const FILE: &str = "manifest.json";
 /// Largest manifest that is read, in bytes: 100,000 parts.
 const MAX_BYTES: u64 = 32 << 20;
 
-/// Writes `dir/manifest.json`, all or nothing.
-pub fn write_manifest(dir: &Path, manifest: &CheckpointManifest) -> Result<(), CheckpointError> {
-    let path = dir.join(FILE);
-    let broken = |error: serde_json::Error| CheckpointError::layout(&path, error.to_string());
-    let mut json = serde_json::to_value(manifest).map_err(broken)?;
-    json["digest"] = digest(manifest).map_err(broken)?.into();
-    let mut text = serde_json::to_vec_pretty(&json).map_err(broken)?;
+/// The manifest's text, with its digest.
+pub(super) fn to_json(manifest: &CheckpointManifest) -> Result<Vec<u8>, serde_json::Error> {
+    let mut json = serde_json::to_value(manifest)?;
+    json["digest"] = digest(manifest)?.into();
+    let mut text = serde_json::to_vec_pretty(&json)?;
     text.push(b'\n');
-    let bytes = text.len() as u64;
-    write::replace(&path, bytes, |out| {
-        out.write_all(&text)
-            .map_err(CheckpointError::io("write", &path, bytes))
-    })
+    Ok(text)
 }
 
 /// Reads `dir/manifest.json` and checks that nothing of it changed and that it makes sense.
@@ -44,13 +38,18 @@ pub fn read_manifest(dir: &Path) -> Result<CheckpointManifest, CheckpointError> 
             format!("larger than {MAX_BYTES} bytes"),
         ));
     }
-    let broken = |error: serde_json::Error| CheckpointError::layout(&path, format!("no manifest: {error}"));
-    let json: serde_json::Value = serde_json::from_slice(&text).map_err(broken)?;
+    parse(&path, &text)
+}
+
+/// Reads a manifest's text; `path` names it in errors.
+pub fn parse(path: &Path, text: &[u8]) -> Result<CheckpointManifest, CheckpointError> {
+    let broken = |error: serde_json::Error| CheckpointError::layout(path, format!("no manifest: {error}"));
+    let json: serde_json::Value = serde_json::from_slice(text).map_err(broken)?;
     let stated = json["digest"].as_str().unwrap_or("none").to_owned();
     let format = json["format"].as_u64().unwrap_or(0);
     if format > u64::from(FORMAT) {
         return Err(CheckpointError::Version {
-            path,
+            path: path.to_owned(),
             expected: FORMAT,
             got: u32::try_from(format).unwrap_or(u32::MAX),
         });
@@ -59,12 +58,12 @@ pub fn read_manifest(dir: &Path) -> Result<CheckpointManifest, CheckpointError> 
     let got = digest(&manifest).map_err(broken)?;
     if got != stated {
         return Err(CheckpointError::Digest {
-            path,
+            path: path.to_owned(),
             expected: stated,
             got,
         });
     }
-    validate(&path, &manifest)?;
+    validate(path, &manifest)?;
     Ok(manifest)
 }
 

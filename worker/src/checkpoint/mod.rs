@@ -10,46 +10,20 @@
 mod error;
 mod layout;
 pub mod manifest;
+mod part;
 pub mod read;
 pub mod reshard;
 pub mod write;
 
 pub use error::CheckpointError;
+pub use part::PartKind;
 pub use read::Checkpoint;
 pub use write::write_part;
 
-use arcface_proto::{types::ClassRange, v1::CheckpointManifest};
+use arcface_proto::v1::CheckpointManifest;
 
 /// A named tensor of a part.
 pub type NamedTensor = (String, tch::Tensor);
-
-/// What a part holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PartKind {
-    /// Everything that all ranks share: backbone, its optimizer, loss scale.
-    Backbone,
-    /// Rows of these classes: weights and optimizer state of the head. Each tensor has one row a class, or no
-    /// dimension at all (shape `[]`): such a value must be the same in every part.
-    Head(ClassRange),
-}
-
-impl PartKind {
-    /// Name of the part's file.
-    pub fn file(self) -> String {
-        match self {
-            Self::Backbone => "backbone.safetensors".into(),
-            Self::Head(classes) => format!("head-{}-{}.safetensors", classes.lo, classes.hi),
-        }
-    }
-
-    /// Classes held; none for the backbone.
-    pub fn classes(self) -> ClassRange {
-        match self {
-            Self::Backbone => ClassRange { lo: 0, hi: 0 },
-            Self::Head(classes) => classes,
-        }
-    }
-}
 
 /// Where training stands. It lies in the manifest, so that the coordinator knows it too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ use super::{
     layout::{self, CHUNK, Stored},
     manifest, reshard,
 };
+use crate::data::{Access, MappedFile};
 use arcface_proto::{
     types::ClassRange,
     v1::{CheckpointManifest, CheckpointPart},
@@ -19,7 +20,7 @@ use std::{
     io::{self, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// A committed checkpoint.
 #[derive(Debug)]
@@ -132,6 +133,60 @@ impl Checkpoint {
         Ok(out)
     }
 
+    /// Tensor `name` of the head, mapped, from every part with a class for which `wanted` says so, in the manifest's
+    /// order: for those who take rows in another order than the classes'. Digests were checked.
+    pub fn head_tensor(
+        &self,
+        name: &str,
+        wanted: &dyn Fn(ClassRange) -> bool,
+    ) -> Result<Vec<MappedRows>, CheckpointError> {
+        let parts = self
+            .manifest
+            .parts
+            .iter()
+            .filter_map(|part| match manifest::kind(part) {
+                Some(PartKind::Head(classes)) if !classes.is_empty() && wanted(classes) => {
+                    Some((part, classes))
+                }
+                _ => None,
+            });
+        parts
+            .map(|(part, classes)| {
+                let (path, _) = self.open_part(part)?;
+                let failed = CheckpointError::io("map", &path, part.bytes);
+                let map = MappedFile::open(&path, Access::Sequential).map_err(failed)?;
+                let got = blake3::hash(&map).to_hex().to_string();
+                if !got.eq_ignore_ascii_case(&part.blake3) {
+                    let expected = part.blake3.clone();
+                    return Err(CheckpointError::Digest { path, expected, got });
+                }
+                let refuse = |detail: String| CheckpointError::layout(&path, detail);
+                let length = map.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+                let header = usize::try_from(length.min(layout::MAX_HEADER))
+                    .ok()
+                    .and_then(|length| map.get(8..8 + length))
+                    .ok_or_else(|| refuse(format!("header of {length} bytes")))?;
+                let stored = layout::parse(header, part.bytes)
+                    .map_err(refuse)?
+                    .into_iter()
+                    .find(|stored| stored.name == name)
+                    .ok_or_else(|| refuse(format!("tensor {name}: is missing")))?;
+                if stored.shape.first() != Some(&i64::from(classes.len())) {
+                    let detail = format!("tensor {name}: {:?} for {} classes", stored.shape, classes.len());
+                    return Err(refuse(detail));
+                }
+                Ok(MappedRows {
+                    classes,
+                    kind: stored.kind,
+                    row_shape: stored.shape[1..].to_vec(),
+                    start: stored.start as usize,
+                    map,
+                    path,
+                })
+            })
+            .collect()
+    }
+
     fn open_part(&self, part: &CheckpointPart) -> Result<(PathBuf, File), CheckpointError> {
         let path = self.dir.join(&part.file);
         let opened = File::open(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
@@ -180,6 +235,23 @@ impl Checkpoint {
             layout::parse(&header, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
         Ok(Part { path, file, tensors })
     }
+}
+
+/// Rows of one tensor, in a file.
+#[derive(Debug)]
+pub struct MappedRows {
+    /// The file.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub map: MappedFile,
+    /// First byte of the rows.
+    pub start: usize,
+    /// What their values are.
+    pub kind: Kind,
+    /// Shape of one row.
+    pub row_shape: Vec<i64>,
+    /// The classes that they belong to.
+    pub classes: ClassRange,
 }
 
 /// A part whose contents are those that were committed.

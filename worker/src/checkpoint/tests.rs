@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::random::{Purpose, bits};
-use arcface_proto::v1::CheckpointManifest;
+use arcface_proto::{types::ClassRange, v1::CheckpointManifest};
 use proptest::prelude::*;
 use std::{fs, path::Path};
 use tch::{Device, Kind, Tensor};
@@ -61,7 +61,7 @@ fn write(dir: &Path, num_classes: u32, world: u32) -> CheckpointManifest {
         parts,
         committed_at: None,
     };
-    manifest::write_manifest(dir, &manifest).expect("written");
+    write::write_manifest(dir, &manifest).expect("written");
     manifest
 }
 

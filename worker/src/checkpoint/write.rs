@@ -3,8 +3,9 @@
 use super::{
     CheckpointError, NamedTensor, PartKind,
     layout::{self, CHUNK},
+    manifest,
 };
-use arcface_proto::v1::CheckpointPart;
+use arcface_proto::v1::{CheckpointManifest, CheckpointPart};
 use safetensors::Dtype;
 use std::{
     collections::{HashMap, HashSet},
@@ -81,6 +82,18 @@ pub fn write_part(
     })
 }
 
+/// Writes `dir/manifest.json`, all or nothing.
+pub fn write_manifest(dir: &Path, manifest: &CheckpointManifest) -> Result<(), CheckpointError> {
+    let path = dir.join(manifest::FILE);
+    let text =
+        manifest::to_json(manifest).map_err(|error| CheckpointError::layout(&path, error.to_string()))?;
+    let bytes = text.len() as u64;
+    replace(&path, bytes, |out| {
+        out.write_all(&text)
+            .map_err(CheckpointError::io("write", &path, bytes))
+    })
+}
+
 /// Removes one checkpoint of a job: the manifest first, so that what a crash leaves is no checkpoint. `directory` is
 /// relative to `output`; a path that leads elsewhere is refused. One that is gone already is no error.
 pub fn remove(output: &Path, directory: &str) -> Result<(), CheckpointError> {
@@ -93,7 +106,7 @@ pub fn remove(output: &Path, directory: &str) -> Result<(), CheckpointError> {
         ));
     }
     for result in [
-        fs::remove_file(path.join(super::manifest::FILE)),
+        fs::remove_file(path.join(manifest::FILE)),
         fs::remove_dir_all(&path),
     ] {
         match result {

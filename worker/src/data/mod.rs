@@ -1,6 +1,7 @@
 //! Training data: formats behind one [`Dataset`] trait, the order of the samples, the loader. Knows no model, no
 //! rank's life and no gRPC. A new format is one new file and one line in [`open`].
 
+pub mod align;
 pub mod augment;
 pub mod bin_write;
 pub mod decode;

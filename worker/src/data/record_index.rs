@@ -28,9 +28,9 @@ impl Index {
         Self::parse(&map).map_err(|message| DataError::format(path, message))
     }
 
-    /// Keys that follow each other, as nearly every file has them, cost 8 bytes a record here and now; only others
+    /// Reads the lines of an index file. Keys that follow each other, as nearly every file has them, cost 8 bytes a record here and now; only others
     /// are collected and sorted.
-    fn parse(text: &[u8]) -> Result<Self, String> {
+    pub fn parse(text: &[u8]) -> Result<Self, String> {
         let mut first = None;
         let mut offsets = Vec::new();
         for entry in entries(text) {

@@ -151,6 +151,12 @@ impl RecordFile {
     }
 }
 
+/// The record that begins at `offset` of the bytes of a `.rec`; the error says what is wrong with it.
+pub fn record_at(file: &[u8], offset: u64) -> Result<ImageRecord<'_>, String> {
+    let (_, payload) = read_parts(file, offset)?;
+    parse_image_record(payload)
+}
+
 /// Reads and joins the parts that begin at `offset`.
 fn read_parts(file: &[u8], offset: u64) -> Result<(Vec<Part>, Cow<'_, [u8]>), String> {
     let mut at = usize::try_from(offset).map_err(|_| "the offset is beyond this machine's address space")?;

@@ -32,7 +32,8 @@ const KINDS: [(Dtype, Kind); 10] = [
     (Dtype::BOOL, Kind::Bool),
 ];
 
-fn kind_of(dtype: Dtype) -> Option<Kind> {
+/// The kind of tensor for a file's numbers.
+pub fn kind_of(dtype: Dtype) -> Option<Kind> {
     KINDS.iter().find(|(d, _)| *d == dtype).map(|(_, kind)| *kind)
 }
 

@@ -183,19 +183,89 @@ mod tests {
             assert!(error.contains("bad.safetensors"), "{error}");
         }
         let lies = [
-            r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}"#,
-            r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,1600000000000]}}"#,
-            r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[8,24]}}"#,
-            r#"{"a":{"dtype":"C64","shape":[2],"data_offsets":[0,16]}}"#,
+            (
+                r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}"#,
+                "tensor \"a\": F32 [4611686018427387904, 4] does not have the bytes 0..16",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,16]}}"#,
+                "tensor \"a\": F32 [3] does not have the bytes 0..16",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[400000000000],"data_offsets":[0,1600000000000]}}"#,
+                "cut off or too long: the header describes 1600000000000 bytes, the file holds 16",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#,
+                "tensor \"a\" begins at 8, the one before it ends at 0: a hole before it",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[16,8]}}"#,
+                "tensor \"a\": F32 [2] does not have the bytes 16..8",
+            ),
+            (
+                r#"{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,9]},"b":{"dtype":"U8","shape":[8],"data_offsets":[8,16]}}"#,
+                "tensor \"b\" begins at 8, the one before it ends at 9: an overlap with it",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#,
+                "\"a\" comes twice",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}"#,
+                "invalid value: integer `-4`",
+            ),
+            (
+                r#"{"a":{"dtype":"C64","shape":[2],"data_offsets":[0,16]}}"#,
+                "tensor \"a\": kind C64 is not supported",
+            ),
+            (
+                r#"{"a":{"dtype":"F33","shape":[2],"data_offsets":[0,16]}}"#,
+                "unknown variant `F33`",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16],"run":"me"}}"#,
+                "unknown field `run`",
+            ),
+            ("[1]", "expected an object of tensors by name"),
+            ("{", "safetensors header: EOF"),
         ];
-        for header in lies {
+        for (header, expected) in lies {
             let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
             bytes.extend(header.as_bytes());
             bytes.extend([0; 16]);
             std::fs::write(&bad, bytes).unwrap();
-            assert!(read(&bad).is_err(), "{header}");
+            let error = read(&bad).unwrap_err().to_string();
+            assert!(error.contains(expected), "{header}: {error}");
         }
+        let long = header::read(&(17u64 << 20).to_le_bytes(), 1 << 40).unwrap_err();
+        assert!(
+            long.contains("of 17825792 bytes is longer than 16777216"),
+            "{long}"
+        );
         std::fs::write(&bad, [0xff; 64]).unwrap();
         assert!(read(&bad).unwrap_err().to_string().contains("header claims"));
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(4000))]
+
+        #[test]
+        fn changed_headers_are_read_or_refused(
+            edits in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), proptest::prelude::any::<u8>()), 1..4),
+            cut in 0usize..8,
+        ) {
+            let json = br#"{"__metadata__":{"a":"b"},"w":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"x":{"dtype":"I64","shape":[],"data_offsets":[8,16]}}"#;
+            let mut bytes = [&(json.len() as u64).to_le_bytes()[..], json, &[0; 16]].concat();
+            for (place, byte) in &edits {
+                let place = place.index(bytes.len());
+                bytes[place] = *byte;
+            }
+            bytes.truncate(bytes.len() - if cut < 4 { 0 } else { cut });
+            if let Ok(header) = header::read(&bytes, bytes.len() as u64) {
+                let end = header.tensors.last().map_or(0, |tensor| tensor.end);
+                assert_eq!(header.data + end, bytes.len());
+            }
+        }
     }
 }

@@ -69,7 +69,10 @@ impl Form {
     fn of(path: &Path) -> Result<Self, FileError> {
         let mut start = Vec::new();
         File::open(path)
-            .and_then(|file| file.take(pytorch::LEGACY_MAGIC.len() as u64).read_to_end(&mut start))
+            .and_then(|file| {
+                file.take(pytorch::LEGACY_MAGIC.len() as u64)
+                    .read_to_end(&mut start)
+            })
             .map_err(FileError::io(path))?;
         if start.starts_with(ZIP) || start == pytorch::LEGACY_MAGIC {
             return Ok(Self::Pytorch);

@@ -4,7 +4,7 @@
 use super::failure::RankFailure;
 use super::report::Committer;
 use super::step::Trainer;
-use crate::checkpoint::{Checkpoint, NamedTensor, PartKind, TrainState, manifest, write};
+use crate::checkpoint::{Checkpoint, NamedTensor, PartKind, TrainState, write};
 use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -196,7 +196,7 @@ fn write_and_commit(output: &Path, generation: u64, snapshot: Snapshot, committe
 pub fn settle(output: &Path, committed: &CheckpointCommitted) {
     if let Some(manifest) = &committed.manifest {
         let path = output.join(&manifest.directory);
-        match manifest::write_manifest(&path, manifest) {
+        match write::write_manifest(&path, manifest) {
             Ok(()) => info!(
                 step = manifest.step,
                 "checkpoint committed: {}", manifest.directory

@@ -7,6 +7,7 @@
 pub mod checkpoints;
 pub mod evaluate;
 pub mod failure;
+pub mod head_start;
 pub mod log;
 mod outbox;
 pub mod outputs;

@@ -74,7 +74,12 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter) -> Result<u64, Ran
             let all: Vec<String> = violations.iter().map(ToString::to_string).collect();
             RankFailure::permanent(all.join("; "))
         })?;
-    let spec = spec.ok_or_else(|| RankFailure::permanent("assignment: it has no job"))?;
+    let mut spec = spec.ok_or_else(|| RankFailure::permanent("assignment: it has no job"))?;
+    if assignment.resume.is_some() {
+        // The checkpoint has all weights. What the first generation started from may be gone by now.
+        spec.model.init = None;
+        spec.head.init = None;
+    }
     let output = paths::output_directory(&assignment.output_root, &spec.output)
         .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
     outputs::make_directory(&output)?;

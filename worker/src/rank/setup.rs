@@ -3,6 +3,7 @@
 
 use super::evaluate;
 use super::failure::RankFailure;
+use super::head_start::HeadStart;
 use super::phases::Phases;
 use super::step::{StepSettings, Trainer};
 use crate::collective::Collective;
@@ -29,6 +30,8 @@ pub struct Prepared {
     pub sets: Vec<VerificationSet>,
     /// The network with its initial weights, the same on every rank.
     pub backbone: Backbone,
+    /// Where class weights come from, if not from random draws.
+    pub head_start: Option<HeadStart>,
 }
 
 impl Prepared {
@@ -60,12 +63,17 @@ impl Prepared {
             }
             None => backbone.init_random(spec.seed),
         }
+        let head_start = match &spec.head.init {
+            Some(init) => Some(HeadStart::open(init, dataset.num_classes(), data_roots)?),
+            None => None,
+        };
         Ok(Self {
             spec,
             dataset,
             epochs,
             sets,
             backbone,
+            head_start,
         })
     }
 
@@ -86,7 +94,7 @@ impl Prepared {
     /// If the ranks do not start from the same weights, or a peer is lost.
     pub fn into_trainer(self, mut comm: Box<dyn Collective>) -> Result<(Trainer, Job), RankFailure> {
         let (rank, world_size) = (comm.rank(), comm.world_size());
-        check_same_start(&self.backbone, comm.as_mut())?;
+        check_same_start(&self.backbone, self.head_start.as_ref(), comm.as_mut())?;
         let job = Job {
             total_steps: self.total_steps(),
             end_step: self.end_step(),
@@ -102,10 +110,14 @@ impl Prepared {
             .into_iter()
             .map(|(_, tensor)| tensor.shallow_clone())
             .collect();
+        let mut head = head::build(&HeadConfig::of(&job.spec, job.num_classes), rank, world_size);
+        if let Some(start) = &self.head_start {
+            start.fill(head.as_mut())?;
+        }
         let warmup_steps = job.epochs.steps_per_epoch() * u64::from(job.spec.train.warmup_epoch);
         let trainer = Trainer {
             optimizer: optim::build(OptimizerConfig::of(&job.spec.train), &params),
-            head: head::build(&HeadConfig::of(&job.spec, job.num_classes), rank, world_size),
+            head,
             schedule: PolyWarmup::new(job.spec.train.lr, warmup_steps, job.total_steps),
             settings: StepSettings::of(&job.spec, &job.epochs, world_size),
             phases: Phases::default(),
@@ -136,8 +148,15 @@ pub struct Job {
 }
 
 /// A different binary, weights file or data folder on one node would train nonsense: compare before the first step.
-fn check_same_start(backbone: &Backbone, comm: &mut dyn Collective) -> Result<(), RankFailure> {
+fn check_same_start(
+    backbone: &Backbone,
+    head_start: Option<&HeadStart>,
+    comm: &mut dyn Collective,
+) -> Result<(), RankFailure> {
     let mut hasher = blake3::Hasher::new();
+    if let Some(start) = head_start {
+        start.hash(&mut hasher);
+    }
     for entry in backbone.state() {
         hasher.update(entry.name.as_bytes());
         let flat = entry.tensor.detach().contiguous().view([-1]);
@@ -153,7 +172,7 @@ fn check_same_start(backbone: &Backbone, comm: &mut dyn Collective) -> Result<()
         if all.int64_value(&[rank]) != all.int64_value(&[0]) {
             return Err(
                 RankFailure::permanent(format!("rank {rank} starts from other weights than rank 0"))
-                    .hint("the same arcface-worker and the same model.init file belong on every node"),
+                    .hint("the same arcface-worker and the same model.init and head.class_list belong on every node"),
             );
         }
     }

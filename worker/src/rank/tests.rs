@@ -15,6 +15,7 @@ use std::path::Path;
 use std::time::Duration;
 use tch::Tensor;
 
+mod fine_tuning;
 mod losses;
 
 /// Slowest step here, with room.

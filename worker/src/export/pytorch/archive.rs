@@ -48,8 +48,14 @@ impl<'a> Archive<'a> {
             rest = after;
             let name = listed.name()?;
             let fail = |what: &str| format!("archive entry {name:?}: {what}");
-            let (start, bytes) = listed.locate(file, directory.offset).map_err(|what| fail(&what))?;
-            places.push((start, bytes.as_ptr_range().end as usize - file.as_ptr() as usize, name));
+            let (start, bytes) = listed
+                .locate(file, directory.offset)
+                .map_err(|what| fail(&what))?;
+            places.push((
+                start,
+                bytes.as_ptr_range().end as usize - file.as_ptr() as usize,
+                name,
+            ));
             let crc = listed.crc;
             if entries.insert(name, Entry { bytes, crc }).is_some() {
                 return Err(fail("its name comes twice"));

@@ -111,6 +111,19 @@ pub struct TensorView {
     pub stride: Vec<i64>,
 }
 
+impl TensorView {
+    /// Whether the elements lie one after the other, row major.
+    pub fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        let mut dimensions = self.size.iter().zip(&self.stride).rev();
+        dimensions.all(|(&size, &stride)| {
+            let fits = size == 1 || stride == expected;
+            expected = size.max(1).saturating_mul(expected);
+            fits
+        })
+    }
+}
+
 /// Reads a file of `torch.save` in either of its forms. `keys` are those under which a checkpoint may keep what is
 /// wanted ([`NETWORK`] or [`HEAD`]).
 pub fn read<'a>(file: &'a [u8], keys: &[&str]) -> Result<StateDict<'a>, Refused> {
@@ -248,7 +261,11 @@ fn network<'p>(root: Value<'p>, keys: &[&str]) -> Result<(Values<'p>, Vec<String
         .pairs()
         .any(|(_, value)| matches!(value.view(), View::Object(_)) && items(value).is_none());
     if holds_dicts && !holds_tensors {
-        let names: Vec<&str> = found.pairs().filter_map(|(name, _)| name.text()).take(8).collect();
+        let names: Vec<&str> = found
+            .pairs()
+            .filter_map(|(name, _)| name.text())
+            .take(8)
+            .collect();
         return Err(format!(
             "no network in it: its keys are {}, none of them {}",
             names.join(", "),
@@ -340,7 +357,8 @@ fn view_of_storage<'a, F: Fn(&str) -> Result<&'a [u8], String>>(
     }
     Ok(TensorView {
         storage,
-        offset,
+        // A tensor without elements may say that it begins anywhere.
+        offset: if size.contains(&0) { 0 } else { offset },
         size,
         stride,
     })
@@ -358,7 +376,10 @@ fn storage_name(value: Value<'_>) -> Option<(&str, Dtype)> {
     let View::Global("torch", class) = class.view() else {
         return None;
     };
-    if parts.get(5).is_some_and(|view| !matches!(view.view(), View::None)) {
+    if parts
+        .get(5)
+        .is_some_and(|view| !matches!(view.view(), View::None))
+    {
         return None;
     }
     let (_, dtype) = STORAGES.iter().find(|(name, _)| *name == class)?;

@@ -7,6 +7,8 @@ use zip::CompressionMethod;
 
 use super::{state_dict::fits, *};
 
+mod hostile;
+
 fn sample() -> Vec<(&'static str, Tensor)> {
     let values = Tensor::arange(12, (Kind::Float, Device::Cpu)).view([3, 4]);
     vec![

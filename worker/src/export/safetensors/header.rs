@@ -77,7 +77,11 @@ pub fn read(file: &[u8], length: u64) -> Result<Header, String> {
     let mut end = 0;
     for tensor in &tensors {
         if tensor.start != end {
-            let what = if tensor.start > end { "a hole before" } else { "an overlap with" };
+            let what = if tensor.start > end {
+                "a hole before"
+            } else {
+                "an overlap with"
+            };
             return Err(format!(
                 "safetensors header: tensor {:?} begins at {}, the one before it ends at {end}: {what} it",
                 tensor.name, tensor.start
