@@ -1,7 +1,9 @@
-//! `arcface-worker infer`: embeddings of image files, or of a tensor of prepared images.
+//! `arcface-worker infer`: embeddings of image files, of faces in them, or of a tensor of prepared images.
+
+mod landmarks;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs, io,
     path::{Path, PathBuf},
 };
@@ -18,6 +20,7 @@ use tch::{Kind, Tensor};
 
 use crate::{
     data::{
+        align::{self, Similarity},
         augment,
         decode::{self, OtherSize, PIXEL_BYTES},
         image_folder::read_image_file,
@@ -31,11 +34,12 @@ use crate::{
 #[command(after_help = "Examples:\n  \
     arcface-worker infer --network r50 --weights model.safetensors faces/ --out faces.npy\n  \
     arcface-worker infer --network r50 --weights backbone.pth --flip a.jpg b.png --out pair.json\n  \
+    arcface-worker infer --network r50 --weights w.safetensors --landmarks faces.csv --out faces.json\n  \
     arcface-worker infer --network mbf --weights w.safetensors --tensor in.safetensors --out out.safetensors")]
 pub struct InferArgs {
     /// Aligned faces, JPEG or PNG; folders are walked in order of their names. Images of another size than 112x112 are
     /// scaled to it, without keeping the ratio of their sides.
-    #[arg(value_name = "IMAGE", required_unless_present = "tensor")]
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["tensor", "landmarks"])]
     pub images: Vec<PathBuf>,
     /// Network that the weights belong to; `arcface-worker networks` lists them.
     #[arg(long)]
@@ -43,6 +47,12 @@ pub struct InferArgs {
     /// Weights: .safetensors, or a PyTorch state_dict (.pth, .pt).
     #[arg(long, value_name = "FILE")]
     pub weights: PathBuf,
+    /// Where faces are in the images, which need not be aligned then: one line a face with the image and x, y of both eyes,
+    /// nose and both corners of the mouth, left to right as in the image, separated by commas or tabs; or JSON,
+    /// [{"image": "a.jpg", "landmarks": [[x, y], ..]}, ..]. 68 points are reduced to these five. An image may have
+    /// several faces. Relative paths are looked for here, then beside FILE. With IMAGE, only the faces of those images.
+    #[arg(long, value_name = "FILE", conflicts_with = "tensor")]
+    pub landmarks: Option<PathBuf>,
     /// Instead of images: a .safetensors file with tensor `input` [N, 3, 112, 112], float32, RGB in [-1, 1].
     #[arg(long, value_name = "FILE", conflicts_with = "images")]
     pub tensor: Option<PathBuf>,
@@ -91,9 +101,17 @@ impl Format {
     }
 }
 
+/// One picture for the network.
+#[derive(Clone, Debug)]
+struct Picture {
+    path: PathBuf,
+    /// How the crop is cut out; a crop already, or to be scaled, without.
+    onto_crop: Option<Similarity>,
+}
+
 /// Where images come from.
 enum Source {
-    Files(Vec<PathBuf>),
+    Files(Vec<Picture>),
     Tensor(Tensor),
 }
 
@@ -120,12 +138,12 @@ pub fn run(args: InferArgs) -> anyhow::Result<()> {
     let format = Format::of(&args.out)?;
     let source = match &args.tensor {
         Some(path) => Source::Tensor(read_input(path)?),
-        None => Source::Files(image_files(&args.images)?),
+        None => Source::Files(pictures(&args.images, args.landmarks.as_deref())?),
     };
     let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
     let embedding = embed(&backbone, &source, &args)?;
     let names = match &source {
-        Source::Files(files) => Some(files.iter().map(|file| file.display().to_string()).collect()),
+        Source::Files(files) => Some(files.iter().map(|file| file.path.display().to_string()).collect()),
         Source::Tensor(_) => None,
     };
     write(&args.out, format, &embedding, names)
@@ -177,6 +195,84 @@ fn read_input(path: &Path) -> anyhow::Result<Tensor> {
     }
 }
 
+/// The pictures that the arguments name, in the order of the images, or of the landmarks where no image is named.
+fn pictures(images: &[PathBuf], landmarks: Option<&Path>) -> anyhow::Result<Vec<Picture>> {
+    let Some(landmarks) = landmarks else {
+        let whole = |path| Picture {
+            path,
+            onto_crop: None,
+        };
+        return Ok(image_files(images)?.into_iter().map(whole).collect());
+    };
+    let faces = faces(landmarks)?;
+    if images.is_empty() {
+        return Ok(faces);
+    }
+    // The same file may be named in several ways.
+    let same = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let mut by_image: HashMap<PathBuf, Vec<Similarity>> = HashMap::new();
+    for face in &faces {
+        by_image
+            .entry(same(&face.path))
+            .or_default()
+            .extend(face.onto_crop);
+    }
+    let mut chosen = Vec::new();
+    for path in image_files(images)? {
+        let Some(faces) = by_image.get(&same(&path)) else {
+            let what = format!("{}: no face of {}", landmarks.display(), path.display());
+            return Err(Failure::new(ExitCode::Failed, what)
+                .hint("every image needs its landmarks")
+                .into());
+        };
+        chosen.extend(faces.iter().map(|face| Picture {
+            path: path.clone(),
+            onto_crop: Some(*face),
+        }));
+    }
+    Ok(chosen)
+}
+
+/// The faces that a file of landmarks lists. All its images must be there: one that is missing would be found after
+/// hours otherwise.
+fn faces(file: &Path) -> anyhow::Result<Vec<Picture>> {
+    let refuse = |what: String| {
+        Failure::new(ExitCode::Failed, format!("{}: {what}", file.display()))
+            .hint("a line is: image, then x and y of eyes, nose and corners of the mouth")
+    };
+    let text = fs::read_to_string(file).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            Failure::new(ExitCode::NotFound, format!("{} does not exist", file.display()))
+        }
+        io::ErrorKind::InvalidData => refuse("it is not UTF-8 text".to_owned()),
+        _ => Failure::new(ExitCode::Failed, format!("{}: {error}", file.display())),
+    })?;
+    let listed = landmarks::parse(&text).map_err(refuse)?;
+    if listed.is_empty() {
+        return Err(refuse("it lists no face".to_owned()).into());
+    }
+    let beside = file.parent().unwrap_or(Path::new(""));
+    let mut there = HashSet::new();
+    let mut pictures = Vec::with_capacity(listed.len());
+    for face in listed {
+        let mut path = PathBuf::from(&face.image);
+        if path.is_relative() && !path.exists() && beside.join(&path).exists() {
+            path = beside.join(path);
+        }
+        if !there.contains(&path) {
+            image_files(std::slice::from_ref(&path))?;
+            there.insert(path.clone());
+        }
+        let onto_crop = Similarity::between(&face.points, &align::TEMPLATE)
+            .ok_or_else(|| refuse(format!("{}: its landmarks are all in one place", face.image)))?;
+        pictures.push(Picture {
+            path,
+            onto_crop: Some(onto_crop),
+        });
+    }
+    Ok(pictures)
+}
+
 /// The images that the arguments name, folders walked in order.
 fn image_files(arguments: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
@@ -225,17 +321,24 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
 }
 
 /// Images as the network wants them: \[n, 3, 112, 112\] f32.
-fn load(files: &[PathBuf]) -> anyhow::Result<Tensor> {
+fn load(files: &[Picture]) -> anyhow::Result<Tensor> {
     let mut values = vec![0f32; files.len() * PIXEL_BYTES];
     let (planes, _) = values.as_chunks_mut::<PIXEL_BYTES>();
     files
         .par_iter()
         .zip(planes)
-        .try_for_each(|(path, planes)| -> anyhow::Result<()> {
-            let bytes = read_image_file(path).map_err(Failure::from)?;
+        .try_for_each(|(picture, planes)| -> anyhow::Result<()> {
+            let bytes = read_image_file(&picture.path).map_err(Failure::from)?;
             let mut pixels = [0; PIXEL_BYTES];
-            decode::decode(&bytes, OtherSize::Resize, &mut pixels)
-                .map_err(|what| Failure::new(ExitCode::Failed, format!("{}: {what}", path.display())))?;
+            let made = match &picture.onto_crop {
+                None => decode::decode(&bytes, OtherSize::Resize, &mut pixels),
+                Some(onto_crop) => {
+                    decode::decode_any(&bytes).map(|image| align::warp(&image, onto_crop, &mut pixels))
+                }
+            };
+            made.map_err(|what| {
+                Failure::new(ExitCode::Failed, format!("{}: {what}", picture.path.display()))
+            })?;
             augment::normalise(&pixels, false, planes);
             Ok(())
         })?;

@@ -13,6 +13,7 @@ fn args(folder: &Path) -> InferArgs {
         network: "tiny".to_owned(),
         weights: folder.join("w.safetensors"),
         tensor: None,
+        landmarks: None,
         flip: false,
         out: folder.join("out.safetensors"),
         batch: 2,
@@ -133,6 +134,54 @@ fn images_of_any_size_in_folders_become_rows_in_order() {
 }
 
 #[test]
+fn faces_are_cut_out_by_their_landmarks() {
+    let (folder, backbone) = set_up();
+    let at = |name: &str| folder.path().join(name);
+    let picture = ImageBuffer::from_fn(300, 200, |x, y| Rgb([x as u8, y as u8, (x * y) as u8]));
+    picture.save(at("group.png")).unwrap();
+    picture.save(at("other.png")).unwrap();
+    // Two faces in one image: crops at (20, 30) and (150, 60), unturned and in their size.
+    let row = |image: &str, left: f64, top: f64| {
+        let points = align::TEMPLATE.map(|[x, y]| format!("{},{}", x + left, y + top));
+        format!("{image},{}\n", points.join(","))
+    };
+    let rows = [
+        row("group.png", 20.0, 30.0),
+        row("other.png", 0.0, 0.0),
+        row("group.png", 150.0, 60.0),
+    ];
+    fs::write(at("faces.csv"), rows.concat()).unwrap();
+    let embed = |images: Vec<PathBuf>| {
+        let out = at("out.json");
+        run(InferArgs {
+            images,
+            landmarks: Some(at("faces.csv")),
+            out: out.clone(),
+            ..args(folder.path())
+        })
+        .unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&fs::read(out).unwrap()).unwrap();
+        let names: Vec<PathBuf> = serde_json::from_value(report["images"].clone()).unwrap();
+        let rows: Vec<Vec<f32>> = serde_json::from_value(report["embedding"].clone()).unwrap();
+        (names, rows)
+    };
+    let (names, rows) = embed(vec![]);
+    assert_eq!(names, [at("group.png"), at("other.png"), at("group.png")]);
+    for (row, left, top) in [(0, 20, 30), (1, 0, 0), (2, 150, 60)] {
+        let crop = image::imageops::crop_imm(&picture, left, top, 112, 112).to_image();
+        let pixels = Tensor::from_slice(crop.as_raw()).view([112, 112, 3]);
+        let pixels = pixels.to_kind(Kind::Float) / 255.0;
+        let image = ((pixels - 0.5) / 0.5).permute([2, 0, 1]).unsqueeze(0);
+        let ours = Tensor::from_slice(&rows[row]).unsqueeze(0);
+        assert!(distance(&ours, &forward(&backbone, &image)) < 1e-4, "face {row}");
+    }
+    let (names, chosen) = embed(vec![at("group.png")]);
+    assert_eq!(names, [at("group.png"), at("group.png")]);
+    let [again, before] = [&chosen[1], &rows[2]].map(|row| Tensor::from_slice(row));
+    assert!(distance(&again, &before) < 1e-5);
+}
+
+#[test]
 fn bad_input_is_one_line_with_its_exit_code() {
     let (folder, _) = set_up();
     let at = |name: &str| folder.path().join(name);
@@ -142,7 +191,16 @@ fn bad_input_is_one_line_with_its_exit_code() {
     let float = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
     safetensors::write(&at("shape.safetensors"), [("input", &float(&[2, 3, 96, 96]))]).unwrap();
     safetensors::write(&at("name.safetensors"), [("images", &float(&[2, 3, 112, 112]))]).unwrap();
+    fs::write(at("short.csv"), "a.jpg,1,2\n").unwrap();
+    fs::write(at("gone.csv"), "gone.jpg,1,2,3,4,5,6,7,8,9,10\n").unwrap();
+    fs::write(at("point.csv"), "broken.jpg,1,1,1,1,1,1,1,1,1,1\n").unwrap();
+    fs::write(at("face.csv"), "broken.jpg,1,2,3,4,5,6,7,8,9,11\n").unwrap();
+    fs::write(at("none.csv"), "\n").unwrap();
     let base = || args(folder.path());
+    let landmarks = |name: &str| InferArgs {
+        landmarks: Some(at(name)),
+        ..base()
+    };
     let images = |name: &str| InferArgs {
         images: vec![at(name)],
         ..base()
@@ -174,6 +232,30 @@ fn bad_input_is_one_line_with_its_exit_code() {
             ExitCode::Failed,
         ),
         (tensor("name.safetensors"), "no tensor input", ExitCode::Failed),
+        (
+            landmarks("short.csv"),
+            "short.csv: line 1: a.jpg: 2 numbers",
+            ExitCode::Failed,
+        ),
+        (
+            landmarks("gone.csv"),
+            "gone.jpg does not exist",
+            ExitCode::NotFound,
+        ),
+        (
+            landmarks("point.csv"),
+            "broken.jpg: its landmarks are all in one place",
+            ExitCode::Failed,
+        ),
+        (landmarks("none.csv"), "it lists no face", ExitCode::Failed),
+        (
+            InferArgs {
+                images: vec![at("shape.safetensors")],
+                ..landmarks("face.csv")
+            },
+            "face.csv: no face of",
+            ExitCode::Failed,
+        ),
         (
             InferArgs {
                 out: at("out.txt"),

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    checkpoint::{PartKind, manifest, write_part},
+    checkpoint::{PartKind, manifest, write, write_part},
     data::recordio_write::LayoutWriter,
     export::safetensors,
     model::BackboneConfig,
@@ -69,7 +69,7 @@ fn write_checkpoint(dir: &Path, weight: &Tensor, num_classes: u32) {
         parts,
         ..Default::default()
     };
-    manifest::write_manifest(dir, &manifest).unwrap();
+    write::write_manifest(dir, &manifest).unwrap();
 }
 
 /// A data set, an untrained network, and a checkpoint whose classes have one centre amid the right images and one at
