@@ -1,0 +1,6 @@
+//! Fuzzes `readers::recordio`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    arcface_fuzz::readers::recordio(bytes);
+});
