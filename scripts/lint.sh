@@ -19,6 +19,7 @@ lock_file() { cargo metadata --locked --format-version 1 --quiet >/dev/null; }
 mapfile -t scripts < <(git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run)
 
 check format cargo fmt --all --check
+check "format of fuzz" cargo fmt --manifest-path fuzz/Cargo.toml --check
 check "lock file" lock_file
 check shellcheck "$tools/shellcheck" --external-sources "${scripts[@]}"
 check spelling "$tools/typos"

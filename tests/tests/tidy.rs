@@ -244,7 +244,8 @@ fn sources() -> Result<Vec<Source>> {
             let path = entry?.path();
             let relative = path.strip_prefix(&root)?.to_string_lossy().into_owned();
             if path.is_dir() {
-                if !matches!(relative.as_str(), ".git" | "target" | "work_dirs") {
+                let built = path.file_name().is_some_and(|name| name == "target");
+                if !built && !matches!(relative.as_str(), ".git" | "work_dirs") {
                     folders.push(path);
                 }
             } else if is_text(&path) {

@@ -127,7 +127,7 @@ fn made() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
     let split = recordio(&[3.0], &[5; 40], true);
     let bin = |flags: &str| {
         let mut out = b"\x80\x02](U\x04\xff\xd8\xff\xe0U\x01bU\x01cq\x01h\x01e](".to_vec();
-        out.extend(flags.bytes().map(|flag| if flag == '1' { 0x88 } else { 0x89 }));
+        out.extend(flags.bytes().map(|flag| if flag == b'1' { 0x88 } else { 0x89 }));
         out.extend(b"e\x86.");
         out
     };

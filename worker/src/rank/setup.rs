@@ -155,7 +155,7 @@ fn check_same_start(
 ) -> Result<(), RankFailure> {
     let mut hasher = blake3::Hasher::new();
     if let Some(start) = head_start {
-        start.hash(&mut hasher);
+        start.add_to(&mut hasher);
     }
     for entry in backbone.state() {
         hasher.update(entry.name.as_bytes());

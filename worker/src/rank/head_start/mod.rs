@@ -88,7 +88,7 @@ impl HeadStart {
     }
 
     /// Adds which class starts as which to a digest.
-    pub fn hash(&self, hasher: &mut blake3::Hasher) {
+    pub fn add_to(&self, hasher: &mut blake3::Hasher) {
         hasher.update(&self.old.classes().to_le_bytes());
         for from in &self.from {
             hasher.update(&from.map_or(u64::MAX, u64::from).to_le_bytes());
