@@ -252,7 +252,7 @@ fn network<'p>(root: Value<'p>, keys: &[&str]) -> Result<(Values<'p>, Vec<String
                 .filter_map(|(name, _)| name.text())
                 .filter(|name| *name != key)
                 .take(MAX_NAMED - beside.len().min(MAX_NAMED))
-                .map(|name| name.chars().take(64).collect::<String>()),
+                .map(shown),
         );
         found = inner;
     }
@@ -261,10 +261,11 @@ fn network<'p>(root: Value<'p>, keys: &[&str]) -> Result<(Values<'p>, Vec<String
         .pairs()
         .any(|(_, value)| matches!(value.view(), View::Object(_)) && items(value).is_none());
     if holds_dicts && !holds_tensors {
-        let names: Vec<&str> = found
+        let names: Vec<String> = found
             .pairs()
             .filter_map(|(name, _)| name.text())
             .take(8)
+            .map(shown)
             .collect();
         return Err(format!(
             "no network in it: its keys are {}, none of them {}",
@@ -273,6 +274,12 @@ fn network<'p>(root: Value<'p>, keys: &[&str]) -> Result<(Values<'p>, Vec<String
         ));
     }
     Ok((found, beside))
+}
+
+/// A key for a message: in one line, and not longer than names are.
+fn shown(key: &str) -> String {
+    let start: String = key.chars().take(64).collect();
+    start.escape_debug().to_string()
 }
 
 /// Keys and values of a dict or an `OrderedDict`.

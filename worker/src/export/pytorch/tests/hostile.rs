@@ -215,6 +215,13 @@ fn the_network_of_a_checkpoint_is_found() {
 }
 
 #[test]
+fn names_do_not_write_to_the_terminal() {
+    let entry = b"X\x04\x00\x00\x00a\n\x1b[}s".to_vec();
+    let error = read(&archive(&dict(&[entry]))).unwrap_err();
+    assert!(error.contains("its keys are a\\n\\u{1b}[,"), "{error}");
+}
+
+#[test]
 fn archives_that_lie_are_refused() {
     let pickle = dict(&[tensor("a", WHOLE)]);
     let good = archive(&pickle);
