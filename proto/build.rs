@@ -28,7 +28,12 @@ const JOB_FILE: [&str; 12] = [
 ];
 
 /// Messages written as JSON, by us and for us.
-const JSON: [&str; 3] = ["RankAssignment", "CheckpointManifest", "CheckpointPart"];
+const JSON: [&str; 4] = [
+    "RankAssignment",
+    "CheckpointManifest",
+    "CheckpointPart",
+    "LossScaler",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = protox::compile(PROTOS, ["."])?;
@@ -52,6 +57,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     config = config.field_attribute(
         ".arcface.v1.CheckpointManifest.committed_at",
         "#[serde(with = \"crate::timestamp\")]",
+    );
+    // Manifests of jobs without a loss scale keep the bytes, and so the digest, that they had before there was one.
+    config = config.field_attribute(
+        ".arcface.v1.CheckpointManifest.scaler",
+        "#[serde(skip_serializing_if = \"Option::is_none\")]",
     );
     config.compile_fds(descriptors)?;
     for proto in PROTOS {

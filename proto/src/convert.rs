@@ -410,6 +410,16 @@ fn train_spec(c: &mut Checker, train: v1::TrainSection) -> TrainSpec {
         precision: c.choice("train.precision", &train.precision, crate::spec::Precision::Fp32),
         frequent: c.at_least_one("train.frequent", train.frequent.unwrap_or(10)),
         max_steps: train.max_steps.filter(|steps| *steps > 0),
+        accumulation: c.choice(
+            "train.accumulation",
+            &train.accumulation,
+            crate::spec::Accumulation::Mean,
+        ),
+        on_nonfinite: c.choice(
+            "train.on_nonfinite",
+            &train.on_nonfinite,
+            crate::spec::OnNonfinite::Stop,
+        ),
     }
 }
 
@@ -468,6 +478,8 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             precision: Some(spec.train.precision.as_str().into()),
             frequent: Some(spec.train.frequent),
             max_steps: spec.train.max_steps,
+            accumulation: Some(spec.train.accumulation.as_str().into()),
+            on_nonfinite: Some(spec.train.on_nonfinite.as_str().into()),
         }),
         eval: Some(v1::EvalSection {
             verbose: Some(spec.eval.every_steps.unwrap_or(0)),

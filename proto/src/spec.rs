@@ -153,8 +153,10 @@ pub struct TrainSpec {
     pub momentum: f64,
     /// Weight decay.
     pub weight_decay: f64,
-    /// Micro-steps averaged into one update.
+    /// Steps whose gradients make one update.
     pub gradient_acc: u32,
+    /// How they become one.
+    pub accumulation: Accumulation,
     /// Largest norm of the backbone's gradient; `None` is no clipping.
     pub clip_grad_norm: Option<f64>,
     /// Arithmetic of the backbone.
@@ -163,6 +165,8 @@ pub struct TrainSpec {
     pub frequent: u32,
     /// Stop after this many steps; `None` is at the last epoch's end.
     pub max_steps: Option<u64>,
+    /// What follows a loss or gradient that is not finite.
+    pub on_nonfinite: OnNonfinite,
 }
 
 /// `[eval]`
@@ -278,5 +282,25 @@ choice! {
         Bf16 = "bf16",
         /// float16 with fp32 master weights and a dynamic loss scale.
         Fp16 = "fp16",
+    }
+}
+choice! {
+    /// How gradients of several steps become that of one update.
+    Accumulation {
+        /// Averaged: the learning rate keeps its meaning.
+        Mean = "mean",
+        /// Added, as the reference does.
+        Sum = "sum",
+    }
+}
+choice! {
+    /// What follows a loss or gradient that is not finite.
+    OnNonfinite {
+        /// The job fails.
+        Stop = "stop",
+        /// The update is left out.
+        Skip = "skip",
+        /// Training goes back to the last checkpoint and leaves out the step.
+        Rollback = "rollback",
     }
 }
