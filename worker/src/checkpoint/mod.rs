@@ -20,13 +20,13 @@ pub use part::PartKind;
 pub use read::Checkpoint;
 pub use write::write_part;
 
-use arcface_proto::v1::CheckpointManifest;
+use arcface_proto::v1::{CheckpointManifest, LossScaler};
 
 /// A named tensor of a part.
 pub type NamedTensor = (String, tch::Tensor);
 
 /// Where training stands. It lies in the manifest, so that the coordinator knows it too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainState {
     /// Steps finished.
     pub step: u64,
@@ -34,6 +34,8 @@ pub struct TrainState {
     pub epoch: u32,
     /// Samples of that epoch already consumed.
     pub epoch_samples: u64,
+    /// The loss scale of fp16.
+    pub scaler: Option<LossScaler>,
 }
 
 impl From<&CheckpointManifest> for TrainState {
@@ -42,6 +44,7 @@ impl From<&CheckpointManifest> for TrainState {
             step: manifest.step,
             epoch: manifest.epoch,
             epoch_samples: manifest.epoch_samples,
+            scaler: manifest.scaler,
         }
     }
 }

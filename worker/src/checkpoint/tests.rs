@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::random::{Purpose, bits};
-use arcface_proto::{types::ClassRange, v1::CheckpointManifest};
+use arcface_proto::{
+    types::ClassRange,
+    v1::{CheckpointManifest, LossScaler},
+};
 use proptest::prelude::*;
 use std::{fs, path::Path};
 use tch::{Device, Kind, Tensor};
@@ -42,6 +45,14 @@ fn backbone() -> Vec<NamedTensor> {
     ]
 }
 
+/// Every second world trains in fp16.
+fn scaler(world: u32) -> Option<LossScaler> {
+    world.is_multiple_of(2).then_some(LossScaler {
+        scale: 32768.0,
+        good_updates: 7,
+    })
+}
+
 fn write(dir: &Path, num_classes: u32, world: u32) -> CheckpointManifest {
     let mut parts = vec![write_part(dir, PartKind::Backbone, &backbone()).expect("written")];
     for rank in 0..world {
@@ -60,6 +71,7 @@ fn write(dir: &Path, num_classes: u32, world: u32) -> CheckpointManifest {
         directory: "checkpoints/step-1234".into(),
         parts,
         committed_at: None,
+        scaler: scaler(world),
     };
     write::write_manifest(dir, &manifest).expect("written");
     manifest
@@ -100,12 +112,23 @@ proptest! {
         write(dir.path(), classes, old);
         let checkpoint = Checkpoint::open_dir(dir.path()).expect("whole");
         assert_same(&checkpoint.backbone().expect("backbone"), &backbone());
-        let state = TrainState { step: 1234, epoch: 2, epoch_samples: 4321 };
+        let state = TrainState { step: 1234, epoch: 2, epoch_samples: 4321, scaler: scaler(old) };
         prop_assert_eq!(checkpoint.train_state(), state);
         for rank in 0..new {
             let wanted = ClassRange::of_rank(classes, rank, new);
             assert_same(&checkpoint.head_rows(wanted).expect("rows"), &head(wanted));
         }
+    }
+}
+
+/// What older versions committed has no field for it, and a digest over what it has.
+#[test]
+fn a_manifest_without_loss_scale_does_not_mention_it() {
+    let dir = tempfile::tempdir().expect("scratch");
+    for (world, mentioned) in [(1, false), (2, true)] {
+        write(dir.path(), 4, world);
+        let text = fs::read_to_string(dir.path().join(manifest::FILE)).expect("written");
+        assert_eq!(text.contains("scaler"), mentioned, "{text}");
     }
 }
 

@@ -105,7 +105,8 @@ pub trait Head: Send {
     /// * `embedding` `[b, D]` f32, raw (not normalised), detached, this rank's rows; `labels` `[b]` i64, global class ids.
     /// * `rows`: rows of every rank, the same list on all; `rows[rank] == b`, which may differ between ranks or be 0.
     /// * `step`: counter of the class sampling.
-    /// * `share`: this micro-batch's share of the update's samples, 1 without accumulation.
+    /// * `share`: the weight of this micro-batch's mean in the update: its share of the update's samples, 1 without
+    ///   accumulation; where the gradients of steps are summed, its share of its step's.
     ///
     /// The weight gradient, times `share`, is kept until [`update`](Self::update).
     ///
@@ -156,6 +157,28 @@ pub struct HeadOutput {
     /// `[b, D]` f32: world_size x the gradient of that mean by this rank's embeddings, times `share`. The world
     /// size cancels the averaging of the backbone's gradient over ranks.
     pub grad_embedding: Tensor,
+    /// If the loss is not finite, the rows behind it, counted over all ranks: those whose embedding is not finite, or where
+    /// there are none, those whose loss is not. The same on every rank.
+    pub not_finite: Vec<u32>,
+}
+
+/// [`HeadOutput::not_finite`], from the norms of all rows and their losses.
+fn rows_not_finite(loss: f64, norms: &[f64], losses: impl Iterator<Item = f64>) -> Vec<u32> {
+    if loss.is_finite() {
+        return Vec::new();
+    }
+    let broken = |values: &mut dyn Iterator<Item = f64>| -> Vec<u32> {
+        let numbered = (0u32..).zip(values);
+        numbered
+            .filter(|(_, value)| !value.is_finite())
+            .map(|(row, _)| row)
+            .collect()
+    };
+    let embeddings = broken(&mut norms.iter().copied());
+    match embeddings.is_empty() {
+        true => broken(&mut { losses }),
+        false => embeddings,
+    }
 }
 
 /// Why a head failed.

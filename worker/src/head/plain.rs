@@ -9,6 +9,7 @@ use super::{
     centers::Nearest,
     check_form, classes, exchange,
     margin::{Loss, Rows, target_cosines},
+    rows_not_finite,
     sampling::{ClassSampler, RandomNegatives},
     unit::{normalize, normalize_backward},
 };
@@ -145,6 +146,7 @@ impl Head for PlainHead {
                 return Ok(HeadOutput {
                     loss: 0.0,
                     grad_embedding: Tensor::zeros([0, embedding_size], (Kind::Float, Device::Cpu)),
+                    not_finite: Vec::new(),
                 });
             }
             let embedding_bd = exchange::gather_rows(comm, &embedding.to_kind(Kind::Float), rows)?;
@@ -205,9 +207,12 @@ impl Head for PlainHead {
                 grad_embedding += unit_rd * own(&Tensor::from_slice(&by_norm)).unsqueeze(1);
             }
             grad_embedding *= share * f64::from(comm.world_size());
+            let loss = softmax.loss + prepared.norm_loss();
+            let losses = doubles(&softmax.target_probability_b).into_iter();
             Ok(HeadOutput {
-                loss: softmax.loss + prepared.norm_loss(),
+                loss,
                 grad_embedding,
+                not_finite: rows_not_finite(loss, &doubles(&norm_b1), losses),
             })
         })
     }

@@ -1,12 +1,14 @@
-//! Update rules, clipping and the learning rate: values in, values out. Knows no model, no head, no rank, no file.
+//! Update rules, clipping, the loss scale and the learning rate: values in, values out. Knows no model, no head, no rank, no file.
 //! A new rule is one file and one line in [`build`].
 
 pub mod adamw;
 pub mod clip;
+pub mod grad_scaler;
 pub mod schedule;
 pub mod sgd;
 
 pub use adamw::AdamW;
+pub use grad_scaler::GradScaler;
 pub use sgd::Sgd;
 
 use arcface_proto::spec;

@@ -5,6 +5,7 @@ use super::failure::RankFailure;
 use super::report::Committer;
 use super::step::Trainer;
 use crate::checkpoint::{Checkpoint, NamedTensor, PartKind, TrainState, write};
+use crate::optim::GradScaler;
 use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -82,7 +83,15 @@ pub fn restore(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<TrainSt
     let mut rows: HashMap<String, Tensor> = checkpoint.head_rows(trainer.head.shard())?.into_iter().collect();
     let updates = count(rows.remove("updates"), "updates")?;
     trainer.head.load_state(updates, &mut |name| rows.remove(name))?;
-    Ok(checkpoint.train_state())
+    let state = checkpoint.train_state();
+    if trainer.scaler.is_some() {
+        let scaler = state
+            .scaler
+            .and_then(|scaler| GradScaler::resumed(scaler.scale, scaler.good_updates));
+        let missing = || RankFailure::transient("checkpoint: the loss scale is missing or none that fp16 trains with");
+        trainer.scaler = Some(scaler.ok_or_else(missing)?);
+    }
+    Ok(state)
 }
 
 fn scalar(value: u64) -> Tensor {
@@ -170,6 +179,7 @@ fn write_and_commit(output: &Path, generation: u64, snapshot: Snapshot, committe
         step,
         epoch,
         epoch_samples,
+        scaler,
     } = snapshot.state;
     let directory = directory(step, generation);
     let path = output.join(&directory);
@@ -187,6 +197,7 @@ fn write_and_commit(output: &Path, generation: u64, snapshot: Snapshot, committe
             directory,
             num_classes: snapshot.num_classes,
             parts,
+            scaler,
         }),
         Err(error) => warn!(step, "no checkpoint: {error}"),
     }

@@ -22,6 +22,8 @@ pub struct RankFailure {
     pub permanent: bool,
     /// Peer that failed.
     pub peer: Option<u32>,
+    /// Another try shall leave out this step, counted from 0.
+    pub rollback_step: Option<u64>,
 }
 
 impl RankFailure {
@@ -40,6 +42,15 @@ impl RankFailure {
             hint: String::new(),
             permanent: false,
             peer: None,
+            rollback_step: None,
+        }
+    }
+
+    /// One that another try passes if it leaves out `step`.
+    pub fn rollback(step: u64, message: impl Into<String>) -> Self {
+        Self {
+            rollback_step: Some(step),
+            ..Self::transient(message)
         }
     }
 
@@ -58,6 +69,7 @@ impl RankFailure {
             },
             permanent: self.permanent,
             peer: self.peer,
+            rollback_step: self.rollback_step,
         }
     }
 }

@@ -48,6 +48,7 @@ impl TrainingLog {
             "loss": metrics.loss, "learning_rate": metrics.learning_rate,
             "samples_per_second": metrics.samples_per_second, "grad_norm": metrics.grad_norm,
             "eta_seconds": metrics.eta_seconds, "step_seconds": metrics.step_seconds,
+            "loss_scale": metrics.loss_scale, "skipped_steps": metrics.skipped_steps,
             "phase_seconds": metrics.phase_seconds.iter().collect::<std::collections::BTreeMap<_, _>>(),
         });
         let _lost = writeln!(self.metrics, "{value}");
@@ -68,8 +69,14 @@ impl TrainingLog {
 
 fn interval_line(metrics: &StepMetrics) -> String {
     let left = Duration::from_secs(metrics.eta_seconds.clamp(0.0, 1e9) as u64);
+    let scale = metrics
+        .loss_scale
+        .map_or(String::new(), |scale| format!(" scale {scale}"));
+    let skipped = metrics
+        .skipped_steps
+        .map_or(String::new(), |steps| format!(" skipped {steps}"));
     format!(
-        "step {}/{} epoch {} loss {:.4} lr {:.6} grad norm {:.3} speed {:.1} samples/s left {}",
+        "step {}/{} epoch {} loss {:.4} lr {:.6} grad norm {:.3}{scale}{skipped} speed {:.1} samples/s left {}",
         metrics.step,
         metrics.total_steps,
         metrics.epoch,
@@ -105,6 +112,8 @@ pub struct Meter {
     begin: Instant,
     steps: u64,
     loss: f64,
+    /// Steps that had a loss.
+    losses: u64,
     /// Time in evaluations and waiting for checkpoints, which is not training speed.
     aside: Duration,
     grad_norm: f64,
@@ -117,15 +126,19 @@ impl Meter {
             begin: Instant::now(),
             steps: 0,
             loss: 0.0,
+            losses: 0,
             aside: Duration::ZERO,
             grad_norm: 0.0,
         }
     }
 
-    /// A step was done.
-    pub fn step(&mut self, loss: f64, grad_norm: Option<f64>) {
+    /// A step was done, or left out: then it has no loss.
+    pub fn step(&mut self, loss: Option<f64>, grad_norm: Option<f64>) {
         self.steps += 1;
-        self.loss += loss;
+        if let Some(loss) = loss {
+            self.loss += loss;
+            self.losses += 1;
+        }
         if let Some(norm) = grad_norm {
             self.grad_norm = norm;
         }
@@ -136,13 +149,14 @@ impl Meter {
         self.aside += begin.elapsed();
     }
 
-    /// Mean loss, seconds a step and the last gradient norm; begins anew. `None` without a step.
+    /// Mean loss (NaN if every step was left out), seconds a step and the last gradient norm; begins anew. `None` without
+    /// a step.
     pub fn take(&mut self) -> Option<(f64, f64, f64)> {
         let done = std::mem::replace(self, Self::begin());
         self.grad_norm = done.grad_norm;
         let seconds = done.begin.elapsed().saturating_sub(done.aside).as_secs_f64();
         let steps = done.steps as f64;
-        (done.steps > 0).then(|| (done.loss / steps, seconds / steps, done.grad_norm))
+        (done.steps > 0).then(|| (done.loss / done.losses as f64, seconds / steps, done.grad_norm))
     }
 }
 
@@ -165,6 +179,13 @@ mod tests {
         };
         let expected = "step 20/100 epoch 1 loss 12.3457 lr 0.100000 grad norm 4.500 speed 256.0 samples/s left 1h 1m 1s";
         assert_eq!(interval_line(&metrics), expected);
+        let scaled = StepMetrics {
+            loss_scale: Some(32768.0),
+            skipped_steps: Some(3),
+            ..metrics
+        };
+        let expected = expected.replace("4.500 speed", "4.500 scale 32768 skipped 3 speed");
+        assert_eq!(interval_line(&scaled), expected);
     }
 
     #[test]
@@ -194,10 +215,13 @@ mod tests {
     #[test]
     fn a_meter_averages_and_begins_anew() {
         let mut meter = Meter::begin();
-        meter.step(1.0, Some(2.0));
-        meter.step(3.0, None);
+        meter.step(Some(1.0), Some(2.0));
+        meter.step(None, None);
+        meter.step(Some(3.0), None);
         let (loss, _, norm) = meter.take().unwrap();
         assert_eq!((loss, norm), (2.0, 2.0));
         assert!(meter.take().is_none());
+        meter.step(None, None);
+        assert!(meter.take().unwrap().0.is_nan(), "every step was left out");
     }
 }

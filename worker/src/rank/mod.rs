@@ -1,14 +1,15 @@
 //! One training process. The agent starts it with an assignment on standard input (`tools/rank.rs`); it meets its
 //! peers, trains, reports, and ends.
 //!
-//! `run` is its life, `setup` what it opens, `train` the loop, `step` the recipe, `report` its only gRPC. It imports
-//! everything below it and nothing imports it.
+//! `run` is its life, `setup` what it opens, `train` the loop, `step` the recipe, `nonfinite` what follows a loss that is
+//! none, `report` its only gRPC. It imports everything below it and nothing imports it.
 
 pub mod checkpoints;
 pub mod evaluate;
 pub mod failure;
 pub mod head_start;
 pub mod log;
+pub mod nonfinite;
 mod outbox;
 pub mod outputs;
 pub mod phases;

@@ -89,6 +89,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter) -> Result<u64, Ran
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
     let comm = meet(assignment, reporter)?;
     let (mut trainer, job) = prepared.into_trainer(comm)?;
+    trainer.settings.left_out.clone_from(&assignment.left_out_steps);
     let start = match &assignment.resume {
         Some(manifest) => {
             let checkpoint = Checkpoint::open(&output.join(&manifest.directory), manifest.clone())?;

@@ -4,19 +4,21 @@
 use super::evaluate;
 use super::failure::RankFailure;
 use super::head_start::HeadStart;
+use super::nonfinite::{Guard, Samples};
 use super::phases::Phases;
-use super::step::{StepSettings, Trainer};
+use super::step::{StepSettings, Trainer, Window};
 use crate::collective::Collective;
 use crate::data::{self, Dataset, Epochs};
 use crate::eval::VerificationSet;
 use crate::head::{self, HeadConfig};
 use crate::model::{Backbone, BackboneConfig};
-use crate::optim::{self, OptimizerConfig, schedule::PolyWarmup};
+use crate::optim::{self, GradScaler, OptimizerConfig, schedule::PolyWarmup};
 use crate::{device, export};
 use arcface_proto::spec::{JobSpec, Precision};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tch::Tensor;
+use tracing::warn;
 
 /// What is known without the other ranks.
 pub struct Prepared {
@@ -43,10 +45,7 @@ impl Prepared {
         let device = device::Device::parse(device_name)
             .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
         if device == device::Device::Cpu && spec.train.precision == Precision::Fp16 {
-            return Err(RankFailure::permanent(
-                "train.precision: \"fp16\" needs a GPU, and this rank has a CPU",
-            )
-            .hint("use \"bf16\" or \"fp32\""));
+            warn!("train.precision = \"fp16\" is slow on a CPU, good for comparisons alone: use \"bf16\" or \"fp32\"");
         }
         let dataset = data::open(&spec.data, spec.head.num_classes, spec.seed, data_roots)?;
         let epochs = Epochs::new(dataset.len(), spec.global_batch(), spec.seed).map_err(|error| {
@@ -117,9 +116,17 @@ impl Prepared {
         let warmup_steps = job.epochs.steps_per_epoch() * u64::from(job.spec.train.warmup_epoch);
         let trainer = Trainer {
             optimizer: optim::build(OptimizerConfig::of(&job.spec.train), &params),
+            scaler: (job.spec.train.precision == Precision::Fp16).then(GradScaler::default),
             head,
             schedule: PolyWarmup::new(job.spec.train.lr, warmup_steps, job.total_steps),
             settings: StepSettings::of(&job.spec, &job.epochs, world_size),
+            guard: Guard::new(job.spec.train.on_nonfinite),
+            samples: Samples {
+                dataset: job.dataset.clone(),
+                epochs: job.epochs.clone(),
+                batch_size: job.spec.train.batch_size,
+            },
+            window: Window::default(),
             phases: Phases::default(),
             backbone: self.backbone,
             params,

@@ -1,19 +1,28 @@
 //! One step, as the recipe is written: forward, head, backward for every micro-batch, then one gradient sum, clipping
 //! and one update. A *step* is one global batch: it counts for the log and the schedule; with `gradient_acc = n` every
-//! n-th one ends in an update, from gradients averaged over the n (the reference sums them).
+//! n-th one ends in an update, from the mean or the sum of the n gradients (the reference's is the sum). These n steps are
+//! one *window*.
+//!
+//! The order at its end: sum over ranks, division by world size and loss scale, norm, clipping (the backbone's alone, as in
+//! the reference), update.
+//!
+//! A loss that is not finite is seen by all ranks alike, before anything was changed but the batch-norm statistics; so is
+//! a gradient, in its sum over ranks. Where the window is left out then, everything is as it was before it.
 //!
 //! Batch-norm statistics stay local to each rank, as in the reference (its DDP does not broadcast buffers); those of
 //! rank 0 are the model's.
 
 use super::failure::RankFailure;
+use super::nonfinite::{Guard, Samples, Site, Verdict};
 use super::phases::Phases;
 use crate::collective::{Collective, ReduceOp};
 use crate::data::{Batch, DataError, Epochs};
 use crate::head::Head;
-use crate::model::{Backbone, DropoutDraw, ForwardMode};
-use crate::optim::{Optimizer, clip::clip_grad_norm, schedule::PolyWarmup};
-use arcface_proto::spec::Precision;
+use crate::model::{Backbone, DropoutDraw, ForwardMode, Role};
+use crate::optim::{GradScaler, Optimizer, clip::clip_grad_norm, schedule::PolyWarmup};
+use arcface_proto::spec::{Accumulation, Precision};
 use tch::{Kind, Tensor};
+use tracing::warn;
 
 /// What a step follows, the same on every rank.
 #[derive(Clone, Debug)]
@@ -24,12 +33,16 @@ pub struct StepSettings {
     pub seed: u64,
     /// Largest norm of the backbone's gradient.
     pub clip_grad_norm: Option<f64>,
-    /// Steps averaged into one update.
+    /// Steps whose gradients make one update.
     pub gradient_acc: u32,
+    /// How they become one.
+    pub accumulation: Accumulation,
     /// Samples of a step over all ranks.
     pub global_batch: u64,
     /// Rows of every rank, by micro-batch.
     pub rows: Vec<Vec<u32>>,
+    /// Steps that the job was rolled back from: their samples are passed over.
+    pub left_out: Vec<u64>,
 }
 
 impl StepSettings {
@@ -42,35 +55,62 @@ impl StepSettings {
             seed: spec.seed,
             clip_grad_norm: spec.train.clip_grad_norm,
             gradient_acc: spec.train.gradient_acc,
+            accumulation: spec.train.accumulation,
             global_batch: epochs.global_batch(),
             rows: (0..micros)
                 .map(|micro| epochs.rows(world_size, batch_size, micro))
                 .collect(),
+            left_out: Vec::new(),
+        }
+    }
+
+    /// Rows of a micro-batch over all ranks, as a share of its step's.
+    fn share_of_step(&self, micro: usize) -> f64 {
+        let rows: u64 = self.rows[micro].iter().map(|rows| u64::from(*rows)).sum();
+        rows as f64 / self.global_batch as f64
+    }
+
+    /// What the gradient of a step's mean loss counts in an update.
+    fn weight_of_step(&self) -> f64 {
+        match self.accumulation {
+            Accumulation::Mean => 1.0 / f64::from(self.gradient_acc),
+            Accumulation::Sum => 1.0,
         }
     }
 }
 
-/// What a step gave; the same on every rank, but for `grad_norm`'s absence alike.
+/// What a step gave; the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
-    /// Mean loss over the global batch.
-    pub loss: f64,
+    /// Mean loss over the global batch; none if the step was left out.
+    pub loss: Option<f64>,
     /// Learning rate of the step.
     pub lr: f64,
-    /// Norm of the backbone's gradient before clipping, if the step ended in an update.
+    /// Norm of the backbone's gradient before clipping, if the step ended in an update of the backbone.
     pub grad_norm: Option<f64>,
     /// A rank wished for a checkpoint before this update; the same on all ranks.
     pub wished: bool,
+}
+
+/// The steps that one update is made of, while they are under way.
+#[derive(Default)]
+pub struct Window {
+    /// Batch-norm statistics from before it; empty between windows.
+    statistics: Vec<Tensor>,
+    /// Nothing of it counts.
+    left_out: bool,
 }
 
 /// Everything that a step changes.
 pub struct Trainer {
     /// The network, replicated.
     pub backbone: Backbone,
-    /// Its trainable parameters, in state_dict order.
+    /// Its trainable parameters, in state_dict order: f32 in every precision, cast for each pass.
     pub params: Vec<Tensor>,
     /// Their update rule.
     pub optimizer: Box<dyn Optimizer>,
+    /// Loss scale of the backbone's gradients, in fp16.
+    pub scaler: Option<GradScaler>,
     /// This rank's classes.
     pub head: Box<dyn Head>,
     /// The other ranks.
@@ -79,6 +119,12 @@ pub struct Trainer {
     pub schedule: PolyWarmup,
     /// What a step follows.
     pub settings: StepSettings,
+    /// What follows numbers that are not finite.
+    pub guard: Guard,
+    /// Who is behind them.
+    pub samples: Samples,
+    /// The update under way.
+    pub window: Window,
     /// Where the time went.
     pub phases: Phases,
 }
@@ -88,7 +134,8 @@ impl Trainer {
     /// checkpoint; all ranks hear of it with the next gradient sum.
     ///
     /// # Errors
-    /// Bad data, a lost peer, or a loss or gradient that is not finite, on all ranks alike.
+    /// Bad data, a lost peer, or, on all ranks alike, a loss or gradient that is not finite and that the job's policy
+    /// does not let pass.
     pub fn step(
         &mut self,
         step: u64,
@@ -96,28 +143,37 @@ impl Trainer {
         wish: bool,
     ) -> Result<StepOutcome, RankFailure> {
         let lr = self.schedule.lr(step);
+        if self.window.statistics.is_empty() {
+            self.window.statistics = self.statistics().iter().map(Tensor::copy).collect();
+        }
+        if self.settings.left_out.contains(&step) {
+            self.leave_out_window();
+        }
         let mut loss = 0.0;
         for micro in 0..self.settings.rows.len() {
             let batch = self.phases.time("data_wait", || batches.next());
             let batch = batch.ok_or_else(|| {
                 RankFailure::permanent(format!("step {step}: the loader ended before the training"))
             })??;
-            loss += self.micro_step(step, micro, &batch)?;
-        }
-        if !loss.is_finite() {
-            return Err(RankFailure::permanent(format!("step {step}: the loss is {loss}"))
-                .hint("a lower train.lr, a warm-up epoch or precision = \"fp32\" usually helps"));
+            // What is left of a window that does not count is passed over.
+            if !self.window.left_out {
+                loss += self.micro_step(step, micro, &batch)?;
+            }
         }
         let mut outcome = StepOutcome {
-            loss,
+            loss: Some(loss).filter(|_| !self.window.left_out),
             lr,
             grad_norm: None,
             wished: false,
         };
+        if self.ends_update(step) && !self.window.left_out {
+            (outcome.grad_norm, outcome.wished) = self.update(step, lr, wish)?;
+        }
+        if self.window.left_out {
+            self.guard.skipped();
+        }
         if self.ends_update(step) {
-            let (grad_norm, wished) = self.update(step, lr, wish)?;
-            outcome.grad_norm = Some(grad_norm);
-            outcome.wished = wished;
+            self.window = Window::default();
         }
         Ok(outcome)
     }
@@ -127,11 +183,11 @@ impl Trainer {
         (step + 1).is_multiple_of(u64::from(self.settings.gradient_acc))
     }
 
-    /// Forward, head and backward of one micro-batch; its part of the step's loss.
+    /// Forward, head and backward of one micro-batch; its part of the step's loss. Leaves out the window if that is not
+    /// finite and may pass.
     fn micro_step(&mut self, step: u64, micro: usize, batch: &Batch) -> Result<f64, RankFailure> {
         let rows = &self.settings.rows[micro];
-        let global_rows: u64 = rows.iter().map(|rows| u64::from(*rows)).sum();
-        let of_step = global_rows as f64 / self.settings.global_batch as f64;
+        let share = self.settings.share_of_step(micro);
         let mode = ForwardMode::training(
             self.settings.precision,
             DropoutDraw {
@@ -150,48 +206,131 @@ impl Trainer {
                 &batch.labels,
                 rows,
                 step,
-                of_step / f64::from(self.settings.gradient_acc),
+                share * self.settings.weight_of_step(),
             )
         })?;
-        self.phases
-            .time("backward", || forward.backward(&output.grad_embedding));
-        Ok(output.loss * of_step)
+        if !output.loss.is_finite() {
+            drop(forward);
+            let names = self
+                .samples
+                .names(step, micro, self.comm.world_size(), &output.not_finite);
+            let site = match self.settings.precision {
+                Precision::Fp16 => Site::LossInFp16,
+                _ => Site::Unexpected,
+            };
+            self.not_finite(step, site, &format!("the loss is {} for {names}", output.loss))?;
+            return Ok(0.0);
+        }
+        let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
+        self.phases.time("backward", || {
+            forward.backward(&(output.grad_embedding * scale));
+        });
+        Ok(output.loss * share)
     }
 
-    /// Gradient sum, clipping (the backbone's alone, as in the reference), both updates. Gives the gradient's norm
-    /// before clipping, and whether any rank wished for a checkpoint.
-    fn update(&mut self, step: u64, lr: f64, wish: bool) -> Result<(f64, bool), RankFailure> {
+    /// Gradient sum, clipping, both updates. Gives the gradient's norm before clipping, if the backbone was updated, and
+    /// whether any rank wished for a checkpoint.
+    fn update(&mut self, step: u64, lr: f64, wish: bool) -> Result<(Option<f64>, bool), RankFailure> {
+        let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
         let (params, comm) = (&self.params, self.comm.as_mut());
-        let (flat, grads, wished) = self.phases.time("comm", || sum_gradients(params, comm, wish))?;
+        let (flat, grads, wished) = self
+            .phases
+            .time("comm", || sum_gradients(params, comm, wish, scale))?;
         let norm = match self.settings.clip_grad_norm {
             Some(max_norm) => clip_grad_norm(&grads, max_norm),
             None => flat.norm().double_value(&[]),
         };
-        if !norm.is_finite() {
-            return Err(
-                RankFailure::permanent(format!("step {step}: the norm of the gradient is {norm}"))
-                    .hint("a lower train.lr, a warm-up epoch or precision = \"fp32\" usually helps"),
-            );
+        // An infinity or NaN of one rank survives the sum, whose bits all ranks share: they agree without a word.
+        let finite = norm.is_finite();
+        if let Some(scaler) = &mut self.scaler {
+            scaler.update(!finite);
+        }
+        // At a scale of 1 and below, it is not the scale that made gradients overflow.
+        let scaled_too_far = !finite && scale > 1.0;
+        if !finite && !scaled_too_far {
+            let name = self.first_not_finite(&grads);
+            let what = format!("the norm of the gradient is {norm}, first of {name}");
+            self.not_finite(step, Site::Unexpected, &what)?;
+            return Ok((None, wished));
+        }
+        if finite {
+            self.guard.updated();
+        } else {
+            self.guard.skipped();
         }
         self.phases.time("optimizer", || {
-            self.optimizer.step(&self.params, &grads, lr);
-            self.head.update(lr);
-            for param in &mut self.params {
-                param.zero_grad();
+            if finite {
+                self.optimizer.step(&self.params, &grads, lr);
             }
+            self.head.update(lr);
+            forget_gradients(&mut self.params);
         });
-        Ok((norm, wished))
+        Ok((Some(norm).filter(|_| finite), wished))
+    }
+
+    /// A number of `step` is not finite: leaves out its window, if that may pass.
+    fn not_finite(&mut self, step: u64, site: Site, what: &str) -> Result<(), RankFailure> {
+        let rollbacks = self.settings.left_out.len();
+        match self.guard.judge(site, rollbacks) {
+            Verdict::Skip => {
+                warn!("step {step} is left out: {what}");
+                self.leave_out_window();
+                Ok(())
+            }
+            Verdict::Rollback => Err(RankFailure::rollback(step, format!("step {step}: {what}"))),
+            Verdict::Stop => {
+                let before = self.guard.before(rollbacks);
+                let failure = RankFailure::permanent(format!("step {step}: {what}{before}"));
+                Err(failure
+                    .hint("a lower train.lr, a warm-up epoch or precision = \"fp32\" usually helps"))
+            }
+        }
+    }
+
+    /// Everything becomes as it was before the window, and what is left of it does not count.
+    fn leave_out_window(&mut self) {
+        self.window.left_out = true;
+        self.head.discard();
+        forget_gradients(&mut self.params);
+        for (mut now, before) in self.statistics().into_iter().zip(&self.window.statistics) {
+            now.copy_(before);
+        }
+    }
+
+    /// The batch-norm statistics.
+    fn statistics(&self) -> Vec<Tensor> {
+        let buffers = self.backbone.state().iter();
+        buffers
+            .filter(|entry| entry.role == Role::Buffer)
+            .map(|entry| entry.tensor.shallow_clone())
+            .collect()
+    }
+
+    /// Name of the first parameter whose gradient is not finite, as all ranks find it; or of the sum of them all.
+    fn first_not_finite(&self, grads: &[Tensor]) -> String {
+        let named = self.backbone.trainable().into_iter().zip(grads);
+        let mut broken = named.filter(|(_, grad)| !grad.norm().double_value(&[]).is_finite());
+        broken
+            .next()
+            .map_or("their sum".to_owned(), |((name, _), _)| name.to_owned())
     }
 }
 
-/// Mean of the gradients over the ranks: one flat tensor, its views by parameter, and whether any rank had a wish
-/// (it travels as one more element). Parameters without gradient count as zero.
+fn forget_gradients(params: &mut [Tensor]) {
+    for param in params {
+        param.zero_grad();
+    }
+}
+
+/// Mean of the gradients over the ranks, divided by the loss `scale`: one flat tensor, its views by parameter, and
+/// whether any rank had a wish (it travels as one more element). Parameters without gradient count as zero.
 fn sum_gradients(
     params: &[Tensor],
     comm: &mut dyn Collective,
     wish: bool,
+    scale: f64,
 ) -> Result<(Tensor, Vec<Tensor>, bool), RankFailure> {
-    let world_size = f64::from(comm.world_size());
+    let divisor = f64::from(comm.world_size()) * scale;
     let _no_grad = tch::no_grad_guard();
     let mut parts: Vec<Tensor> = params
         .iter()
@@ -209,7 +348,7 @@ fn sum_gradients(
     let elements = all.size()[0] - 1;
     let wished = all.double_value(&[elements]) > 0.0;
     let mut flat = all.narrow(0, 0, elements);
-    flat /= world_size;
+    flat /= divisor;
     let mut at = 0;
     let grads = params
         .iter()

@@ -6,7 +6,8 @@ use super::setup::{Job, Prepared};
 use super::step::Trainer;
 use super::train::{Outside, Sinks, train};
 use crate::checkpoint::{Checkpoint, write_part};
-use crate::collective::{Collective, local};
+use crate::collective::{Collective, TcpCollective, local};
+use crate::data::{Loader, LoaderOptions};
 use arcface_proto::convert::job_spec;
 use arcface_proto::spec::JobSpec;
 use arcface_proto::types::ClassRange;
@@ -17,6 +18,9 @@ use tch::Tensor;
 
 mod fine_tuning;
 mod losses;
+mod nonfinite;
+mod precision;
+mod updates;
 
 /// Slowest step here, with room.
 const OPERATION: Duration = Duration::from_secs(120);
@@ -85,15 +89,25 @@ fn on_ranks<T: Send>(
     world_size: u32,
     work: impl Fn(u32, &mut Trainer, &Job) -> T + Sync,
 ) -> Vec<T> {
+    on_ranks_with(spec, world_size, |comm| Box::new(comm), work)
+}
+
+/// The same, with something around each rank's communicator.
+fn on_ranks_with<T: Send>(
+    spec: &JobSpec,
+    world_size: u32,
+    wrap: impl Fn(TcpCollective) -> Box<dyn Collective> + Sync,
+    work: impl Fn(u32, &mut Trainer, &Job) -> T + Sync,
+) -> Vec<T> {
     let world = local::world(world_size, OPERATION).expect("a world on loopback");
     std::thread::scope(|scope| {
         let threads: Vec<_> = world
             .into_iter()
             .map(|comm| {
-                let work = &work;
+                let (work, wrap) = (&work, &wrap);
                 scope.spawn(move || {
                     tch::set_num_threads(1);
-                    let comm: Box<dyn Collective> = Box::new(comm);
+                    let comm = wrap(comm);
                     let rank = comm.rank();
                     let prepared = Prepared::open(spec.clone(), &[], "cpu").expect("prepared");
                     let (mut trainer, job) = prepared.into_trainer(comm).expect("a trainer");
@@ -122,12 +136,28 @@ fn losses(rank: u32, trainer: &mut Trainer, job: &Job, start: u64, output: &Path
     recorder.metrics.iter().map(|metrics| metrics.loss).collect()
 }
 
+/// This rank's batches of some steps.
+fn loader(trainer: &Trainer, job: &Job, steps: std::ops::Range<u64>) -> Loader {
+    let (rank, world_size) = (trainer.comm.rank(), trainer.comm.world_size());
+    let plan = job
+        .epochs
+        .plan(rank, world_size, job.spec.train.batch_size, steps);
+    let options = LoaderOptions {
+        threads: 1,
+        augment: job.spec.data.augment,
+        seed: job.spec.seed,
+        prefetch: 1,
+    };
+    Loader::new(job.dataset.clone(), plan, options)
+}
+
 /// Everything that training changed, in one list.
 fn state(trainer: &mut Trainer) -> Vec<(String, Tensor)> {
     let position = crate::checkpoint::TrainState {
         step: 0,
         epoch: 0,
         epoch_samples: 0,
+        scaler: None,
     };
     checkpoints::snapshot(trainer, position, 10)
         .parts
@@ -213,6 +243,7 @@ fn write_checkpoint(dir: &Path, snapshots: Vec<checkpoints::Snapshot>) -> Checkp
         step: first.state.step,
         epoch: first.state.epoch,
         epoch_samples: first.state.epoch_samples,
+        scaler: first.state.scaler,
         world_size: snapshots.len() as u32,
         num_classes: first.num_classes,
         directory: "checkpoints/c".into(),
@@ -234,16 +265,12 @@ type WorldState = Vec<Vec<(String, Tensor)>>;
 /// Trains to `stop`, checkpoints, goes on from the checkpoint at another world size; and without interruption.
 fn resumed_and_uninterrupted(spec: &JobSpec, stop: u64, worlds: (u32, u32)) -> (WorldState, WorldState) {
     let scratch = tempfile::tempdir().unwrap();
-    let position = |job: &Job| crate::checkpoint::TrainState {
-        step: stop,
-        epoch: (stop / job.epochs.steps_per_epoch()) as u32,
-        epoch_samples: stop % job.epochs.steps_per_epoch() * job.epochs.global_batch(),
-    };
     let mut first_half = spec.clone();
     first_half.train.max_steps = Some(stop);
     let snapshots = on_ranks(&first_half, worlds.0, |rank, trainer, job| {
         losses(rank, trainer, job, 0, scratch.path());
-        checkpoints::snapshot(trainer, position(job), job.num_classes)
+        let position = super::train::position(trainer, job, stop);
+        checkpoints::snapshot(trainer, position, job.num_classes)
     });
     let dir = scratch.path().join("c");
     let manifest = write_checkpoint(&dir, snapshots);
@@ -320,17 +347,7 @@ fn a_checkpoint_of_two_ranks_goes_on_at_one_and_three() {
 fn a_wish_of_any_rank_is_heard_by_all_at_the_same_step() {
     let spec = job(2, |_| {});
     let heard = on_ranks(&spec, 2, |rank, trainer, job| {
-        let plan = job.epochs.plan(rank, 2, spec.train.batch_size, 0..2);
-        let mut loader = crate::data::Loader::new(
-            job.dataset.clone(),
-            plan,
-            crate::data::LoaderOptions {
-                threads: 1,
-                augment: spec.data.augment,
-                seed: spec.seed,
-                prefetch: 1,
-            },
-        );
+        let mut loader = loader(trainer, job, 0..2);
         let first = trainer.step(0, &mut loader, rank == 1).expect("a step").wished;
         let second = trainer.step(1, &mut loader, false).expect("a step").wished;
         (first, second)
@@ -361,10 +378,6 @@ fn a_job_that_cannot_train_says_why_before_it_starts() {
         assert!(failure.message.contains(words), "{failure:?}");
         failure
     };
-    fails(
-        |wire| wire.train.get_or_insert_default().precision = Some("fp16".into()),
-        "fp16",
-    );
     fails(
         |wire| wire.train.get_or_insert_default().batch_size = Some(41),
         "fewer than one global batch of 41",

@@ -9,7 +9,7 @@ use super::{evaluate, outputs};
 use crate::checkpoint::TrainState;
 use crate::data::{Batch, DataError, Loader, LoaderOptions};
 use crate::eval::Verification;
-use arcface_proto::v1::{Evaluation, StepMetrics};
+use arcface_proto::v1::{Evaluation, LossScaler, StepMetrics};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -108,9 +108,8 @@ pub fn train(
         }
         owed |= due.checkpoint || outcome.wished;
         let whole = trainer.ends_update(step) || done == job.end_step;
-        if trainer.ends_update(step) {
-            wish = false;
-        }
+        // A wish that was not heard, because the update was left out, is told again.
+        wish &= !outcome.wished;
         if owed && whole {
             owed = false;
             checkpoint(trainer, job, done, sinks);
@@ -122,20 +121,24 @@ pub fn train(
 
 fn checkpoint(trainer: &mut Trainer, job: &Job, done: u64, sinks: &Sinks<'_>) {
     let Some(writer) = sinks.writer else { return };
-    let state = position(job, done);
+    let state = position(trainer, job, done);
     let begin = Instant::now();
     let snapshot = checkpoints::snapshot(trainer, state, job.num_classes);
     writer.write(snapshot);
     trainer.phases.add("checkpoint", begin.elapsed());
 }
 
-/// Where the sampler stands after `done` steps.
-fn position(job: &Job, done: u64) -> TrainState {
+/// Where training stands after `done` steps.
+pub(super) fn position(trainer: &Trainer, job: &Job, done: u64) -> TrainState {
     let per_epoch = job.epochs.steps_per_epoch();
     TrainState {
         step: done,
         epoch: u32::try_from(done / per_epoch).unwrap_or(u32::MAX),
         epoch_samples: done % per_epoch * job.epochs.global_batch(),
+        scaler: trainer.scaler.map(|scaler| LossScaler {
+            scale: scaler.scale(),
+            good_updates: scaler.good_updates(),
+        }),
     }
 }
 
@@ -166,6 +169,8 @@ fn log_interval(
             .into_iter()
             .map(|(phase, seconds)| (phase.to_owned(), seconds))
             .collect(),
+        loss_scale: trainer.scaler.map(|scaler| scaler.scale()),
+        skipped_steps: trainer.guard.skipped_steps(),
     };
     log.metrics(&metrics);
     sinks.outside.metrics(metrics);

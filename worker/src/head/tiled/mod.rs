@@ -26,6 +26,7 @@ use super::{
     exchange::{check_forms, gather_rows, scatter_rows},
     lazy_sgd::History,
     margin::{Loss, Prepared, Rows},
+    rows_not_finite,
     sampling::{ClassSampler, RandomNegatives},
     unit::MIN_NORM,
 };
@@ -355,6 +356,7 @@ impl Head for TiledHead {
             return Ok(HeadOutput {
                 loss: 0.0,
                 grad_embedding: Tensor::zeros([0, dim], (Kind::Float, Device::Cpu)),
+                not_finite: Vec::new(),
             });
         }
         let _no_grad = tch::no_grad_guard();
@@ -419,10 +421,14 @@ impl Head for TiledHead {
         let own = first..first + embedding.size()[0] as usize;
         let factor = share * f64::from(comm.world_size());
         let grad_embedding = self.through_norm(&grad_unit_rd, own, &prepared, &probabilities, factor);
+        let loss = loss + prepared.norm_loss();
+        let norms = &self.micros[self.pending].norms;
+        let not_finite = rows_not_finite(loss, norms, probabilities.into_iter());
         self.pending += 1;
         Ok(HeadOutput {
-            loss: loss + prepared.norm_loss(),
+            loss,
             grad_embedding,
+            not_finite,
         })
     }
 
