@@ -172,6 +172,15 @@ metrics! {
     TRAIN_GRAD_NORM =
         "arcface_train_grad_norm", MetricKind::Gauge, ["job_id"],
         "Norm of the gradient of the backbone before clipping.";
+    TRAIN_LOSS_SCALE =
+        "arcface_train_loss_scale", MetricKind::Gauge, ["job_id"],
+        "Loss scale of a job that trains in fp16.";
+    TRAIN_NONFINITE_STEPS_TOTAL =
+        "arcface_train_nonfinite_steps_total", MetricKind::Counter, ["job_id"],
+        "Steps that were left out because loss or gradient were not finite, or that updated only the head.";
+    TRAIN_ROLLBACKS_TOTAL =
+        "arcface_train_rollbacks_total", MetricKind::Counter, ["job_id"],
+        "Times that a job went back to a checkpoint to leave out a step.";
     TRAIN_PROGRESS_RATIO =
         "arcface_train_progress_ratio", MetricKind::Gauge, ["job_id"],
         "Share of the steps of a job that are done, 0 to 1.";

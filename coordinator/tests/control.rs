@@ -229,6 +229,7 @@ async fn a_permanent_error_fails_the_job_at_once() {
         message: "record 7: label 12 is outside [0, 10)".into(),
         permanent: true,
         peer: None,
+        rollback_step: None,
     };
     zero.report(Report::Error(error)).await;
     let job = cluster.job_in(&id, JobState::Failed).await;

@@ -33,6 +33,7 @@ const PURE: [&str; 14] = [
     "worker/src/random.rs",
     "worker/src/data/sampler",
     "worker/src/optim/schedule",
+    "worker/src/optim/grad_scaler",
     "worker/src/head/margin",
     "worker/src/head/sampling",
     "worker/src/head/lazy_sgd",

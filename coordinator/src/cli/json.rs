@@ -137,6 +137,8 @@ fn step_metrics(metrics: &v1::StepMetrics) -> Value {
         "eta_seconds": metrics.eta_seconds,
         "step_seconds": metrics.step_seconds,
         "phase_seconds": sorted(&metrics.phase_seconds),
+        "loss_scale": metrics.loss_scale,
+        "skipped_steps": metrics.skipped_steps,
     })
 }
 

@@ -405,6 +405,7 @@ impl Control {
                         address: address.to_owned(),
                         spec: Some(spec.clone()),
                         resume: entry.resume.clone(),
+                        left_out_steps: job.left_out_steps.clone(),
                         ..RankAssignment::default()
                     });
                 }

@@ -3,12 +3,12 @@
 
 use super::Control;
 use crate::{
-    job::{Job, Now, Phase},
+    job::{FailureKind, Job, Now, Phase},
     membership::Liveness,
     telemetry as t,
 };
 use arcface_proto::{
-    types::JobId,
+    types::{Generation, JobId},
     v1::{CheckpointManifest, Evaluation, StepMetrics},
 };
 use metrics::{counter, gauge, histogram};
@@ -63,6 +63,9 @@ pub(super) fn job_changed(before: &Job, after: &Job) {
         counter!(t::WORKER_RESTARTS_TOTAL, "job_id" => id.clone()).increment(1);
     }
     for recovery in after.recoveries.iter().skip(before.recoveries.len()) {
+        if recovery.kind == FailureKind::Nonfinite {
+            counter!(t::TRAIN_ROLLBACKS_TOTAL, "job_id" => id.clone()).increment(1);
+        }
         counter!(t::WORKER_FAILURES_TOTAL, "job_id" => id.clone(), "reason" => recovery.kind.as_str())
             .increment(1);
         histogram!(t::RECOVERY_DURATION_SECONDS, "job_id" => id.clone(), "stage" => "detect")
@@ -82,9 +85,35 @@ pub(super) fn met(job: &Job, now: Now) {
     histogram!(t::RENDEZVOUS_DURATION_SECONDS, "job_id" => job.id.to_string()).record(seconds);
 }
 
-/// A log interval of `steps` new steps.
-pub(super) fn trained(job: &Job, steps: u64, metrics: &StepMetrics, phase_seconds: &mut PhaseSeconds) {
+/// Steps skipped since the report before, where `known` is what that one said: ranks count from the start of their
+/// generation, so that a lost report loses nothing.
+pub(super) fn newly_skipped(
+    known: &mut (Generation, u64),
+    generation: Generation,
+    reported: Option<u64>,
+) -> u64 {
+    let before = match known.0 == generation {
+        true => known.1,
+        false => 0,
+    };
+    let now = reported.unwrap_or(0).max(before);
+    *known = (generation, now);
+    now - before
+}
+
+/// A log interval of `steps` new steps, with `skipped` more that were skipped.
+pub(super) fn trained(
+    job: &Job,
+    steps: u64,
+    skipped: u64,
+    metrics: &StepMetrics,
+    phase_seconds: &mut PhaseSeconds,
+) {
     let id = job.id.to_string();
+    counter!(t::TRAIN_NONFINITE_STEPS_TOTAL, "job_id" => id.clone()).increment(skipped);
+    if let Some(scale) = metrics.loss_scale {
+        gauge!(t::TRAIN_LOSS_SCALE, "job_id" => id.clone()).set(scale);
+    }
     counter!(t::TRAIN_STEPS_TOTAL, "job_id" => id.clone()).increment(steps);
     counter!(t::TRAIN_SAMPLES_TOTAL, "job_id" => id.clone())
         .increment(steps.saturating_mul(job.spec.global_batch()));
@@ -176,6 +205,28 @@ impl Control {
                 let age_s = now.mono_ms.saturating_sub(member.heard_ms) as f64 / 1000.0;
                 gauge!(t::HEARTBEAT_AGE_SECONDS, "node" => id.to_string()).set(age_s);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skipped_steps_are_counted_once() {
+        let mut known = (Generation(0), 0);
+        let reports = [
+            (1, None, 0),
+            (1, Some(2), 2),
+            (1, Some(2), 0),
+            (1, Some(5), 3),
+            (2, None, 0),
+            (2, Some(1), 1),
+        ];
+        for (generation, reported, newly) in reports {
+            let found = newly_skipped(&mut known, Generation(generation), reported);
+            assert_eq!(found, newly, "{generation} {reported:?}");
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::{
     store::{StateStore, StoreError, Transaction},
 };
 use arcface_proto::{
-    types::{JobId, NodeId},
+    types::{Generation, JobId, NodeId},
     v1::{CheckpointManifest, ReportResponse},
 };
 use handle::Command;
@@ -90,6 +90,8 @@ struct Entry {
     /// When ranks were last told to stop.
     killed_ms: Option<u64>,
     phase_seconds: measure::PhaseSeconds,
+    /// Steps that this generation was last known to have skipped.
+    skipped: (Generation, u64),
 }
 
 impl Entry {
@@ -106,6 +108,7 @@ impl Entry {
             watchers: watch::Hub::default(),
             killed_ms: None,
             phase_seconds: measure::PhaseSeconds::new(),
+            skipped: (Generation(0), 0),
         }
     }
 

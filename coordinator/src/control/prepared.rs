@@ -2,7 +2,7 @@
 //! here is whole: one backbone, and every class in exactly one part.
 
 use super::ControlError;
-use arcface_proto::v1::{CheckpointManifest, CheckpointPart, CommitCheckpointRequest, RankId};
+use arcface_proto::v1::{CheckpointManifest, CheckpointPart, CommitCheckpointRequest, LossScaler, RankId};
 use std::collections::BTreeMap;
 
 /// Steps whose parts are awaited at the same time; older ones are given up, their ranks have moved on.
@@ -17,6 +17,7 @@ struct Step {
     epoch_samples: u64,
     directory: String,
     num_classes: u32,
+    scaler: Option<LossScaler>,
     parts: BTreeMap<u32, Vec<CheckpointPart>>,
 }
 
@@ -53,6 +54,7 @@ impl Prepared {
             epoch_samples: request.epoch_samples,
             directory: request.directory.clone(),
             num_classes: request.num_classes,
+            scaler: request.scaler,
             parts: BTreeMap::new(),
         });
         let ours = (
@@ -60,18 +62,20 @@ impl Prepared {
             step.epoch_samples,
             step.directory.as_str(),
             step.num_classes,
+            step.scaler,
         );
         let theirs = (
             request.epoch,
             request.epoch_samples,
             request.directory.as_str(),
             request.num_classes,
+            request.scaler,
         );
         if ours != theirs {
             return Err(ControlError::invalid(
                 "directory",
                 format!(
-                    "rank {} and its peers disagree on step {} (epoch, samples, directory, classes): {theirs:?} and {ours:?}",
+                    "rank {} and its peers disagree on step {} (epoch, samples, directory, classes, loss scale): {theirs:?} and {ours:?}",
                     id.rank, request.step
                 ),
             ));
@@ -188,6 +192,7 @@ fn manifest(
         directory: step.directory.clone(),
         parts,
         committed_at: None,
+        scaler: step.scaler,
     })
 }
 
@@ -214,6 +219,10 @@ mod tests {
             directory: format!("checkpoints/step-{step}"),
             num_classes: 10,
             parts,
+            scaler: Some(LossScaler {
+                scale: 32768.0,
+                good_updates: 9,
+            }),
         }
     }
 
@@ -255,6 +264,7 @@ mod tests {
             (manifest.step, manifest.generation, manifest.world_size),
             (5, 2, 2)
         );
+        assert_eq!(manifest.scaler, one.scaler);
         prepared.committed(5);
         assert_eq!(
             prepared.add(&rank(0), &zero, 2).expect("valid"),
@@ -309,6 +319,9 @@ mod tests {
         prepared.add(&rank(0), &request(1, vec![]), 2).expect("valid");
         let mut other = request(1, vec![]);
         other.epoch_samples = 65;
+        assert!(prepared.add(&rank(1), &other, 2).is_err());
+        let mut other = request(1, vec![]);
+        other.scaler = None;
         assert!(prepared.add(&rank(1), &other, 2).is_err());
         for step in 2..100 {
             prepared.add(&rank(0), &request(step, vec![]), 2).expect("valid");

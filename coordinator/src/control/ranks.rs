@@ -158,6 +158,7 @@ impl Control {
                     message: tame(&error.message),
                     permanent: error.permanent,
                     peer: error.peer.map(Rank),
+                    rollback_step: error.rollback_step,
                 };
                 self.apply(&id, &event, none).await
             }
@@ -201,7 +202,8 @@ impl Control {
         let now = self.clock.now();
         if let Some(entry) = self.jobs.get_mut(id) {
             let steps = metrics.step.saturating_sub(before);
-            measure::trained(&entry.job, steps, &metrics, &mut entry.phase_seconds);
+            let skipped = measure::newly_skipped(&mut entry.skipped, generation, metrics.skipped_steps);
+            measure::trained(&entry.job, steps, skipped, &metrics, &mut entry.phase_seconds);
             entry.watchers.publish(
                 from_unix_ms(now.unix_ms),
                 &watch_job_response::Event::Metrics(metrics),

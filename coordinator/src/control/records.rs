@@ -22,6 +22,9 @@ pub struct StoredJob {
     /// Failures since the last committed checkpoint.
     #[prost(uint32, tag = "3")]
     pub failures: u32,
+    /// Steps that the job was rolled back from.
+    #[prost(uint64, repeated, tag = "4")]
+    pub left_out_steps: Vec<u64>,
 }
 
 /// What a request id made.
@@ -150,6 +153,7 @@ pub fn encode(job: &Job, revision: u64) -> Vec<u8> {
         job: Some(job_to_wire(job, revision)),
         placement: job.ranks.iter().map(|rank| rank.node.to_string()).collect(),
         failures: job.failures,
+        left_out_steps: job.left_out_steps.clone(),
     }
     .encode_to_vec()
 }
@@ -196,6 +200,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Job, u64), String> {
         generation: Generation(wire.generation),
         ranks,
         failures: stored.failures,
+        left_out_steps: stored.left_out_steps,
         recoveries: wire.recoveries.into_iter().map(recovery_from_wire).collect(),
         progress: Progress {
             step: wire.step,

@@ -160,17 +160,20 @@ pub enum FailureKind {
     Drained,
     /// A rank said that it cannot go on.
     Error,
+    /// A loss or gradient was not finite, and the job wants to go on without the step.
+    Nonfinite,
 }
 
 impl FailureKind {
     /// Every kind.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Crash,
         Self::Lost,
         Self::Hang,
         Self::Oom,
         Self::Drained,
         Self::Error,
+        Self::Nonfinite,
     ];
 
     /// Name in the API and as a metric label.
@@ -182,6 +185,7 @@ impl FailureKind {
             Self::Oom => "oom",
             Self::Drained => "drained",
             Self::Error => "error",
+            Self::Nonfinite => "nonfinite",
         }
     }
 
@@ -253,6 +257,8 @@ pub struct Job {
     pub failures: u32,
     /// Failures and the ways back, oldest first.
     pub recoveries: Vec<Recovery>,
+    /// Steps, counted from 0, that it was rolled back from and that later generations leave out.
+    pub left_out_steps: Vec<u64>,
     /// How far it is.
     pub progress: Progress,
     /// Step of the newest committed checkpoint.
@@ -285,6 +291,7 @@ impl Job {
             ranks: Vec::new(),
             failures: 0,
             recoveries: Vec::new(),
+            left_out_steps: Vec::new(),
             progress: Progress::default(),
             checkpoint_step: None,
             submitted_unix_ms: unix_ms,
@@ -459,6 +466,8 @@ pub enum Event {
         permanent: bool,
         /// The peer that it blames.
         peer: Option<Rank>,
+        /// The step that the next generation shall leave out.
+        rollback_step: Option<u64>,
     },
     /// A checkpoint is about to be committed in the same store transaction.
     Committed {

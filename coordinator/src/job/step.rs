@@ -70,6 +70,15 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
             message,
             permanent,
             peer,
+            rollback_step: Some(step),
+        } if !permanent && peer.is_none() => next.roll_back(*generation, *rank, message, *step)?,
+        Event::Error {
+            generation,
+            rank,
+            message,
+            permanent,
+            peer,
+            ..
         } => next.error(*generation, *rank, message, *permanent, *peer)?,
         Event::Committed { generation, step } => {
             next.fence(*generation, Rank(0))?;
@@ -456,6 +465,23 @@ impl Transition<'_> {
             false => FailureKind::Error,
         };
         self.fail_generation(kind, reason, 0, true);
+        Ok(())
+    }
+
+    /// A step's numbers are not finite: the next generation goes on from the last checkpoint without it. All ranks know the
+    /// reason, so none has a better one.
+    fn roll_back(
+        &mut self,
+        generation: Generation,
+        rank: Rank,
+        message: &str,
+        step: u64,
+    ) -> Result<(), Refused> {
+        self.fence(generation, rank)?;
+        if !self.job.left_out_steps.contains(&step) {
+            self.job.left_out_steps.push(step);
+        }
+        self.fail_generation(FailureKind::Nonfinite, message.to_owned(), 0, false);
         Ok(())
     }
 

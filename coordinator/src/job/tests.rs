@@ -141,6 +141,7 @@ fn parse(line: &str, job: &Job) -> (Event, Now) {
             message: words.text("says"),
             permanent: words.0.contains_key("permanent"),
             peer: words.0.get("peer").map(|peer| Rank(peer.parse().expect("rank"))),
+            rollback_step: words.0.get("without").map(|step| step.parse().expect("step")),
         },
         "committed" => Event::Committed {
             generation,
@@ -194,6 +195,9 @@ fn case(lines: &[&str]) -> String {
                 ));
             }
         }
+    }
+    if !job.left_out_steps.is_empty() {
+        output.push(format!("left out {:?}", job.left_out_steps));
     }
     for recovery in &job.recoveries {
         output.push(format!(
@@ -271,8 +275,9 @@ fn any_event() -> impl Strategy<Value = Event> {
         2 => generation().prop_map(|generation|
             Event::Metrics { generation, progress: Progress { step: 5, ..Default::default() }, step_seconds: 0.1 }),
         2 => (generation(), rank()).prop_map(|(generation, rank)| Event::Finished { generation, rank, step: 9 }),
-        1 => (generation(), rank(), any::<bool>()).prop_map(|(generation, rank, permanent)|
-            Event::Error { generation, rank, message: String::new(), permanent, peer: None }),
+        1 => (generation(), rank(), any::<bool>(), proptest::option::of(0u64..100)).prop_map(
+            |(generation, rank, permanent, rollback_step)|
+            Event::Error { generation, rank, message: String::new(), permanent, peer: None, rollback_step }),
         2 => (generation(), 0u64..9).prop_map(|(generation, step)| Event::Committed { generation, step }),
         1 => Just(Event::Cancel { reason: String::new() }),
         1 => node().prop_map(|node| Event::Drain { node }),

@@ -482,6 +482,7 @@ impl Rank {
             directory: format!("checkpoints/step-{step}"),
             num_classes: 10,
             parts,
+            scaler: None,
         };
         let answer = within("commit", self.client.clone().commit_checkpoint(request)).await?;
         Ok(answer.into_inner().committed)

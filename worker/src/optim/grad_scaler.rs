@@ -94,7 +94,11 @@ mod tests {
                     Err(_) => scaler.update(true),
                 }
             }
-            assert_eq!((scaler.scale(), scaler.good_updates()), (scale, good_updates), "{history:?}");
+            assert_eq!(
+                (scaler.scale(), scaler.good_updates()),
+                (scale, good_updates),
+                "{history:?}"
+            );
         }
     }
 
@@ -116,7 +120,11 @@ mod tests {
             Some(scaler)
         );
         for (scale, good_updates) in [(0.0, 0), (-1.0, 0), (f64::NAN, 0), (1e300, 0), (1.0, 100)] {
-            assert_eq!(GradScaler::resumed(scale, good_updates), None, "{scale} {good_updates}");
+            assert_eq!(
+                GradScaler::resumed(scale, good_updates),
+                None,
+                "{scale} {good_updates}"
+            );
         }
     }
 }

@@ -88,7 +88,8 @@ pub fn restore(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<TrainSt
         let scaler = state
             .scaler
             .and_then(|scaler| GradScaler::resumed(scaler.scale, scaler.good_updates));
-        let missing = || RankFailure::transient("checkpoint: the loss scale is missing or none that fp16 trains with");
+        let missing =
+            || RankFailure::transient("checkpoint: the loss scale is missing or none that fp16 trains with");
         trainer.scaler = Some(scaler.ok_or_else(missing)?);
     }
     Ok(state)

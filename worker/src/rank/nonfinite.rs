@@ -110,8 +110,15 @@ impl Samples {
         // Row by row of the micro-batch over all ranks: who has it, and its position in the epoch.
         let positions: Vec<(u32, u64)> = (0..world_size)
             .flat_map(|rank| {
-                let slices = self.epochs.rank_slice(epoch_step, rank, world_size, self.batch_size);
-                slices.into_iter().nth(micro).into_iter().flatten().map(move |position| (rank, position))
+                let slices = self
+                    .epochs
+                    .rank_slice(epoch_step, rank, world_size, self.batch_size);
+                slices
+                    .into_iter()
+                    .nth(micro)
+                    .into_iter()
+                    .flatten()
+                    .map(move |position| (rank, position))
             })
             .collect();
         let mut names: Vec<String> = rows
@@ -125,6 +132,9 @@ impl Samples {
             .collect();
         if rows.len() > NAMED {
             names.push(format!("{} more", rows.len() - NAMED));
+        }
+        if names.is_empty() {
+            names.push("no sample in particular".to_owned());
         }
         names.join(", ")
     }
@@ -150,7 +160,10 @@ mod tests {
         assert_eq!(verdicts(OnNonfinite::Rollback, Unexpected, 3), [Stop; 12]);
         assert_eq!(verdicts(OnNonfinite::Stop, LossInFp16, 0), ten_skips_and(Stop));
         assert_eq!(verdicts(OnNonfinite::Skip, LossInFp16, 0), ten_skips_and(Stop));
-        assert_eq!(verdicts(OnNonfinite::Rollback, LossInFp16, 0), ten_skips_and(Rollback));
+        assert_eq!(
+            verdicts(OnNonfinite::Rollback, LossInFp16, 0),
+            ten_skips_and(Rollback)
+        );
     }
 
     #[test]

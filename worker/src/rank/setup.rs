@@ -45,7 +45,9 @@ impl Prepared {
         let device = device::Device::parse(device_name)
             .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
         if device == device::Device::Cpu && spec.train.precision == Precision::Fp16 {
-            warn!("train.precision = \"fp16\" is slow on a CPU, good for comparisons alone: use \"bf16\" or \"fp32\"");
+            warn!(
+                "train.precision = \"fp16\" is slow on a CPU, good for comparisons alone: use \"bf16\" or \"fp32\""
+            );
         }
         let dataset = data::open(&spec.data, spec.head.num_classes, spec.seed, data_roots)?;
         let epochs = Epochs::new(dataset.len(), spec.global_batch(), spec.seed).map_err(|error| {

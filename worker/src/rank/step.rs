@@ -281,8 +281,7 @@ impl Trainer {
             Verdict::Stop => {
                 let before = self.guard.before(rollbacks);
                 let failure = RankFailure::permanent(format!("step {step}: {what}{before}"));
-                Err(failure
-                    .hint("a lower train.lr, a warm-up epoch or precision = \"fp32\" usually helps"))
+                Err(failure.hint("a lower train.lr, a warm-up epoch or precision = \"fp32\" usually helps"))
             }
         }
     }

@@ -112,17 +112,34 @@ fn a_skipped_step_changes_nothing() {
                 head.sample_rate = Some(0.5);
             });
             on_ranks(&spec, 2, |_, trainer, job| {
-                trainer.scaler = trainer.scaler.and_then(|_| crate::optim::GradScaler::resumed(32.0, 3));
+                trainer.scaler = trainer
+                    .scaler
+                    .and_then(|_| crate::optim::GradScaler::resumed(32.0, 3));
                 let first = broken_steps(trainer, job, 0..1, &[]);
-                assert!(first[0].as_ref().is_ok_and(|outcome| outcome.grad_norm.is_some()), "{loss}");
+                assert!(
+                    first[0].as_ref().is_ok_and(|outcome| outcome.grad_norm.is_some()),
+                    "{loss}"
+                );
                 let (before, scaler) = (state(trainer), trainer.scaler);
-                let skipped = broken_steps(trainer, job, 1..2, &[1]).pop().expect("a step").expect("it passes");
+                let skipped = broken_steps(trainer, job, 1..2, &[1])
+                    .pop()
+                    .expect("a step")
+                    .expect("it passes");
                 assert_eq!((skipped.loss, skipped.grad_norm), (None, None));
-                assert!(same(&before, &state(trainer)), "{precision} {loss}: the state changed");
+                assert!(
+                    same(&before, &state(trainer)),
+                    "{precision} {loss}: the state changed"
+                );
                 assert_eq!(trainer.scaler, scaler, "the scale has nothing to do with it");
                 assert_eq!(trainer.guard.skipped_steps(), Some(1));
-                let next = broken_steps(trainer, job, 2..3, &[]).pop().expect("a step").expect("it trains");
-                assert!(next.loss.is_some_and(f64::is_finite) && next.grad_norm.is_some(), "{next:?}");
+                let next = broken_steps(trainer, job, 2..3, &[])
+                    .pop()
+                    .expect("a step")
+                    .expect("it trains");
+                assert!(
+                    next.loss.is_some_and(f64::is_finite) && next.grad_norm.is_some(),
+                    "{next:?}"
+                );
             });
         }
     }
@@ -135,11 +152,18 @@ fn too_many_skips_in_a_row_stop_the_job() {
     let ranks = on_ranks(&spec, 2, |_, trainer, job| {
         let outcomes = broken_steps(trainer, job, 0..20, &all);
         assert_eq!(outcomes.len(), 3 + 10 + 1);
-        outcomes.into_iter().next_back().expect("steps").expect_err("the eleventh")
+        outcomes
+            .into_iter()
+            .next_back()
+            .expect("steps")
+            .expect_err("the eleventh")
     });
     for failure in &ranks {
         assert!(
-            failure.permanent && failure.message.contains("10 updates in a row before it were left out"),
+            failure.permanent
+                && failure
+                    .message
+                    .contains("10 updates in a row before it were left out"),
             "{failure:?}"
         );
         assert_eq!(failure.message, ranks[0].message);
@@ -151,8 +175,15 @@ fn a_rollback_asks_for_a_generation_without_the_step() {
     let spec = with_policy("rollback", "fp32", |_| {});
     let skips = with_policy("skip", "fp32", |_| {});
     on_ranks(&spec, 2, |_, trainer, job| {
-        let failure = broken_steps(trainer, job, 0..4, &[2]).pop().expect("steps").expect_err("it ends");
-        assert_eq!((failure.permanent, failure.rollback_step), (false, Some(2)), "{failure:?}");
+        let failure = broken_steps(trainer, job, 0..4, &[2])
+            .pop()
+            .expect("steps")
+            .expect_err("it ends");
+        assert_eq!(
+            (failure.permanent, failure.rollback_step),
+            (false, Some(2)),
+            "{failure:?}"
+        );
         assert_eq!(failure.to_wire().rollback_step, Some(2));
     });
     // The next generation passes over the step, to where a job is that skips.
@@ -170,9 +201,20 @@ fn a_rollback_asks_for_a_generation_without_the_step() {
     // Three times is enough.
     on_ranks(&spec, 2, |_, trainer, job| {
         trainer.settings.left_out = vec![0, 1, 2];
-        let failure = broken_steps(trainer, job, 0..5, &[3]).pop().expect("steps").expect_err("it ends");
-        assert!(failure.permanent && failure.rollback_step.is_none(), "{failure:?}");
-        assert!(failure.message.ends_with("; the job was rolled back 3 times before"), "{failure}");
+        let failure = broken_steps(trainer, job, 0..5, &[3])
+            .pop()
+            .expect("steps")
+            .expect_err("it ends");
+        assert!(
+            failure.permanent && failure.rollback_step.is_none(),
+            "{failure:?}"
+        );
+        assert!(
+            failure
+                .message
+                .ends_with("; the job was rolled back 3 times before"),
+            "{failure}"
+        );
     });
 }
 
@@ -192,7 +234,10 @@ fn a_window_of_accumulated_steps_is_left_out_as_a_whole() {
         assert_eq!(losses, [true, false, false]);
         assert!(same(&before, &state(trainer)));
         assert_eq!(trainer.guard.skipped_steps(), Some(2));
-        let next = broken_steps(trainer, job, 6..9, &[]).pop().expect("steps").expect("it trains");
+        let next = broken_steps(trainer, job, 6..9, &[])
+            .pop()
+            .expect("steps")
+            .expect("it trains");
         assert!(next.grad_norm.is_some());
     });
 }
@@ -214,25 +259,42 @@ fn a_gradient_that_is_not_finite_follows_the_policy() {
     };
     // The scale of 1 is not to blame in fp16 either.
     for precision in ["fp32", "fp16"] {
-        let failures = on_ranks_with(&with_policy("stop", precision, |_| {}), 2, wrap, |_, trainer, job| {
-            trainer.scaler = trainer.scaler.and_then(|_| crate::optim::GradScaler::resumed(1.0, 0));
-            let failure = broken_steps(trainer, job, 0..1, &[]).pop().expect("a step");
-            let (name, _) = trainer.backbone.trainable()[0];
-            let expected = format!("step 0: the norm of the gradient is NaN, first of {name}");
-            (failure.expect_err("it ends"), expected)
-        });
+        let failures = on_ranks_with(
+            &with_policy("stop", precision, |_| {}),
+            2,
+            wrap,
+            |_, trainer, job| {
+                trainer.scaler = trainer
+                    .scaler
+                    .and_then(|_| crate::optim::GradScaler::resumed(1.0, 0));
+                let failure = broken_steps(trainer, job, 0..1, &[]).pop().expect("a step");
+                let (name, _) = trainer.backbone.trainable()[0];
+                let expected = format!("step 0: the norm of the gradient is NaN, first of {name}");
+                (failure.expect_err("it ends"), expected)
+            },
+        );
         for (failure, expected) in failures {
             assert!(failure.permanent, "{failure:?}");
             assert_eq!(failure.message, expected, "{precision}");
         }
-        on_ranks_with(&with_policy("skip", precision, |_| {}), 2, wrap, |_, trainer, job| {
-            trainer.scaler = trainer.scaler.and_then(|_| crate::optim::GradScaler::resumed(1.0, 0));
-            let before = state(trainer);
-            let outcome = steps(trainer, job, 0..1)[0];
-            assert!(outcome.loss.is_some() && outcome.grad_norm.is_none(), "{outcome:?}");
-            assert!(same(&before, &state(trainer)), "{precision}: the state changed");
-            assert!(steps(trainer, job, 1..2)[0].grad_norm.is_some());
-        });
+        on_ranks_with(
+            &with_policy("skip", precision, |_| {}),
+            2,
+            wrap,
+            |_, trainer, job| {
+                trainer.scaler = trainer
+                    .scaler
+                    .and_then(|_| crate::optim::GradScaler::resumed(1.0, 0));
+                let before = state(trainer);
+                let outcome = steps(trainer, job, 0..1)[0];
+                assert!(
+                    outcome.loss.is_some() && outcome.grad_norm.is_none(),
+                    "{outcome:?}"
+                );
+                assert!(same(&before, &state(trainer)), "{precision}: the state changed");
+                assert!(steps(trainer, job, 1..2)[0].grad_norm.is_some());
+            },
+        );
     }
 }
 
@@ -260,5 +322,9 @@ fn the_log_tells_of_skipped_steps() {
     });
     let skipped: Vec<Option<u64>> = told[0].iter().map(|metrics| metrics.skipped_steps).collect();
     assert_eq!(skipped, [Some(1), Some(2), Some(3)]);
-    assert!(told[0].iter().all(|metrics| metrics.loss.is_nan() && metrics.loss_scale.is_none()));
+    assert!(
+        told[0]
+            .iter()
+            .all(|metrics| metrics.loss.is_nan() && metrics.loss_scale.is_none())
+    );
 }

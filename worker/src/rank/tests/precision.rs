@@ -34,7 +34,11 @@ fn reduced_precision_follows_fp32() {
     for (precision, first, all) in [("bf16", 0.02, 0.1), ("fp16", 0.002, 0.05)] {
         let reduced = curve(precision);
         assert_eq!(reduced.len(), 10);
-        let off: Vec<f64> = exact.iter().zip(&reduced).map(|(a, b)| (a - b).abs() / a).collect();
+        let off: Vec<f64> = exact
+            .iter()
+            .zip(&reduced)
+            .map(|(a, b)| (a - b).abs() / a)
+            .collect();
         let (of_first, of_all) = (
             off[..5].iter().copied().fold(0.0, f64::max),
             off.iter().copied().fold(0.0, f64::max),
@@ -55,9 +59,13 @@ fn updates_below_the_resolution_of_bf16_add_up() {
         (train.clip_grad_norm, train.momentum) = (Some(1.0), Some(0.0));
     });
     on_ranks(&spec, 1, |_, trainer, job| {
-        let copies = |params: &[Tensor]| -> Vec<Tensor> { params.iter().map(|p| p.detach().copy()).collect() };
+        let copies =
+            |params: &[Tensor]| -> Vec<Tensor> { params.iter().map(|p| p.detach().copy()).collect() };
         let rounded = |params: &[Tensor]| -> Vec<Tensor> {
-            params.iter().map(|p| p.detach().to_kind(Kind::BFloat16)).collect()
+            params
+                .iter()
+                .map(|p| p.detach().to_kind(Kind::BFloat16))
+                .collect()
         };
         let before = copies(&trainer.params);
         steps(trainer, job, 0..5);
@@ -75,7 +83,11 @@ fn updates_below_the_resolution_of_bf16_add_up() {
         // What a checkpoint keeps is the f32 of it.
         for (name, tensor) in state(trainer) {
             let counts = tensor.kind() == Kind::Int64;
-            assert!(counts || tensor.kind() == Kind::Float, "{name}: {:?}", tensor.kind());
+            assert!(
+                counts || tensor.kind() == Kind::Float,
+                "{name}: {:?}",
+                tensor.kind()
+            );
         }
     });
 }
@@ -99,7 +111,10 @@ fn an_overflow_of_one_rank_skips_the_backbone_on_all() {
     };
     let ranks = on_ranks_with(&spec, 3, wrap, |_, trainer, job| {
         trainer.scaler = GradScaler::resumed(64.0, 7);
-        let before = (state(trainer), trainer.params.iter().map(Tensor::copy).collect::<Vec<_>>());
+        let before = (
+            state(trainer),
+            trainer.params.iter().map(Tensor::copy).collect::<Vec<_>>(),
+        );
         let first = steps(trainer, job, 0..1)[0];
         assert!(first.loss.is_some_and(f64::is_finite), "{first:?}");
         assert_eq!(first.grad_norm, None, "the backbone was not updated");
@@ -107,10 +122,17 @@ fn an_overflow_of_one_rank_skips_the_backbone_on_all() {
             assert!(before.equal(after), "the backbone moved");
         }
         for (name, before) in before.0.iter().filter(|(name, _)| name.starts_with("optimizer.")) {
-            let after = state(trainer).into_iter().find(|(other, _)| other == name).expect("as before");
+            let after = state(trainer)
+                .into_iter()
+                .find(|(other, _)| other == name)
+                .expect("as before");
             assert!(before.equal(&after.1), "{name} moved");
         }
-        assert_eq!((trainer.optimizer.steps(), trainer.head.updates()), (0, 1), "the head goes on");
+        assert_eq!(
+            (trainer.optimizer.steps(), trainer.head.updates()),
+            (0, 1),
+            "the head goes on"
+        );
         assert_eq!(trainer.guard.skipped_steps(), Some(1));
         let halved = trainer.scaler;
         let second = steps(trainer, job, 1..2)[0];
@@ -133,7 +155,10 @@ fn the_loss_scale_survives_a_restart() {
     let to = |trainer: &mut Trainer, job: &Job, end: u64| {
         trainer.scaler = too_large();
         let outcomes = steps(trainer, job, 0..end);
-        outcomes.iter().filter(|outcome| outcome.grad_norm.is_none()).count()
+        outcomes
+            .iter()
+            .filter(|outcome| outcome.grad_norm.is_none())
+            .count()
     };
     let snapshots = on_ranks(&spec, 2, |_, trainer, job| {
         assert_eq!(to(trainer, job, 3), 3, "the scale is too large for all of them");
@@ -161,7 +186,10 @@ fn the_loss_scale_survives_a_restart() {
     }
 
     // A checkpoint of another precision has none.
-    let without = CheckpointManifest { scaler: None, ..manifest };
+    let without = CheckpointManifest {
+        scaler: None,
+        ..manifest
+    };
     on_ranks(&spec, 1, |_, trainer, _| {
         let checkpoint = Checkpoint::open(&scratch.path().join("c"), without.clone()).expect("whole");
         let refused = checkpoints::restore(trainer, &checkpoint).expect_err("no loss scale");

@@ -134,8 +134,14 @@ fn accumulated_gradients_are_the_mean_or_the_sum_of_the_steps() {
                     squares += expected.square().sum(Kind::Double).double_value(&[]);
                 }
             }
-            assert!((norm / squares.sqrt() - 1.0).abs() < 1e-5, "{accumulation}: {norm}");
-            assert!(accumulated.iter().any(|(name, _)| name == "momentum_buffer"), "the head's");
+            assert!(
+                (norm / squares.sqrt() - 1.0).abs() < 1e-5,
+                "{accumulation}: {norm}"
+            );
+            assert!(
+                accumulated.iter().any(|(name, _)| name == "momentum_buffer"),
+                "the head's"
+            );
         }
     }
 }
@@ -169,7 +175,10 @@ impl Restated {
 }
 
 fn flat(tensors: &[Tensor]) -> Vec<f64> {
-    let parts: Vec<Tensor> = tensors.iter().map(|tensor| tensor.detach().reshape([-1])).collect();
+    let parts: Vec<Tensor> = tensors
+        .iter()
+        .map(|tensor| tensor.detach().reshape([-1]))
+        .collect();
     Vec::try_from(Tensor::cat(&parts, 0).to_kind(Kind::Double)).expect("a list")
 }
 
@@ -207,7 +216,9 @@ fn the_backbone_is_updated_as_restated_in_f64() {
         };
         let (before, after, norms) = on_ranks_with(&spec, 2, wrap, |_, trainer, job| {
             // A scale that no gradient here overflows at.
-            trainer.scaler = trainer.scaler.map(|_| GradScaler::resumed(64.0, 0).expect("a scale"));
+            trainer.scaler = trainer
+                .scaler
+                .map(|_| GradScaler::resumed(64.0, 0).expect("a scale"));
             let before = flat(&trainer.params);
             let outcomes = steps(trainer, job, 0..5);
             let norms: Vec<f64> = outcomes.iter().filter_map(|outcome| outcome.grad_norm).collect();
@@ -222,7 +233,11 @@ fn the_backbone_is_updated_as_restated_in_f64() {
         let zeros = || vec![0.0; before.len()];
         let mut rule = match optimizer {
             "sgd" => Restated::Sgd { v: zeros() },
-            _ => Restated::AdamW { m: zeros(), v: zeros(), t: 0 },
+            _ => Restated::AdamW {
+                m: zeros(),
+                v: zeros(),
+                t: 0,
+            },
         };
         let mut expected = before.clone();
         let schedule = crate::optim::schedule::PolyWarmup::new(0.02, 0, 5);
@@ -230,7 +245,10 @@ fn the_backbone_is_updated_as_restated_in_f64() {
         for (step, (sum, norm)) in sums.iter().zip(&norms).enumerate() {
             let mut g: Vec<f64> = sum[..before.len()].iter().map(|sum| sum / divisor).collect();
             let restated: f64 = g.iter().map(|g| g * g).sum::<f64>().sqrt();
-            assert!((norm / restated - 1.0).abs() < 1e-5, "{optimizer}: {norm} and {restated}");
+            assert!(
+                (norm / restated - 1.0).abs() < 1e-5,
+                "{optimizer}: {norm} and {restated}"
+            );
             let factor = (0.5 / (restated + 1e-6)).min(1.0);
             clipped += usize::from(factor < 1.0);
             g.iter_mut().for_each(|g| *g *= factor);
@@ -240,14 +258,19 @@ fn the_backbone_is_updated_as_restated_in_f64() {
         let moved = difference(&Tensor::from_slice(&before), &Tensor::from_slice(&after));
         let off = difference(&Tensor::from_slice(&after), &Tensor::from_slice(&expected));
         println!("{optimizer} {precision}: moved {moved:.1e}, off {off:.1e}, clipped {clipped} of 5");
-        assert!(off < tolerance && moved > 100.0 * tolerance, "{optimizer}: {off} of {moved}");
+        assert!(
+            off < tolerance && moved > 100.0 * tolerance,
+            "{optimizer}: {off} of {moved}"
+        );
     }
 }
 
 #[test]
 fn clipping_covers_the_backbone_alone() {
     let after_one = |clip: f64| {
-        let spec = job(1, |wire| wire.train.get_or_insert_default().clip_grad_norm = Some(clip));
+        let spec = job(1, |wire| {
+            wire.train.get_or_insert_default().clip_grad_norm = Some(clip)
+        });
         on_ranks(&spec, 1, |_, trainer, job| {
             steps(trainer, job, 0..1);
             (flat(&trainer.params), trainer.head.state())
