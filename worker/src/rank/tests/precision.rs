@@ -14,39 +14,30 @@ fn in_precision(world_size: u32, precision: &str, change: impl FnOnce(&mut v1::J
     })
 }
 
-/// Loss of every step of two epochs (10 updates).
+/// Loss of every step of an epoch.
 fn curve(precision: &str) -> Vec<f64> {
-    let spec = in_precision(1, precision, |wire| {
-        wire.train.get_or_insert_default().num_epoch = Some(2);
-    });
+    let spec = in_precision(1, precision, |_| {});
     on_ranks(&spec, 1, |_, trainer, job| {
-        let outcomes = steps(trainer, job, 0..10);
+        let outcomes = steps(trainer, job, 0..5);
         outcomes.iter().filter_map(|outcome| outcome.loss).collect()
     })
     .swap_remove(0)
 }
 
-/// Steps of 8 images at a loss near 30: the curves drift apart like those of two seeds would, and slowly at first.
+/// Batch norm over 8 images doubles a difference with every step: 1.3e-3 in the first became 2.9e-2 in the fifth where it was
+/// measured, and later steps say nothing.
 #[test]
-fn reduced_precision_follows_fp32() {
-    let exact = curve("fp32");
-    assert_eq!(exact.len(), 10);
-    for (precision, first, all) in [("bf16", 0.02, 0.1), ("fp16", 0.002, 0.05)] {
-        let reduced = curve(precision);
-        assert_eq!(reduced.len(), 10);
-        let off: Vec<f64> = exact
-            .iter()
-            .zip(&reduced)
-            .map(|(a, b)| (a - b).abs() / a)
-            .collect();
-        let (of_first, of_all) = (
-            off[..5].iter().copied().fold(0.0, f64::max),
-            off.iter().copied().fold(0.0, f64::max),
-        );
-        println!("{precision}: {of_first:.1e} over the first 5 steps, {of_all:.1e} over 10");
-        assert!(of_first < first && of_all < all, "{precision}: {off:?}");
-        assert_ne!(exact, reduced, "{precision} is another arithmetic");
-    }
+fn bf16_follows_fp32() {
+    let (exact, reduced) = (curve("fp32"), curve("bf16"));
+    assert_eq!((exact.len(), reduced.len()), (5, 5));
+    let off: Vec<f64> = exact
+        .iter()
+        .zip(&reduced)
+        .map(|(a, b)| (a - b).abs() / a)
+        .collect();
+    println!("bf16 is off by {off:?}");
+    assert!(off[0] < 5e-3 && off.iter().all(|off| *off < 0.06), "{off:?}");
+    assert_ne!(exact, reduced, "another arithmetic");
 }
 
 /// A step far below bf16's resolution of the weights (2^-9 of them) still counts: the parameters are f32 and only cast for
