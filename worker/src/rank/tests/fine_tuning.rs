@@ -49,6 +49,7 @@ fn old_checkpoint(dir: &Path, world_size: u32, change: impl FnOnce(&mut v1::JobS
             step: 5,
             epoch: 1,
             epoch_samples: 0,
+            scaler: None,
         };
         checkpoints::snapshot(trainer, position, job.num_classes)
     });
