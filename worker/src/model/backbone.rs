@@ -149,7 +149,9 @@ impl Backbone {
     /// Names and shapes without memory for values: to list, to count and to trace, nothing else. Writing to its tensors
     /// panics.
     pub fn outline(config: &BackboneConfig) -> Result<Self, ModelError> {
-        Self::build(config, |state| Builder::outline(state))
+        Self::build(config, |state| {
+            Builder::new(state, config.freeze_batch_norm).outline()
+        })
     }
 
     fn build(

@@ -24,9 +24,12 @@ pub trait Network: Send {
     fn tail(&self, x: &Tensor, pass: &mut Pass) -> Tensor;
 }
 
+/// What a piece computes.
+type Forward<'a> = dyn Fn(&Tensor, &mut Pass) -> Tensor + 'a;
+
 /// A part of a trunk. It keeps the pass's precision and changes nothing but running statistics.
 pub struct Piece<'a> {
-    forward: Box<dyn Fn(&Tensor, &mut Pass) -> Tensor + 'a>,
+    forward: Box<Forward<'a>>,
     tap: Option<String>,
 }
 

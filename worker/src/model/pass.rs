@@ -214,7 +214,7 @@ impl<'a> Pass<'a> {
         } = self.mode.dropout;
         let keep = (1.0 / (1.0 - p)) as f32;
         let scales = (0..rows(&x)).map(|row| {
-            let sample_and_branch = (first_sample + row) << 16 | u64::from(branch);
+            let sample_and_branch = ((first_sample + row) << 16) | u64::from(branch);
             let drawn = random::uniform(seed, Purpose::DropPath, step, sample_and_branch);
             if drawn < p { 0.0 } else { keep }
         });

@@ -65,10 +65,10 @@ impl<'a> Builder<'a> {
     }
 
     /// The same for a network that is looked at and not run: its tensors have shapes, and one element in memory.
-    pub fn outline(state: &'a mut Vec<StateEntry>) -> Self {
+    pub fn outline(self) -> Self {
         Self {
             outline: true,
-            ..Self::new(state, false)
+            ..self
         }
     }
 

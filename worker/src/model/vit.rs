@@ -51,7 +51,7 @@ pub const S_DP005_MASK0: Layout = Layout {
 };
 /// Base: the small one's width and twice its depth.
 pub const B: Layout = Layout { depth: 24, ..S };
-/// Base with less drop path. Its name says 5 % of hidden tokens, but the reference hides [`SEEN`]'s share here as well.
+/// Base with less drop path. Its name says 5 % of hidden tokens, but the reference hides 10 % here as well.
 pub const B_DP005_MASK005: Layout = Layout { drop_path: 0.05, ..B };
 /// Large.
 pub const L_DP005_MASK005: Layout = Layout {
