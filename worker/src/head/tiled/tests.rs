@@ -16,7 +16,8 @@ const TOLERANCE: f64 = 1e-5;
 const BF16_TOLERANCE: f64 = 3e-3;
 /// The momentum then: most of it is the sum of many small terms, each of which is off by s times the cosine's rounding.
 const BF16_MOMENTUM_TOLERANCE: f64 = 1e-2;
-/// AdamW divides by the root of the squared gradient, which turns rounding of a near-zero gradient into a whole step.
+/// AdamW divides by the root of the squared gradient, which turns rounding of a near-zero gradient into a whole step. What
+/// is computed from the weights after an update inherits it.
 const ADAMW_WEIGHT_TOLERANCE: f64 = 1e-3;
 
 fn config(num_classes: u32, embedding_size: i64) -> HeadConfig {
@@ -194,6 +195,11 @@ fn check(case: &Case, isa: Isa, format: Format, tolerance: f64) {
     for (rank, (ours, plain)) in outcomes.iter().enumerate() {
         for (i, ((loss, grad), (plain_loss, plain_grad))) in ours.micros.iter().zip(&plain.micros).enumerate()
         {
+            let updated = i as u64 >= case.micros;
+            let tolerance = match is_adamw && updated {
+                true => ADAMW_WEIGHT_TOLERANCE.max(tolerance),
+                false => tolerance,
+            };
             let difference = (loss - plain_loss).abs() / plain_loss.abs().max(1.0);
             assert!(difference <= tolerance, "loss {i}: {loss} {plain_loss}: {about}");
             assert_eq!(*loss, outcomes[0].0.micros[i].0, "ranks differ: {about}");
