@@ -591,19 +591,9 @@ impl<'a> Job<'a> {
     }
 
     fn gradient_acc(&mut self) {
-        let mut found = self.find(("train", "gradient_acc"), "gradient_acc", Some(Value::Whole(1)));
+        let found = self.find(("train", "gradient_acc"), "gradient_acc", Some(Value::Whole(1)));
         let value = found.value.clone().unwrap_or(Value::Whole(1));
-        if number(&value).is_some_and(|steps| steps > 1.0) {
-            found
-                .comments
-                .push("Gradients are averaged over them here; the reference adds them.".into());
-            self.remark(
-                found.origin.clone(),
-                format!("config.gradient_acc = {value}: gradients are averaged here, the reference adds them"),
-                "train.clip_grad_norm = 5 divided by that takes the reference's steps with adamw; with sgd also train.lr times \
-                 and train.weight_decay divided by it",
-            );
-        }
+        let accumulates = number(&value).is_some_and(|steps| steps > 1.0);
         self.entry(
             "train",
             "gradient_acc",
@@ -611,6 +601,16 @@ impl<'a> Job<'a> {
             toml(&value, Kind::Whole),
             found,
         );
+        if accumulates {
+            let found = Found {
+                value: None,
+                origin: None,
+                comments: vec![
+                    "The reference adds the gradients; without this line they are averaged.".into(),
+                ],
+            };
+            self.entry("train", "accumulation", "gradient_acc", text("sum"), found);
+        }
     }
 
     fn precision(&mut self) {
