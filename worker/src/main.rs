@@ -78,6 +78,8 @@ enum Command {
     Infer(tools::infer::InferArgs),
     /// Measure accuracy on verification sets (.bin).
     Verify(tools::verify::VerifyArgs),
+    /// Measure IJB-B or IJB-C: 1:1 and 1:N.
+    Ijb(tools::ijb::IjbArgs),
     /// Bring PyTorch weights into safetensors, checked against a network's names and shapes.
     Import(tools::import::ImportArgs),
     /// List the backbones.
@@ -117,6 +119,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         None => join(cli.agent),
         Some(Command::Infer(args)) => tools::infer::run(args),
         Some(Command::Verify(args)) => tools::verify::run(args),
+        Some(Command::Ijb(args)) => tools::ijb::run(args),
         Some(Command::Import(args)) => tools::import::run(args),
         Some(Command::Networks(args)) => tools::networks::run(args),
         Some(Command::Export(args)) => tools::export::run(args),

@@ -23,6 +23,8 @@ pub enum Purpose {
     DropPath = 8,
     /// Tokens that training hides; counters: step, sample.
     TokenMask = 9,
+    /// Subjects drawn to see how certain a rate is; counters: repetition, draw.
+    Bootstrap = 16,
 }
 
 /// SplitMix64's output function (Steele, Lea, Flood 2014): a bijection of 64 bits that mixes well.

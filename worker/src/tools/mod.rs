@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod data;
 pub mod export;
+pub mod ijb;
 pub mod import;
 pub mod infer;
 pub mod networks;

@@ -4,6 +4,7 @@
 mod backbone;
 mod checkpoint;
 mod head;
+mod ijb;
 mod loader;
 mod memory;
 mod timing;
@@ -23,12 +24,13 @@ use tch::Tensor;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:\n  \
     arcface-worker bench head --classes 100000 --batch 128 --against plain --output json\n  \
-    arcface-worker bench backbone --network mbf --train")]
+    arcface-worker bench backbone --network mbf --train\n  \
+    arcface-worker bench ijb --dir /tmp --output json")]
 pub struct BenchArgs {
     /// What to measure.
     #[command(subcommand)]
     pub part: Part,
-    /// Repetitions that count; default 10, 5 pairs of a comparison.
+    /// Repetitions that count; default 10, 5 pairs of a comparison, 1 of ijb (where every one counts).
     #[arg(long, global = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub repetitions: Option<u32>,
     /// How to print the result.
@@ -55,6 +57,8 @@ pub enum Part {
         #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
         threads: u16,
     },
+    /// The 1:1 numbers of a drawn benchmark of IJB-C's size: wall time by phase and peak memory.
+    Ijb(ijb::IjbArgs),
     /// Writing, verifying and reading one head part.
     Checkpoint {
         /// Classes of the part.
@@ -87,11 +91,17 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
 /// The result as a JSON object.
 pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
     let is_comparison = matches!(&args.part, Part::Head(args) if args.is_comparison());
-    let repetitions = args.repetitions.unwrap_or(if is_comparison { 5 } else { 10 });
+    let usual = match &args.part {
+        Part::Ijb(_) => 1,
+        _ if is_comparison => 5,
+        _ => 10,
+    };
+    let repetitions = args.repetitions.unwrap_or(usual);
     let mut result = match &args.part {
         Part::Head(args) => head::measure(repetitions, args)?,
         Part::Backbone(args) => backbone::measure(repetitions, args)?,
         Part::Loader { data, batch, threads } => loader::measure(repetitions, data, *batch, *threads)?,
+        Part::Ijb(args) => ijb::measure(repetitions, args)?,
         Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
     };
     result["repetitions"] = repetitions.into();
@@ -160,7 +170,12 @@ mod tests {
             "bench checkpoint --classes 20 --dim 8 --repetitions 2 --dir {}",
             dir.path().display()
         );
+        let ijb = format!(
+            "bench ijb --images 300 --templates 60 --pairs 500 --dim 8 --bootstrap 5 --identification --dir {}",
+            dir.path().display()
+        );
         for (line, key) in [
+            (ijb.as_str(), "median_ms"),
             (
                 "bench head --classes 50 --dim 8 --batch 4 --sample-rate 0.5 --repetitions 2",
                 "median_ms",
