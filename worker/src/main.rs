@@ -19,6 +19,7 @@ Examples:
   arcface-worker --join 127.0.0.1:1234
   arcface-worker --join c1:1234,c2:1234 --slots 2 --data-root /data --output-root /train
   arcface-worker verify --network r50 --weights model.safetensors lfw.bin
+  arcface-worker ijb --network r50 --weights model.safetensors --root /data/IJB_release --protocol ijbc
   arcface-worker networks";
 
 #[derive(Parser, Debug)]

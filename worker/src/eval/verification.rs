@@ -148,10 +148,15 @@ fn decode_images(set: &VerificationSet, first: usize, end: usize) -> Result<Tens
                 detail,
             })
         })?;
+    Ok(normalise(&pixels))
+}
+
+/// Decoded images, one after the other, as a network takes them: `[b, 3, 112, 112]` f32 in [-1, 1].
+pub(super) fn normalise(pixels: &[u8]) -> Tensor {
     let side = SIDE as i64;
-    let pixels = Tensor::from_slice(&pixels).view([(end - first) as i64, side, side, 3]);
+    let pixels = Tensor::from_slice(pixels).view([-1, side, side, 3]);
     let pixels = pixels.permute([0, 3, 1, 2]).to_kind(Kind::Float);
-    Ok(((pixels / 255.0 - 0.5) / 0.5).contiguous())
+    ((pixels / 255.0 - 0.5) / 0.5).contiguous()
 }
 
 #[cfg(test)]

@@ -26,7 +26,13 @@ pub struct Interval {
 pub fn subjects(pairs: &Pairs, templates: usize) -> (Vec<u32>, u32) {
     // Templates are lines of a file in memory: their number fits.
     let mut parent: Vec<u32> = (0..templates as u32).collect();
-    for ((&a, &b), _) in pairs.first.iter().zip(&pairs.second).zip(&pairs.same).filter(|(_, same)| **same) {
+    for ((&a, &b), _) in pairs
+        .first
+        .iter()
+        .zip(&pairs.second)
+        .zip(&pairs.same)
+        .filter(|(_, same)| **same)
+    {
         let (a, b) = (root(&mut parent, a), root(&mut parent, b));
         parent[a.max(b) as usize] = a.min(b);
     }
@@ -75,7 +81,9 @@ pub fn intervals(
             let times = draw(subjects, seed, repetition);
             let weight = |c: &Comparison| weight(&times, c);
             let totals = ranked.totals(weight);
-            fars.iter().map(|&far| ranked.tar_at(far, totals, weight)).collect()
+            fars.iter()
+                .map(|&far| ranked.tar_at(far, totals, weight))
+                .collect()
         })
         .collect();
     (0..fars.len())
@@ -106,7 +114,11 @@ fn draw(subjects: u32, seed: u64, repetition: u32) -> Vec<u16> {
 fn weight(times: &[u16], comparison: &Comparison) -> f64 {
     let [a, b] = comparison.subjects;
     let of_a = f64::from(times[a as usize]);
-    if a == b { of_a } else { of_a * f64::from(times[b as usize]) }
+    if a == b {
+        of_a
+    } else {
+        of_a * f64::from(times[b as usize])
+    }
 }
 
 /// Value below which a share `at` of the sorted values lies, between neighbours on the line.
@@ -149,14 +161,28 @@ mod tests {
     fn the_interval_has_the_width_of_the_theory() {
         let people = 400;
         let score = |p: u32| random::uniform(1, Purpose::Flip, u64::from(p), 0);
-        let genuine = (0..people).map(|p| Comparison { score: score(p), subjects: [p, p] });
-        let impostor = (0..people).map(|p| Comparison { score: 0.5, subjects: [p, (p + 1) % people] });
+        let genuine = (0..people).map(|p| Comparison {
+            score: score(p),
+            subjects: [p, p],
+        });
+        let impostor = (0..people).map(|p| Comparison {
+            score: 0.5,
+            subjects: [p, (p + 1) % people],
+        });
         let ranked = Ranked::new(genuine.collect(), impostor.collect());
-        let rate = ranked.tar_at(0.0, ranked.totals(|_| 1.0), |_| 1.0).expect("both kinds");
+        let rate = ranked
+            .tar_at(0.0, ranked.totals(|_| 1.0), |_| 1.0)
+            .expect("both kinds");
         let found = intervals(&ranked, people, &[0.0], 2000, 5)[0].expect("an interval");
         let half = 1.96 * (rate * (1.0 - rate) / f64::from(people)).sqrt();
-        assert!((found.low - (rate - half)).abs() < 0.008, "{found:?} {rate} {half}");
-        assert!((found.high - (rate + half)).abs() < 0.008, "{found:?} {rate} {half}");
+        assert!(
+            (found.low - (rate - half)).abs() < 0.008,
+            "{found:?} {rate} {half}"
+        );
+        assert!(
+            (found.high - (rate + half)).abs() < 0.008,
+            "{found:?} {rate} {half}"
+        );
         assert_eq!(intervals(&ranked, people, &[0.0], 1, 5), [None]);
     }
 }

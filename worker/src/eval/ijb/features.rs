@@ -108,8 +108,8 @@ impl FeatureFile {
 fn find(path: &Path, bytes: &[u8], name: &str) -> Result<Option<Stored>, IjbError> {
     let refuse = |detail: String| IjbError::file(path, detail);
     // Checks that ranges lie within the file and agree with kinds and shapes.
-    let file =
-        SafeTensors::deserialize(bytes).map_err(|error| refuse(format!("not a safetensors file: {error}")))?;
+    let file = SafeTensors::deserialize(bytes)
+        .map_err(|error| refuse(format!("not a safetensors file: {error}")))?;
     if !file.names().contains(&name) {
         return Ok(None);
     }
@@ -192,8 +192,14 @@ mod tests {
         let values = [1.0f32, -2.5, 3.0, 0.25, -8.0, 0.0];
         let f64s = values.iter().flat_map(|&v| f64::from(v).to_le_bytes()).collect();
         let f32s: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let f16s = values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
-        let bf16s = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+        let f16s = values
+            .iter()
+            .flat_map(|&v| f16::from_f32(v).to_le_bytes())
+            .collect();
+        let bf16s = values
+            .iter()
+            .flat_map(|&v| bf16::from_f32(v).to_le_bytes())
+            .collect();
         for (dtype, data) in [
             (Dtype::F64, f64s),
             (Dtype::F32, f32s.clone()),
@@ -215,11 +221,23 @@ mod tests {
     fn other_files_are_refused() {
         for (tensors, expected) in [
             (vec![], "no tensor feat"),
-            (vec![("feat", Dtype::I32, &[2usize, 1] as &[usize], vec![0; 8])], "I32 [2, 1], expected [images, D]"),
-            (vec![("feat", Dtype::F32, &[2], vec![0; 8])], "F32 [2], expected [images, D]"),
-            (vec![("feat", Dtype::F32, &[2, 0], vec![])], "F32 [2, 0], expected [images, D]"),
             (
-                vec![("feat", Dtype::F32, &[2, 1], vec![0; 8]), ("feat_flip", Dtype::F32, &[1, 2], vec![0; 8])],
+                vec![("feat", Dtype::I32, &[2usize, 1] as &[usize], vec![0; 8])],
+                "I32 [2, 1], expected [images, D]",
+            ),
+            (
+                vec![("feat", Dtype::F32, &[2], vec![0; 8])],
+                "F32 [2], expected [images, D]",
+            ),
+            (
+                vec![("feat", Dtype::F32, &[2, 0], vec![])],
+                "F32 [2, 0], expected [images, D]",
+            ),
+            (
+                vec![
+                    ("feat", Dtype::F32, &[2, 1], vec![0; 8]),
+                    ("feat_flip", Dtype::F32, &[1, 2], vec![0; 8]),
+                ],
                 "feat is [2, 1] and feat_flip [1, 2]",
             ),
         ] {

@@ -106,7 +106,9 @@ pub fn open_set(templates: &Templates, probes: &[Entry], gallery: &[Entry], fars
     let highest = |scores: &mut dyn Iterator<Item = f64>| scores.fold(f64::NEG_INFINITY, f64::max);
     let found = search(templates, probes, gallery, |probe, scores| {
         let others = gallery.iter().zip(scores);
-        let mut others = others.filter(|(entry, _)| entry.subject != probe.subject).map(|(_, &s)| s);
+        let mut others = others
+            .filter(|(entry, _)| entry.subject != probe.subject)
+            .map(|(_, &s)| s);
         let best_other = highest(&mut others);
         match places.get(&probe.subject) {
             Some(&own) => Found {
@@ -136,7 +138,12 @@ pub fn open_set(templates: &Templates, probes: &[Entry], gallery: &[Entry], fars
     OpenSet {
         mated: mated.len(),
         unmated: unmated.len(),
-        hits: RANKS.map(|rank| mated.iter().filter(|f| f.better.is_some_and(|b| b < rank)).count()),
+        hits: RANKS.map(|rank| {
+            mated
+                .iter()
+                .filter(|f| f.better.is_some_and(|b| b < rank))
+                .count()
+        }),
         tpir: thresholds
             .as_ref()
             .filter(|_| !mated.is_empty())
@@ -236,12 +243,16 @@ mod tests {
     use super::*;
 
     fn entries(list: &[(u32, u32)]) -> Vec<Entry> {
-        list.iter().map(|&(template, subject)| Entry { template, subject }).collect()
+        list.iter()
+            .map(|&(template, subject)| Entry { template, subject })
+            .collect()
     }
 
     /// Templates on a circle, by degrees.
     fn circle(degrees: &[f64]) -> Templates {
-        let xy = degrees.iter().flat_map(|d| [d.to_radians().cos(), d.to_radians().sin()]);
+        let xy = degrees
+            .iter()
+            .flat_map(|d| [d.to_radians().cos(), d.to_radians().sin()]);
         Templates::from_values(2, xy.collect())
     }
 
@@ -256,7 +267,13 @@ mod tests {
         let cos = |degrees: f64| degrees.to_radians().cos();
         let thresholds = found.thresholds.expect("strangers");
         let expected = [cos(10.0), cos(10.0), cos(10.0), cos(45.0)];
-        assert!(thresholds.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{thresholds:?}");
+        assert!(
+            thresholds
+                .iter()
+                .zip(expected)
+                .all(|(a, b)| (a - b).abs() < 1e-12),
+            "{thresholds:?}"
+        );
         assert_eq!(found.tpir.expect("rates")[3], 0.5);
         let known = open_set(&templates, &probes[..2], &gallery, &[0.1]);
         assert_eq!((known.thresholds, known.tpir), (None, None));
@@ -280,7 +297,10 @@ mod tests {
         let probes = entries(&[(2, 1)]);
         for (gallery, count) in [(vec![(0, 2)], 0), (vec![(0, 1), (1, 1)], 2)] {
             let said = closed_set(&templates, &probes, &entries(&gallery)).expect_err("refused");
-            assert!(said.starts_with(&format!("subject 1 of the probes has {count} entries")), "{said}");
+            assert!(
+                said.starts_with(&format!("subject 1 of the probes has {count} entries")),
+                "{said}"
+            );
         }
         // A gallery of one: there is no wrong pair to take a threshold from.
         let alone = closed_set(&templates, &probes, &entries(&[(0, 1)])).expect("in the gallery");
@@ -296,7 +316,9 @@ mod tests {
         let mut expected = values.clone();
         expected.sort_by(|a, b| b.total_cmp(a));
         let mut highest = Highest::new(70);
-        values.chunks(90).for_each(|part| highest.add(&part[..20], &part[20..]));
+        values
+            .chunks(90)
+            .for_each(|part| highest.add(&part[..20], &part[20..]));
         assert_eq!(highest.sorted(), expected[..70]);
         let mut few = Highest::new(5);
         few.add(&[1.0], &[3.0]);

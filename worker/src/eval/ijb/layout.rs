@@ -144,7 +144,10 @@ mod tests {
     fn the_root_is_the_benchmark_or_the_folder_above() {
         let dir = tempfile::tempdir().expect("scratch");
         let missing = Layout::find(dir.path(), Protocol::Ijbc).expect_err("empty");
-        assert!(missing.to_string().contains("neither IJBC/meta nor meta"), "{missing}");
+        assert!(
+            missing.to_string().contains("neither IJBC/meta nor meta"),
+            "{missing}"
+        );
         fs::create_dir_all(dir.path().join("IJBC/meta")).expect("made");
         for root in [dir.path().to_owned(), dir.path().join("IJBC")] {
             let layout = Layout::find(&root, Protocol::Ijbc).expect("found");

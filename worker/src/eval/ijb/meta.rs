@@ -213,10 +213,8 @@ pub fn read_placements(layout: &Layout, images: usize) -> Result<(Vec<Placement>
         return Err(IjbError::file(&file.path, detail));
     }
     let ids = TemplateIds::new(rows.iter().map(|&(template, _)| template).collect());
-    let place = |&(template, media): &(u32, u32)| {
-        ids.index(template)
-            .map(|template| Placement { template, media })
-    };
+    let place =
+        |&(template, media): &(u32, u32)| ids.index(template).map(|template| Placement { template, media });
     let placements: Option<Vec<Placement>> = rows.iter().map(place).collect();
     Ok((placements.expect("every id was just put in"), ids))
 }
@@ -225,10 +223,8 @@ pub fn read_placements(layout: &Layout, images: usize) -> Result<(Vec<Placement>
 pub fn read_pairs(layout: &Layout, ids: &TemplateIds) -> Result<Pairs, IjbError> {
     let file = MetaFile::open(layout.pairs())?;
     let blocks = blocks(&file.bytes, BLOCK);
-    let parsed: Vec<Result<Pairs, (usize, String)>> = blocks
-        .par_iter()
-        .map(|block| parse_pairs(block, ids))
-        .collect();
+    let parsed: Vec<Result<Pairs, (usize, String)>> =
+        blocks.par_iter().map(|block| parse_pairs(block, ids)).collect();
     let mut all = Pairs::default();
     for (index, part) in parsed.into_iter().enumerate() {
         let part = part.map_err(|(line, detail)| {
@@ -309,7 +305,12 @@ pub fn read_entries(path: &Path, ids: &TemplateIds) -> Result<Vec<Entry>, IjbErr
     }
     let entries: Vec<Entry> = (0..)
         .zip(subjects)
-        .filter_map(|(template, subject)| Some(Entry { template, subject: subject? }))
+        .filter_map(|(template, subject)| {
+            Some(Entry {
+                template,
+                subject: subject?,
+            })
+        })
         .collect();
     match entries.is_empty() {
         true => Err(IjbError::file(path, "lists no template")),
@@ -364,14 +365,26 @@ mod tests {
         scratch.write(&layout.images(), format!("{IMAGE}\r\n\n2.png\t{}\n", &IMAGE[6..]));
         let images = read_images(&layout).expect("read");
         assert_eq!((images.len(), images[1].name.as_str()), (2, "2.png"));
-        assert_eq!(images[0].landmarks, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, 10.0]]);
+        assert_eq!(
+            images[0].landmarks,
+            [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, 10.0]]
+        );
         assert_eq!(images[0].faceness, 0.5);
 
         scratch.write(&layout.placements(), "1.jpg 4294967295 9\n2.png 7 9\n");
         let (placements, ids) = read_placements(&layout, 2).expect("read");
         assert_eq!(ids.ids(), [7, u32::MAX]);
-        assert_eq!(placements[0], Placement { template: 1, media: 9 });
-        assert_eq!((ids.index(7), ids.index(8), ids.index(TABLE)), (Some(0), None, None));
+        assert_eq!(
+            placements[0],
+            Placement {
+                template: 1,
+                media: 9
+            }
+        );
+        assert_eq!(
+            (ids.index(7), ids.index(8), ids.index(TABLE)),
+            (Some(0), None, None)
+        );
 
         scratch.write(&layout.pairs(), "7 4294967295 0\n7 7 1\n");
         let pairs = read_pairs(&layout, &ids).expect("read");
@@ -382,9 +395,21 @@ mod tests {
         };
         assert_eq!(pairs, expected);
 
-        scratch.write(&layout.probes(), "T,S,\"a,b\"\n4294967295,3,x\n7,2,x\n7,2,\"y,z\"\n");
+        scratch.write(
+            &layout.probes(),
+            "T,S,\"a,b\"\n4294967295,3,x\n7,2,x\n7,2,\"y,z\"\n",
+        );
         let entries = read_entries(&layout.probes(), &ids).expect("read");
-        let expected = [Entry { template: 0, subject: 2 }, Entry { template: 1, subject: 3 }];
+        let expected = [
+            Entry {
+                template: 0,
+                subject: 2,
+            },
+            Entry {
+                template: 1,
+                subject: 3,
+            },
+        ];
         assert_eq!(entries, expected);
     }
 
@@ -395,9 +420,18 @@ mod tests {
         for (text, expected) in [
             ("", "name_5pts_score.txt: lists no image"),
             ("1.jpg 0.5", "name_5pts_score.txt:1: 2 columns, expected 12"),
-            (&format!("{IMAGE}\n\n{IMAGE}\n{IMAGE} 3\n"), "name_5pts_score.txt:4: 13 columns, expected 12"),
-            (&IMAGE.replace(" 7 ", " seven "), "coordinate \"seven\" is not a finite number"),
-            (&IMAGE.replace("0.5", "nan"), "faceness \"nan\" is not a finite number"),
+            (
+                &format!("{IMAGE}\n\n{IMAGE}\n{IMAGE} 3\n"),
+                "name_5pts_score.txt:4: 13 columns, expected 12",
+            ),
+            (
+                &IMAGE.replace(" 7 ", " seven "),
+                "coordinate \"seven\" is not a finite number",
+            ),
+            (
+                &IMAGE.replace("0.5", "nan"),
+                "faceness \"nan\" is not a finite number",
+            ),
         ] {
             scratch.write(&layout.images(), text);
             let said = said(read_images(&layout));
@@ -411,7 +445,10 @@ mod tests {
             ("1.jpg 1 2\n2.jpg 1 2\n", "lists 2 images, but"),
             ("1.jpg 1", ":1: 2 columns, expected 3"),
             ("1.jpg -1 2", ":1: template \"-1\" is not a whole number"),
-            ("1.jpg 1 4294967296", "media \"4294967296\" is not a whole number from 0 to 4294967295"),
+            (
+                "1.jpg 1 4294967296",
+                "media \"4294967296\" is not a whole number from 0 to 4294967295",
+            ),
             (long.as_str(), "99999999...\" is not a whole number"),
         ] {
             scratch.write(&layout.placements(), text);
@@ -423,8 +460,14 @@ mod tests {
         let (_, ids) = read_placements(&layout, 1).expect("read");
         for (text, expected) in [
             ("", "template_pair_label.txt: has no pair of the same person"),
-            ("5 5 1\n", "template_pair_label.txt: has no pair of different persons"),
-            ("5 5 1\n5 6 0\n", ":2: template 6 has no image in face_tid_mid.txt"),
+            (
+                "5 5 1\n",
+                "template_pair_label.txt: has no pair of different persons",
+            ),
+            (
+                "5 5 1\n5 6 0\n",
+                ":2: template 6 has no image in face_tid_mid.txt",
+            ),
             ("5 5 1\n5 5 2\n", ":2: label \"2\" is neither 0 nor 1"),
             ("5 5\n", ":1: 2 columns, expected 3"),
         ] {
@@ -435,7 +478,10 @@ mod tests {
         for (text, expected) in [
             ("head\n", "lists no template"),
             ("head\n5\n", ":2: 1 column, expected template and subject"),
-            ("head\n5,1\n\n5,2\n", ":4: template 5 is subject 2 here and 1 above"),
+            (
+                "head\n5,1\n\n5,2\n",
+                ":4: template 5 is subject 2 here and 1 above",
+            ),
             ("head\n6,1\n", ":2: template 6 has no image in face_tid_mid.txt"),
         ] {
             scratch.write(&layout.probes(), text);

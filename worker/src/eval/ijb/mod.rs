@@ -7,6 +7,7 @@
 //! [`identification`] are arithmetic on scores, [`report`] writes it down. [`synthetic`] makes sets of any size.
 
 pub mod bootstrap;
+pub mod embed;
 mod error;
 pub mod features;
 pub mod identification;
@@ -61,10 +62,15 @@ impl Benchmark {
         let (placements, ids) = meta::read_placements(&layout, images.len())?;
         let members = Members::of(&placements, ids.ids().len());
         let [first, second] = layout.galleries();
-        let is_there = [&first, &second, &layout.probes()].iter().any(|path| path.exists());
+        let is_there = [&first, &second, &layout.probes()]
+            .iter()
+            .any(|path| path.exists());
         let search = match search && is_there {
             true => Some(Search {
-                galleries: [meta::read_entries(&first, &ids)?, meta::read_entries(&second, &ids)?],
+                galleries: [
+                    meta::read_entries(&first, &ids)?,
+                    meta::read_entries(&second, &ids)?,
+                ],
                 probes: meta::read_entries(&layout.probes(), &ids)?,
             }),
             false => None,
@@ -235,7 +241,10 @@ pub fn evaluate(
     let mut all_settings = Vec::new();
     if options.all_settings {
         begin(Phase::Settings);
-        for settings in Settings::all().into_iter().filter(|s| !s.flip || features.has_flip()) {
+        for settings in Settings::all()
+            .into_iter()
+            .filter(|s| !s.flip || features.has_flip())
+        {
             let templates = benchmark.pool(features, settings)?;
             all_settings.push(verify(&templates, &pairs, &subject_of, settings).1);
         }
@@ -262,7 +271,12 @@ fn verify(
 ) -> (Ranked, Verification) {
     let scores = templates.scores(pairs);
     let of_kind = |kind: bool| -> Vec<Comparison> {
-        let compared = pairs.first.iter().zip(&pairs.second).zip(&scores).zip(&pairs.same);
+        let compared = pairs
+            .first
+            .iter()
+            .zip(&pairs.second)
+            .zip(&scores)
+            .zip(&pairs.same);
         compared
             .filter(|&(_, &same)| same == kind)
             .map(|(((&a, &b), &score), _)| Comparison {

@@ -13,7 +13,10 @@ const SHOWN: [(usize, &str); 5] = [(0, "1e-4"), (25, "1e-3"), (50, "1e-2"), (75,
 /// `tar_at_far` (rates at the very false accept rate with their 95 % intervals), `identification` (1:N), `settings`.
 pub fn json(evaluation: &Evaluation) -> Value {
     let e = evaluation;
-    let tar = FARS.iter().zip(&e.tar).map(|((far, _), tar)| ((*far).to_owned(), tar_json(tar)));
+    let tar = FARS
+        .iter()
+        .zip(&e.tar)
+        .map(|((far, _), tar)| ((*far).to_owned(), tar_json(tar)));
     let mut out = json!({
         "tpr_at_fpr": tpr_json(&e.verification),
         "auc": e.verification.roc.auc,
@@ -77,10 +80,13 @@ fn identification_json(found: &Identification) -> Value {
     });
     let joined = match &found.joined {
         Ok(closed) => {
-            let dir = identification::CLOSED_FARS.iter().zip(closed.dir).map(|(far, dir)| {
-                let entry = dir.map(|(rate, threshold)| json!({"rate": rate, "threshold": threshold}));
-                (far.to_string(), json!(entry))
-            });
+            let dir = identification::CLOSED_FARS
+                .iter()
+                .zip(closed.dir)
+                .map(|(far, dir)| {
+                    let entry = dir.map(|(rate, threshold)| json!({"rate": rate, "threshold": threshold}));
+                    (far.to_string(), json!(entry))
+                });
             json!({"top": ranks(closed.top.map(Into::into)), "dir_at_far": dir.collect::<Map<_, _>>()})
         }
         Err(why) => json!({"error": why}),
@@ -132,7 +138,11 @@ fn rows(e: &Evaluation) -> Vec<(String, [String; 6], String)> {
     };
     let mut rows = vec![
         reference(&e.verification),
-        (format!("{}, at the FAR", e.verification.settings), at(|t| Some(t.tar)), "-".into()),
+        (
+            format!("{}, at the FAR", e.verification.settings),
+            at(|t| Some(t.tar)),
+            "-".into(),
+        ),
     ];
     if e.repetitions > 0 {
         rows.push(("95 % from".into(), at(|t| t.interval.map(|i| i.low)), "-".into()));
@@ -153,14 +163,23 @@ fn summary(e: &Evaluation) -> String {
 fn identification_lines(found: &Identification) -> Vec<String> {
     let top = |top: [f64; 3]| {
         let pairs = identification::RANKS.iter().zip(top);
-        let texts: Vec<String> = pairs.map(|(rank, share)| format!("top-{rank} {}", percent(share))).collect();
+        let texts: Vec<String> = pairs
+            .map(|(rank, share)| format!("top-{rank} {}", percent(share)))
+            .collect();
         texts.join(", ")
     };
-    let mut lines = vec![format!("1:N, {} probes, mean of both galleries: {}", found.probes, top(mean_top(found)))];
+    let mut lines = vec![format!(
+        "1:N, {} probes, mean of both galleries: {}",
+        found.probes,
+        top(mean_top(found))
+    )];
     match mean_tpir(found) {
         Some(tpir) => {
             let shown = SHOWN.map(|(index, far)| format!("{far}: {}", percent(tpir[index])));
-            lines.push(format!("TPIR at FPIR, mean of both galleries: {}", shown.join(", ")));
+            lines.push(format!(
+                "TPIR at FPIR, mean of both galleries: {}",
+                shown.join(", ")
+            ));
         }
         None => lines.push("TPIR at FPIR: not defined, a gallery has no mated or no unmated probes".into()),
     }
@@ -207,7 +226,10 @@ pub fn table(evaluation: &Evaluation) -> String {
 pub fn markdown(evaluation: &Evaluation) -> String {
     let mut out = format!("# {}\n\n", summary(evaluation));
     let fars = FARS.map(|(far, _)| far).join(" | ");
-    out.push_str(&format!("| TPR % at FPR | {fars} | AUC |\n|---|{}\n", "---|".repeat(7)));
+    out.push_str(&format!(
+        "| TPR % at FPR | {fars} | AUC |\n|---|{}\n",
+        "---|".repeat(7)
+    ));
     for (name, cells, auc) in rows(evaluation) {
         writeln!(out, "| {name} | {} | {auc} |", cells.join(" | ")).expect("a String takes all");
     }
@@ -223,7 +245,12 @@ fn roc_points(e: &Evaluation) -> Vec<(f64, f64)> {
     let roc = &e.verification.roc;
     let lowest = FARS[0].1;
     let mut points = vec![(lowest, e.tar[0].tar)];
-    points.extend(roc.points.iter().map(|&p| roc.rates(p)).filter(|&(fpr, _)| fpr > lowest));
+    points.extend(
+        roc.points
+            .iter()
+            .map(|&p| roc.rates(p))
+            .filter(|&(fpr, _)| fpr > lowest),
+    );
     points
 }
 
@@ -236,12 +263,20 @@ pub fn roc_chart(evaluation: &Evaluation) -> Chart {
         .zip(&e.tar)
         .filter_map(|((_, far), tar)| tar.interval.map(|i| (*far, i.low, i.high)))
         .collect();
-    let lowest = bars.iter().map(|bar| bar.1).chain([points[0].1]).fold(1.0, f64::min);
+    let lowest = bars
+        .iter()
+        .map(|bar| bar.1)
+        .chain([points[0].1])
+        .fold(1.0, f64::min);
     Chart {
         title: format!("{} ROC", e.protocol),
         x: Axis::decades("False accept rate", -6, 0),
         // A whole tenth, and never so high that nothing is below.
-        y: Axis::linear("True accept rate", (lowest * 10.0).floor().clamp(0.0, 9.0) / 10.0, 1.0),
+        y: Axis::linear(
+            "True accept rate",
+            (lowest * 10.0).floor().clamp(0.0, 9.0) / 10.0,
+            1.0,
+        ),
         curves: vec![Curve {
             name: format!("{} (AUC {:.4})", e.verification.settings, e.verification.roc.auc),
             points,

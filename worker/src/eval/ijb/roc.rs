@@ -88,7 +88,11 @@ impl Ranked {
         // Rounding must not put a target that is a whole number of comparisons a little below it.
         let allowed = far * totals.impostor;
         let whole = allowed.round();
-        let allowed = if (allowed - whole).abs() < 1e-12 * whole { whole } else { allowed };
+        let allowed = if (allowed - whole).abs() < 1e-12 * whole {
+            whole
+        } else {
+            allowed
+        };
         let mut accepted = 0.0;
         for group in self.impostor.chunk_by(|a, b| a.score == b.score) {
             let group_weight: f64 = group.iter().map(&weight).sum();
@@ -215,11 +219,16 @@ pub(super) mod tests {
     }
 
     fn tar(ranked: &Ranked, far: f64) -> f64 {
-        ranked.tar_at(far, ranked.totals(|_| 1.0), |_| 1.0).expect("both kinds")
+        ranked
+            .tar_at(far, ranked.totals(|_| 1.0), |_| 1.0)
+            .expect("both kinds")
     }
 
     fn points(roc: &Roc) -> Vec<(u64, u64)> {
-        roc.points.iter().map(|p| (p.false_accepts, p.true_accepts)).collect()
+        roc.points
+            .iter()
+            .map(|p| (p.false_accepts, p.true_accepts))
+            .collect()
     }
 
     #[test]

@@ -71,14 +71,24 @@ pub fn write(root: &Path, sizes: &Sizes) -> Result<PathBuf, IjbError> {
     put(&layout.images(), |out| {
         (0..sizes.images).try_for_each(|image| {
             let faceness = 500 + draws.bits(image.into()) % 500;
-            writeln!(out, "{}.jpg 38.3 51.7 73.5 51.5 56.0 71.7 41.5 92.4 70.7 92.2 0.{faceness}", image + 1)
+            writeln!(
+                out,
+                "{}.jpg 38.3 51.7 73.5 51.5 56.0 71.7 41.5 92.4 70.7 92.2 0.{faceness}",
+                image + 1
+            )
         })
     })?;
     put(&layout.placements(), |out| {
         (0..sizes.images).try_for_each(|image| {
             // Four frames of one video, then four photographs.
             let media = if image % 8 < 4 { image - image % 8 } else { image };
-            writeln!(out, "{}.jpg {} {}", image + 1, sizes.id(sizes.template(image)), media + 1)
+            writeln!(
+                out,
+                "{}.jpg {} {}",
+                image + 1,
+                sizes.id(sizes.template(image)),
+                media + 1
+            )
         })
     })?;
     put(&layout.pairs(), |out| pairs(sizes, out))?;
@@ -86,7 +96,9 @@ pub fn write(root: &Path, sizes: &Sizes) -> Result<PathBuf, IjbError> {
     let [first, second] = layout.galleries();
     put(&first, |out| entries(sizes, 0..half, out))?;
     put(&second, |out| entries(sizes, half..sizes.subjects(), out))?;
-    put(&layout.probes(), |out| entries(sizes, sizes.subjects()..sizes.templates, out))?;
+    put(&layout.probes(), |out| {
+        entries(sizes, sizes.subjects()..sizes.templates, out)
+    })?;
     let path = root.join("features.safetensors");
     put(&path, |out| features(sizes, out))?;
     Ok(path)
@@ -112,7 +124,10 @@ fn pairs(sizes: &Sizes, out: &mut impl Write) -> io::Result<()> {
         let bits = draws.bits(pair.into());
         let (gallery, probe) = match pair {
             own if own < probes => (sizes.subject(subjects + own), subjects + own),
-            _ => ((bits as u32) % subjects, subjects + ((bits >> 32) as u32) % probes.max(1)),
+            _ => (
+                (bits as u32) % subjects,
+                subjects + ((bits >> 32) as u32) % probes.max(1),
+            ),
         };
         let probe = probe.min(sizes.templates - 1);
         let same = u8::from(sizes.subject(probe) == gallery);
@@ -124,7 +139,12 @@ fn pairs(sizes: &Sizes, out: &mut impl Write) -> io::Result<()> {
 fn entries(sizes: &Sizes, templates: std::ops::Range<u32>, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "TEMPLATE_ID,SUBJECT_ID,FILENAME")?;
     for template in templates {
-        writeln!(out, "{},{},1.jpg", sizes.id(template), 100 + sizes.subject(template))?;
+        writeln!(
+            out,
+            "{},{},1.jpg",
+            sizes.id(template),
+            100 + sizes.subject(template)
+        )?;
     }
     Ok(())
 }
@@ -133,7 +153,12 @@ fn entries(sizes: &Sizes, templates: std::ops::Range<u32>, out: &mut impl Write)
 fn features(sizes: &Sizes, out: &mut impl Write) -> io::Result<()> {
     let (images, dim) = (u64::from(sizes.images), u64::from(sizes.dim));
     let bytes = images * dim * 4;
-    let tensor = |start: u64| format!(r#"{{"dtype":"F32","shape":[{images},{dim}],"data_offsets":[{start},{}]}}"#, start + bytes);
+    let tensor = |start: u64| {
+        format!(
+            r#"{{"dtype":"F32","shape":[{images},{dim}],"data_offsets":[{start},{}]}}"#,
+            start + bytes
+        )
+    };
     let mut header = format!(r#"{{"feat":{},"feat_flip":{}}}"#, tensor(0), tensor(bytes)).into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;
@@ -155,11 +180,17 @@ fn features(sizes: &Sizes, out: &mut impl Write) -> io::Result<()> {
 fn feature(sizes: &Sizes, image: u32, flip: u64) -> Vec<u8> {
     let subject = sizes.subject(sizes.template(image));
     let person = Draws::new(sizes.seed, Purpose::Synthetic, 1 << 32 | u64::from(subject));
-    let noise = Draws::new(random::mix(sizes.seed ^ flip), Purpose::Synthetic, 2 << 32 | u64::from(image));
+    let noise = Draws::new(
+        random::mix(sizes.seed ^ flip),
+        Purpose::Synthetic,
+        2 << 32 | u64::from(image),
+    );
     // 24 bits to [-1, 1).
     let centred = |bits: u64| (bits >> 40) as f32 / 8_388_608.0 - 1.0;
     let value = |i: u64| centred(person.bits(i)) + 2.5 * centred(noise.bits(i));
-    (0..u64::from(sizes.dim)).flat_map(|i| value(i).to_le_bytes()).collect()
+    (0..u64::from(sizes.dim))
+        .flat_map(|i| value(i).to_le_bytes())
+        .collect()
 }
 
 #[cfg(test)]
@@ -189,10 +220,18 @@ mod tests {
             seed: 1,
         };
         let mut phases = Vec::new();
-        let found = evaluate(&benchmark, &features, &options, &mut |phase| phases.push(phase)).expect("evaluated");
-        assert_eq!((found.templates, found.pairs, found.subjects, phases.len()), (120, 3000, 20, 6));
+        let found =
+            evaluate(&benchmark, &features, &options, &mut |phase| phases.push(phase)).expect("evaluated");
+        assert_eq!(
+            (found.templates, found.pairs, found.subjects, phases.len()),
+            (120, 3000, 20, 6)
+        );
         // Neither hopeless nor perfect, and the interval holds the rate.
-        assert!((0.6..0.999).contains(&found.verification.roc.auc), "{}", found.verification.roc.auc);
+        assert!(
+            (0.6..0.999).contains(&found.verification.roc.auc),
+            "{}",
+            found.verification.roc.auc
+        );
         let tar = found.tar[5];
         let interval = tar.interval.expect("drawn");
         assert!(interval.low < tar.tar && tar.tar < interval.high, "{tar:?}");
@@ -200,10 +239,16 @@ mod tests {
 
         let json = report::json(&found);
         assert_eq!(json["identification"]["far"].as_array().map(Vec::len), Some(101));
-        assert!(json["identification"]["joined"]["dir_at_far"]["0.1"]["rate"].is_f64(), "{json}");
+        assert!(
+            json["identification"]["joined"]["dir_at_far"]["0.1"]["rate"].is_f64(),
+            "{json}"
+        );
         assert_eq!(json["settings"].as_object().map(|s| s.len()), Some(8));
         for text in [report::table(&found), report::markdown(&found)] {
-            assert!(text.contains("N0D1F1, nearest FPR") && text.contains("top-10"), "{text}");
+            assert!(
+                text.contains("N0D1F1, nearest FPR") && text.contains("top-10"),
+                "{text}"
+            );
         }
         // The same files again, to the bit.
         let again = tempfile::tempdir().expect("scratch");

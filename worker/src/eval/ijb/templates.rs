@@ -38,7 +38,11 @@ impl Settings {
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (n, d, flip) = (self.normalize.into(), self.detector_score.into(), self.flip.into());
+        let (n, d, flip) = (
+            self.normalize.into(),
+            self.detector_score.into(),
+            self.flip.into(),
+        );
         let (n, d, flip): (u8, u8, u8) = (n, d, flip);
         write!(f, "N{n}D{d}F{flip}")
     }
@@ -148,13 +152,10 @@ pub fn pool(
 ) -> Result<Templates, IjbError> {
     let dim = features.dim();
     let mut values = vec![0.0f64; members.templates() * dim];
-    values
-        .par_chunks_mut(dim)
-        .enumerate()
-        .try_for_each_init(
-            || Scratch::new(dim),
-            |scratch, (template, out)| scratch.pool(features, members.media(template), faceness, settings, out),
-        )?;
+    values.par_chunks_mut(dim).enumerate().try_for_each_init(
+        || Scratch::new(dim),
+        |scratch, (template, out)| scratch.pool(features, members.media(template), faceness, settings, out),
+    )?;
     Ok(Templates { dim, values })
 }
 
@@ -277,15 +278,38 @@ mod tests {
         let close = |found: &[f64], x: f64, y: f64| {
             let length = x.hypot(y);
             let near = |a: f64, b: f64| (a - b).abs() < 1e-7;
-            assert!(near(found[0], x / length) && near(found[1], y / length), "{found:?}");
+            assert!(
+                near(found[0], x / length) && near(found[1], y / length),
+                "{found:?}"
+            );
         };
         // Mean of 2 and 6 beside 6.
         let plain = pool(PLAIN);
         close(plain.row(0), 4.0, 6.0);
         close(plain.row(1), 3.0, 4.0);
-        assert_eq!(plain.row(2), [0.0, 0.0], "images that cancel out have no direction");
-        close(pool(Settings { detector_score: true, ..PLAIN }).row(0), 2.0, 6.0);
-        close(pool(Settings { normalize: true, ..PLAIN }).row(0), 1.0, 1.0);
+        assert_eq!(
+            plain.row(2),
+            [0.0, 0.0],
+            "images that cancel out have no direction"
+        );
+        close(
+            pool(Settings {
+                detector_score: true,
+                ..PLAIN
+            })
+            .row(0),
+            2.0,
+            6.0,
+        );
+        close(
+            pool(Settings {
+                normalize: true,
+                ..PLAIN
+            })
+            .row(0),
+            1.0,
+            1.0,
+        );
         close(pool(Settings { flip: false, ..PLAIN }).row(2), 1.0, -1.0);
         let pairs = Pairs {
             first: vec![0, 1, 1],
@@ -294,13 +318,18 @@ mod tests {
         };
         let scores = plain.scores(&pairs);
         let expected = [(12.0 + 24.0) / 52f64.sqrt() / 5.0, 1.0, 0.0];
-        assert!(scores.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-7), "{scores:?}");
+        assert!(
+            scores.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-7),
+            "{scores:?}"
+        );
     }
 
     #[test]
     fn settings_have_their_names() {
         let names = Settings::all().map(|s| s.to_string());
-        let expected = ["N1D1F1", "N1D1F0", "N1D0F1", "N1D0F0", "N0D1F1", "N0D1F0", "N0D0F1", "N0D0F0"];
+        let expected = [
+            "N1D1F1", "N1D1F0", "N1D0F1", "N1D0F0", "N0D1F1", "N0D1F0", "N0D0F1", "N0D0F0",
+        ];
         assert_eq!(names, expected);
         assert_eq!(Settings::REFERENCE.to_string(), "N0D1F1");
     }

@@ -15,7 +15,12 @@ const AREA: [f64; 4] = [90.0, 770.0, 60.0, 520.0];
 const BLACK: Colour = [0x22, 0x22, 0x22];
 const GREY: Colour = [0xdd, 0xdd, 0xdd];
 /// Colours of the curves, told apart in print and by most colour-blind readers (Okabe and Ito).
-const CURVES: [Colour; 4] = [[0x00, 0x72, 0xb2], [0xd5, 0x5e, 0x00], [0x00, 0x9e, 0x73], [0xcc, 0x79, 0xa7]];
+const CURVES: [Colour; 4] = [
+    [0x00, 0x72, 0xb2],
+    [0xd5, 0x5e, 0x00],
+    [0x00, 0x9e, 0x73],
+    [0xcc, 0x79, 0xa7],
+];
 
 /// Red, green, blue.
 type Colour = [u8; 3];
@@ -63,7 +68,9 @@ impl Axis {
             scale: Scale::Linear,
             low,
             high,
-            ticks: (0..=10).map(|k| low + (high - low) * f64::from(k) / 10.0).collect(),
+            ticks: (0..=10)
+                .map(|k| low + (high - low) * f64::from(k) / 10.0)
+                .collect(),
         }
     }
 
@@ -139,7 +146,11 @@ impl Chart {
         let [left, right, top, bottom] = AREA;
         let x = |value: f64| left + (right - left) * self.x.place(value);
         let y = |value: f64| bottom - (bottom - top) * self.y.place(value);
-        let line = |points: Vec<(f64, f64)>, colour, width| Mark::Line { points, colour, width };
+        let line = |points: Vec<(f64, f64)>, colour, width| Mark::Line {
+            points,
+            colour,
+            width,
+        };
         let text = |at, text: &str, anchor| Mark::Text {
             at,
             text: text.to_owned(),
@@ -154,10 +165,20 @@ impl Chart {
             marks.push(line(vec![(left, y(tick)), (right, y(tick))], GREY, 1.0));
             marks.push(text((left - 8.0, y(tick) + 5.0), &self.y.text(tick), Anchor::End));
         }
-        let frame = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)];
+        let frame = [
+            (left, top),
+            (right, top),
+            (right, bottom),
+            (left, bottom),
+            (left, top),
+        ];
         marks.push(line(frame.to_vec(), BLACK, 1.0));
         marks.push(text((WIDTH / 2.0, 36.0), &self.title, Anchor::Middle));
-        marks.push(text(((left + right) / 2.0, bottom + 55.0), &self.x.label, Anchor::Middle));
+        marks.push(text(
+            ((left + right) / 2.0, bottom + 55.0),
+            &self.x.label,
+            Anchor::Middle,
+        ));
         marks.push(text((24.0, (top + bottom) / 2.0), &self.y.label, Anchor::Upward));
         for (index, curve) in self.curves.iter().enumerate() {
             let colour = CURVES[index % CURVES.len()];
@@ -166,11 +187,19 @@ impl Chart {
             for &(at, from, to) in &curve.bars {
                 marks.push(line(vec![(x(at), y(from)), (x(at), y(to))], colour, 1.0));
                 for end in [from, to] {
-                    marks.push(line(vec![(x(at) - 4.0, y(end)), (x(at) + 4.0, y(end))], colour, 1.0));
+                    marks.push(line(
+                        vec![(x(at) - 4.0, y(end)), (x(at) + 4.0, y(end))],
+                        colour,
+                        1.0,
+                    ));
                 }
             }
             let row = bottom - 20.0 * (self.curves.len() - index) as f64;
-            marks.push(line(vec![(right - 290.0, row), (right - 265.0, row)], colour, 2.0));
+            marks.push(line(
+                vec![(right - 290.0, row), (right - 265.0, row)],
+                colour,
+                2.0,
+            ));
             marks.push(text((right - 258.0, row + 5.0), &curve.name, Anchor::Start));
         }
         marks
@@ -219,14 +248,26 @@ mod tests {
         let blue: Vec<_> = marks
             .iter()
             .filter_map(|mark| match mark {
-                Mark::Line { points, colour, width } if *colour == CURVES[0] && *width == 2.0 => Some(points),
+                Mark::Line {
+                    points,
+                    colour,
+                    width,
+                } if *colour == CURVES[0] && *width == 2.0 => Some(points),
                 _ => None,
             })
             .collect();
         let [left, right, top, bottom] = AREA;
         let near = |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).abs() < 1e-9 && (a.1 - b.1).abs() < 1e-9;
-        let expected = [(left, bottom), ((left + right) / 2.0, (top + bottom) / 2.0), (right, top)];
-        assert!(blue[0].iter().zip(expected).all(|(&a, b)| near(a, b)), "{:?}", blue[0]);
+        let expected = [
+            (left, bottom),
+            ((left + right) / 2.0, (top + bottom) / 2.0),
+            (right, top),
+        ];
+        assert!(
+            blue[0].iter().zip(expected).all(|(&a, b)| near(a, b)),
+            "{:?}",
+            blue[0]
+        );
         for label in ["1e-6", "1e-3", "1e0", "0.50", "1.00", "rate", "share"] {
             let is_there = |mark: &Mark| matches!(mark, Mark::Text { text, .. } if text == label);
             assert!(marks.iter().any(is_there), "{label}");

@@ -15,7 +15,11 @@ pub fn png(chart: &Chart) -> Result<Vec<u8>, String> {
     let mut canvas = RgbImage::from_pixel(width * FINE, height * FINE, Rgb([255; 3]));
     for mark in chart.marks() {
         match mark {
-            Mark::Line { points, colour, width } => {
+            Mark::Line {
+                points,
+                colour,
+                width,
+            } => {
                 for ends in points.windows(2) {
                     line(&mut canvas, ends[0], ends[1], colour, width);
                 }
@@ -65,7 +69,8 @@ fn write(canvas: &mut RgbImage, (x, y): (f64, f64), text: &str, anchor: Anchor) 
     };
     for (index, letter) in text.chars().enumerate() {
         for (row, bits) in font::glyph(letter).into_iter().enumerate() {
-            for column in (0..font::COLUMNS).filter(|column| bits & (1 << (font::COLUMNS - 1 - column)) != 0) {
+            for column in (0..font::COLUMNS).filter(|column| bits & (1 << (font::COLUMNS - 1 - column)) != 0)
+            {
                 let along = start + index as f64 * advance + (column as f64 + 0.5) * DOT;
                 let above = (font::ROWS - row) as f64 * DOT - DOT / 2.0;
                 let at = match anchor {
@@ -92,11 +97,16 @@ mod tests {
         let at = |x: f64, y: f64| image.get_pixel(x as u32, y as u32).0;
         let on_curve = at((left + right) / 2.0, (top + bottom) / 2.0);
         let near = |(a, b): (&u8, &u8)| a.abs_diff(*b) < 40;
-        assert!(on_curve.iter().zip(&CURVES[0]).all(near), "averaged with what is beside it: {on_curve:?}");
+        assert!(
+            on_curve.iter().zip(&CURVES[0]).all(near),
+            "averaged with what is beside it: {on_curve:?}"
+        );
         assert_eq!(at(left + 20.0, top + 10.0), [255; 3], "beside it");
         // Something is written below the axis.
         let below = bottom as u32 + 10..bottom as u32 + 25;
-        let dark = below.flat_map(|y| (0..800).map(move |x| (x, y))).filter(|&(x, y)| image.get_pixel(x, y).0[0] < 100);
+        let dark = below
+            .flat_map(|y| (0..800).map(move |x| (x, y)))
+            .filter(|&(x, y)| image.get_pixel(x, y).0[0] < 100);
         assert!(dark.count() > 50);
     }
 }

@@ -41,7 +41,9 @@ pub fn draw(chart: &Chart) -> String {
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
 }
 
 #[cfg(test)]
@@ -52,8 +54,14 @@ mod tests {
     fn a_file_has_every_mark_and_escapes_texts() {
         let svg = super::draw(&chart());
         assert!(svg.starts_with("<svg xmlns=") && svg.ends_with("</svg>\n"));
-        assert_eq!(svg.matches("<polyline ").count() + svg.matches("<text ").count(), chart().marks().len());
+        assert_eq!(
+            svg.matches("<polyline ").count() + svg.matches("<text ").count(),
+            chart().marks().len()
+        );
         assert!(svg.contains(">A &lt; B &amp; C</text>"));
-        assert!(svg.contains("points=\"90.0,520.0 430.0,290.0 770.0,60.0\""), "{svg}");
+        assert!(
+            svg.contains("points=\"90.0,520.0 430.0,290.0 770.0,60.0\""),
+            "{svg}"
+        );
     }
 }
