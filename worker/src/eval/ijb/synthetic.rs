@@ -56,6 +56,14 @@ impl Sizes {
         3 + 5 * template
     }
 
+    /// Noise of an image in lengths of a person's direction. Cosines of different persons scatter by 1 / sqrt(dim);
+    /// those of the same are to be a few times that, so that the curves are neither trivial nor hopeless.
+    fn noise(&self) -> f32 {
+        let of_template = (self.dim as f32).sqrt() / 1.5 - 1.0;
+        let images = self.images as f32 / self.templates as f32;
+        (of_template.max(0.25) * images).sqrt()
+    }
+
     /// Template of an image: all have as many images as divides.
     fn template(&self, image: u32) -> u32 {
         (u64::from(image) * u64::from(self.templates) / u64::from(self.images)) as u32
@@ -175,8 +183,7 @@ fn features(sizes: &Sizes, out: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-/// Noise about as long as the person's direction, which makes single images hard and templates easy; the mirror image
-/// has noise of its own.
+/// The mirror image has noise of its own.
 fn feature(sizes: &Sizes, image: u32, flip: u64) -> Vec<u8> {
     let subject = sizes.subject(sizes.template(image));
     let person = Draws::new(sizes.seed, Purpose::Synthetic, 1 << 32 | u64::from(subject));
@@ -187,7 +194,8 @@ fn feature(sizes: &Sizes, image: u32, flip: u64) -> Vec<u8> {
     );
     // 24 bits to [-1, 1).
     let centred = |bits: u64| (bits >> 40) as f32 / 8_388_608.0 - 1.0;
-    let value = |i: u64| centred(person.bits(i)) + 2.5 * centred(noise.bits(i));
+    let loudness = sizes.noise();
+    let value = |i: u64| centred(person.bits(i)) + loudness * centred(noise.bits(i));
     (0..u64::from(sizes.dim))
         .flat_map(|i| value(i).to_le_bytes())
         .collect()
