@@ -7,7 +7,7 @@
 //!    and moves the running statistics of losses that have some;
 //! 3. the loop over classes maps every other cosine by [`Others`], or a whole matrix by [`Prepared::apply`].
 //!
-//! A new loss is one file with its [`Rule`], and one line in [`Loss::new`].
+//! A new loss is one file with its `Rule`, and one line in [`Loss::new`].
 //!
 //! Shapes: b rows of the micro-batch over all ranks, c classes.
 

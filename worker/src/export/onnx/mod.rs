@@ -1,6 +1,6 @@
 //! Writes a backbone as ONNX: the graph of its operations in evaluation, with its weights.
 //!
-//! The graph comes from the network's own layers ([`crate::model::graph`]). [`fold`] merges batch norms, [`emit`]
+//! The graph comes from the network's own layers ([`crate::model::graph`]). `fold` merges batch norms, `emit`
 //! translates, [`file`] writes. Nothing here knows a particular network.
 
 mod constants;

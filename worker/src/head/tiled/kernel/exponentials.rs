@@ -23,7 +23,7 @@ const POLYNOMIAL: [f32; 8] = {
 /// Terms below this power of two count as 0, which keeps their products normal numbers.
 const SMALLEST: f32 = -110.0;
 /// A sum below it may have lost terms: the shift of that sample is then taken from its largest logit. Next to
-/// [`SMALLEST`] it leaves 40 bits.
+/// `SMALLEST` it leaves 40 bits.
 pub const SMALLEST_SUM: f64 = 1.0 / (1u128 << 70) as f64;
 
 /// The shift of every sample at the start: the terms of scale 64 are 2^-92 to 2^92 without one.

@@ -90,7 +90,7 @@ pub fn to_bf16(value: f32) -> u32 {
     }
 }
 
-/// Two rows as words that pair them: word i is (first[i], second[i]).
+/// Two rows as words that pair them: word `i` is `(first[i], second[i])`.
 pub struct PairRows<'a> {
     /// First row.
     pub first: &'a [f32],
