@@ -190,7 +190,7 @@ mod tests {
             ),
             (
                 "bench backbone --network tiny --batch 2 --train --gradient-checkpointing --repetitions 1",
-                "peak_bytes",
+                "images_per_second",
             ),
             ("bench loader --batch 2 --repetitions 2", "images_per_second"),
             (checkpoint.as_str(), "read_median_ms"),
