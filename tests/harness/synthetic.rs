@@ -27,6 +27,10 @@ pub struct JobFile {
     pub num_epoch: u32,
     /// Steps between checkpoints; 0 is at the end of every epoch.
     pub checkpoint_steps: u32,
+    /// Learning rate.
+    pub lr: f64,
+    /// `train.on_nonfinite`.
+    pub on_nonfinite: &'static str,
     /// Lines for the end of the file, such as `[eval]`.
     pub more: String,
 }
@@ -43,6 +47,8 @@ impl JobFile {
             batch_size: 8,
             num_epoch: 2,
             checkpoint_steps: 0,
+            lr: 0.01,
+            on_nonfinite: "stop",
             more: String::new(),
         }
     }
@@ -64,6 +70,8 @@ impl JobFile {
             batch_size,
             num_epoch,
             checkpoint_steps,
+            lr,
+            on_nonfinite,
             more,
         } = self;
         format!(
@@ -72,7 +80,8 @@ impl JobFile {
              [model]\nnetwork = \"tiny\"\nembedding_size = 32\n\
              [head]\nnum_classes = {num_classes}\n\
              [data]\nrec = \"{rec}\"\nnum_image = {num_image}\nnum_workers = 1\n\
-             [train]\nbatch_size = {batch_size}\nnum_epoch = {num_epoch}\nlr = 0.01\nfrequent = 1\n\
+             [train]\nbatch_size = {batch_size}\nnum_epoch = {num_epoch}\nlr = {lr:e}\nfrequent = 1\n\
+             on_nonfinite = \"{on_nonfinite}\"\n\
              [checkpoint]\nevery_steps = {checkpoint_steps}\n{more}\n"
         )
     }

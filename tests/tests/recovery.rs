@@ -126,3 +126,36 @@ fn a_job_that_cannot_work_fails_with_its_reason() -> Result<()> {
         Ok(())
     })
 }
+
+/// The learning rate makes every loss after the first update infinite, so that no rollback can help.
+#[test]
+fn a_loss_that_is_not_finite_rolls_the_job_back_three_times_and_then_fails_it() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        let job = JobFile {
+            lr: 1e30,
+            on_nonfinite: "rollback",
+            ..JobFile::tiny("diverging")
+        };
+        let id = cluster.submit(&job)?;
+        let job = cluster.wait_for_state(&id, "failed", TRAINED)?;
+        let recoveries = job["recoveries"].as_array().context("recoveries")?;
+        let left_out: Vec<&str> = recoveries
+            .iter()
+            .filter_map(|recovery| recovery["reason"].as_str())
+            .collect();
+        ensure!(left_out.len() == 3, "three rollbacks: {job}");
+        for (reason, step) in left_out.iter().zip(1..) {
+            ensure!(
+                reason.contains(&format!("step {step}: the loss is")),
+                "each leaves out one more step: {job}"
+            );
+        }
+        ensure!(
+            job["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.contains("rolled back 3 times before")),
+            "the reason tells of the rollbacks: {job}"
+        );
+        Ok(())
+    })
+}

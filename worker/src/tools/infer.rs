@@ -60,7 +60,7 @@ pub struct InferArgs {
     #[arg(long)]
     pub flip: bool,
     /// Where the embeddings [N, D], float32, go: .safetensors (tensor `embedding`), .npy or .json.
-    #[arg(long, value_name = "FILE")]
+    #[arg(short = 'o', long, value_name = "FILE")]
     pub out: PathBuf,
     /// Images embedded at a time.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
