@@ -15,6 +15,8 @@ pub struct JobFile {
     pub name: String,
     /// Ranks.
     pub world_size: u32,
+    /// Further lines of `[job]`.
+    pub job: String,
     /// `data.rec`; with "synthetic" the identities are drawn while training.
     pub rec: String,
     /// Images.
@@ -41,6 +43,7 @@ impl JobFile {
         Self {
             name: name.to_owned(),
             world_size: 2,
+            job: String::new(),
             rec: "synthetic".into(),
             num_image: 64,
             num_classes: 8,
@@ -64,6 +67,7 @@ impl JobFile {
         let Self {
             name,
             world_size,
+            job,
             rec,
             num_image,
             num_classes,
@@ -76,7 +80,7 @@ impl JobFile {
         } = self;
         format!(
             "output = \"out/{name}\"\n\
-             [job]\nname = \"{name}\"\nworld_size = {world_size}\n\
+             [job]\nname = \"{name}\"\nworld_size = {world_size}\n{job}\
              [model]\nnetwork = \"tiny\"\nembedding_size = 32\n\
              [head]\nnum_classes = {num_classes}\n\
              [data]\nrec = \"{rec}\"\nnum_image = {num_image}\nnum_workers = 1\n\

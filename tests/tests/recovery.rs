@@ -52,6 +52,41 @@ fn a_killed_rank_costs_a_generation_and_not_the_job() -> Result<()> {
 }
 
 #[test]
+fn a_hung_rank_is_named_and_replaced() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        let id = cluster.submit(&interruptible("hung_rank"))?;
+        cluster.wait_for_job(&id, "to have a checkpoint", TRAINED, |job| {
+            job["checkpoint_step"].as_u64() >= Some(4)
+        })?;
+        let ranks = cluster.rank_pids(&id)?;
+        cluster.signal(ranks[1].1, Signal::SIGSTOP)?;
+        let job = cluster.wait_for_state(&id, "succeeded", TRAINED)?;
+        ensure!(job["generation"] == 2 && job["step"] == 40, "{job}");
+        let recovery = &job["recoveries"][0];
+        let reason = recovery["reason"].as_str().context("a reason")?;
+        ensure!(
+            [
+                "rank 1 ",
+                "hung: no progress for",
+                "stopped by a signal",
+                "all_reduce #"
+            ]
+            .iter()
+            .all(|words| reason.contains(words)),
+            "the reason names the culprit and its last collective: {job}"
+        );
+        ensure!(recovery["kind"] == "hang", "{job}");
+        ensure!(
+            recovery["detected_s"]
+                .as_f64()
+                .is_some_and(|s| (5.0..10.0).contains(&s)),
+            "after five seconds, within ten: {job}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
 fn a_killed_node_is_replaced_by_one_that_joins() -> Result<()> {
     Cluster::run(Options::default(), |cluster| {
         let id = cluster.submit(&interruptible("killed_node"))?;

@@ -24,7 +24,7 @@ struct Rule {
 }
 
 /// Logic that is decided by its arguments alone.
-const PURE: [&str; 15] = [
+const PURE: [&str; 16] = [
     "proto/src/",
     "coordinator/src/plan",
     "coordinator/src/job",
@@ -40,6 +40,7 @@ const PURE: [&str; 15] = [
     "worker/src/checkpoint/reshard",
     "worker/src/agent/backoff",
     "worker/src/agent/liveness",
+    "worker/src/agent/stall",
 ];
 
 const RULES: [Rule; 14] = [

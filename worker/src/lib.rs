@@ -14,6 +14,7 @@ pub mod head;
 pub mod model;
 pub mod optim;
 pub mod paths;
+pub mod progress;
 pub mod random;
 pub mod rank;
 pub mod telemetry;

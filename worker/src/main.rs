@@ -11,6 +11,7 @@ use arcface_worker::tools;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
@@ -65,6 +66,10 @@ struct AgentArgs {
     /// Folder that jobs write to [default: the current directory, absolute paths anywhere].
     #[arg(long, value_name = "DIR", env = "ARCFACE_OUTPUT_ROOT")]
     output_root: Option<PathBuf>,
+    /// A training rank that makes no progress for so many seconds, and for five of its longest recent steps, is killed as hung; 0
+    /// never. Waiting for data, evaluations, checkpoints and the start have limits of their own, of minutes.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, env = "ARCFACE_HANG_AFTER")]
+    hang_after: u32,
     /// Serve Prometheus metrics of this node at this address.
     #[arg(long, value_name = "ADDR", env = "ARCFACE_WORKER_METRICS")]
     metrics: Option<SocketAddr>,
@@ -183,6 +188,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         device: device.as_str().into(),
         output_root,
         data_roots,
+        hang_after: Some(Duration::from_secs(args.hang_after.into())).filter(|after| !after.is_zero()),
         rank_command: RankCommand::of_this_executable()?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

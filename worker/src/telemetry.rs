@@ -22,8 +22,10 @@ pub const AGENT_RANKS: &str = "arcface_agent_ranks";
 pub const AGENT_SLOTS: &str = "arcface_agent_slots";
 /// Rank processes started.
 pub const AGENT_RANK_STARTS: &str = "arcface_agent_rank_starts_total";
-/// Rank processes that ended, by `outcome`: ok, error, signal, requested.
+/// Rank processes that ended, by `outcome`: ok, error, signal, hang, requested.
 pub const AGENT_RANK_EXITS: &str = "arcface_agent_rank_exits_total";
+/// Rank processes that made no progress and were killed for it.
+pub const AGENT_RANK_HANGS: &str = "arcface_agent_rank_hangs_total";
 /// Heartbeats that the coordinator acknowledged.
 pub const AGENT_HEARTBEATS: &str = "arcface_agent_heartbeats_total";
 /// Seconds since the newest acknowledged heartbeat was sent.
@@ -69,6 +71,10 @@ fn describe() {
     describe_gauge!(AGENT_SLOTS, "Ranks that this node can run at once.");
     describe_counter!(AGENT_RANK_STARTS, "Rank processes started.");
     describe_counter!(AGENT_RANK_EXITS, "Rank processes that ended, by outcome.");
+    describe_counter!(
+        AGENT_RANK_HANGS,
+        "Rank processes that made no progress and were killed for it."
+    );
     describe_counter!(AGENT_HEARTBEATS, "Heartbeats that the coordinator acknowledged.");
     describe_gauge!(
         AGENT_HEARTBEAT_AGE,

@@ -458,6 +458,9 @@ impl Control {
             }
         }
         waiting.sort_by_key(|(queued, _)| *queued);
+        if waiting.is_empty() {
+            self.offer_room().await;
+        }
         for (_, id) in waiting {
             let Some(entry) = self.jobs.get(&id) else { continue };
             let planned = match entry.job.may_launch(now) {
@@ -476,6 +479,50 @@ impl Control {
             {
                 tracing::warn!(job = %id, %error, "a plan was not stored");
                 return;
+            }
+        }
+    }
+
+    /// Tells running jobs that may grow how many ranks there is room for. Jobs that wait come first: they are offered
+    /// slots before any running job is.
+    async fn offer_room(&mut self) {
+        let may_grow = |id: &JobId| self.jobs.get(id).is_some_and(|entry| entry.job.may_grow());
+        let growing: Vec<JobId> = self
+            .live
+            .iter()
+            .map(|(_, id)| id)
+            .filter(|id| may_grow(id))
+            .cloned()
+            .collect();
+        if growing.is_empty() {
+            return;
+        }
+        let mut nodes = self.plan_nodes();
+        for id in growing {
+            let Some(Entry { job, .. }) = self.jobs.get(&id) else {
+                continue;
+            };
+            let own = |node: &NodeId| job.ranks.iter().filter(|rank| rank.node == *node).count() as u32;
+            let free_without: Vec<PlanNode> = nodes
+                .iter()
+                .map(|node| PlanNode {
+                    free: (node.free + own(&node.id)).min(node.slots),
+                    ..node.clone()
+                })
+                .collect();
+            let placement = plan::plan(&free_without, job.wishes(), &job.placement()).unwrap_or_default();
+            let room = Some(placement.len() as u32).filter(|room| *room as usize > job.ranks.len());
+            if let Some(room) = room {
+                // What one job was offered, the next is not.
+                for node in &mut nodes {
+                    let taken = placement.iter().filter(|id| **id == node.id).count() as u32;
+                    node.free = (node.free + own(&node.id)).saturating_sub(taken).min(node.free);
+                }
+                tracing::debug!(job = %id, room, "room to grow");
+            }
+            if job.room != room {
+                // Not stored: it is offered anew after a restart.
+                self.happened(&id, Event::Room(room)).await;
             }
         }
     }

@@ -294,6 +294,7 @@ impl Control {
         }
         let exit = Exit {
             code: exited.exit_code,
+            stalled_ms: exited.stalled_ms,
             signal: exited.signal,
             last_error: tame(&exited.last_error),
             requested: exited.requested,

@@ -158,6 +158,8 @@ pub enum FailureKind {
     Oom,
     /// Moved off a node that is drained: not counted as a failure.
     Drained,
+    /// Took room that became free, for more ranks: not counted as a failure.
+    Grown,
     /// A rank said that it cannot go on.
     Error,
     /// A loss or gradient was not finite, and the job wants to go on without the step.
@@ -166,12 +168,13 @@ pub enum FailureKind {
 
 impl FailureKind {
     /// Every kind.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Crash,
         Self::Lost,
         Self::Hang,
         Self::Oom,
         Self::Drained,
+        Self::Grown,
         Self::Error,
         Self::Nonfinite,
     ];
@@ -184,6 +187,7 @@ impl FailureKind {
             Self::Hang => "hang",
             Self::Oom => "oom",
             Self::Drained => "drained",
+            Self::Grown => "grown",
             Self::Error => "error",
             Self::Nonfinite => "nonfinite",
         }
@@ -277,6 +281,8 @@ pub struct Job {
     pub hearsay: bool,
     /// Ends its generation at the next committed checkpoint, to leave this node.
     pub leaving: Option<NodeId>,
+    /// Ranks that there is room for, if that is more than it has: it takes them at the next committed checkpoint.
+    pub room: Option<u32>,
 }
 
 impl Job {
@@ -301,7 +307,16 @@ impl Job {
             launched_ms: 0,
             hearsay: false,
             leaving: None,
+            room: None,
         }
+    }
+
+    /// True if it trains with fewer ranks than it may have, and may take more while it runs.
+    pub fn may_grow(&self) -> bool {
+        self.phase == Phase::Running
+            && self.leaving.is_none()
+            && matches!(self.spec.elastic, Elastic::Grow | Elastic::Both)
+            && self.ranks.len() < self.wishes().most as usize
     }
 
     /// What the planner is asked for: the wanted world, and once the job has run, what its elasticity allows. The
@@ -372,6 +387,8 @@ pub struct Exit {
     pub last_error: String,
     /// Its agent killed it because it was told to.
     pub requested: bool,
+    /// Its agent killed it because it made no progress for so long.
+    pub stalled_ms: Option<u64>,
 }
 
 /// What can happen to a job.
@@ -486,6 +503,8 @@ pub enum Event {
         /// Node.
         node: NodeId,
     },
+    /// There is room for a world of so many ranks, or no more than the job has.
+    Room(Option<u32>),
     /// Time passed.
     Tick,
 }

@@ -86,6 +86,7 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
         }
         Event::Cancel { reason } => next.cancel(reason),
         Event::Drain { node } => next.drain(node),
+        Event::Room(world_size) => next.job.room = *world_size,
         Event::Tick => next.tick(),
     }
     next.settle();
@@ -118,6 +119,7 @@ impl Transition<'_> {
         if phase.is_terminal() {
             self.job.ended_unix_ms = Some(self.now.unix_ms);
             self.job.leaving = None;
+            self.job.room = None;
         }
         self.changed();
     }
@@ -179,6 +181,7 @@ impl Transition<'_> {
         self.job.launched_ms = self.now.mono_ms;
         self.job.hearsay = false;
         self.job.leaving = None;
+        self.job.room = None;
         self.enter(Phase::Starting, "");
         self.effect(Effect::Launch(None));
     }
@@ -234,6 +237,7 @@ impl Transition<'_> {
             return Ok(());
         }
         let (kind, reason) = describe(&name, exit);
+        let silent_ms = exit.stalled_ms.unwrap_or(silent_ms);
         match self.job.phase {
             Phase::Starting | Phase::Running => self.fail_generation(kind, reason, silent_ms, false),
             // The rank that died says more than the peer that missed it.
@@ -242,6 +246,7 @@ impl Transition<'_> {
                 if let Some(last) = self.job.recoveries.last_mut() {
                     last.reason = reason.clone();
                     last.kind = kind;
+                    last.detected_s = last.detected_s.max(silent_ms as f64 / 1000.0);
                 }
                 self.job.reason = reason;
                 self.changed();
@@ -489,8 +494,17 @@ impl Transition<'_> {
         self.job.checkpoint_step = Some(self.job.checkpoint_step.map_or(step, |old| old.max(step)));
         self.job.failures = 0;
         self.effect(Effect::Persist);
+        // A last checkpoint has no steps behind it to be trained elsewhere.
+        let total = self.job.progress.total_steps;
+        if total > 0 && step >= total {
+            return;
+        }
+        let ranks = self.job.ranks.len();
         if let Some(node) = self.job.leaving.take() {
             self.fail_generation(FailureKind::Drained, format!("{node} is drained"), 0, false);
+        } else if let Some(room) = self.job.room.take().filter(|room| *room as usize > ranks) {
+            let reason = format!("grows from {ranks} to {room} ranks");
+            self.fail_generation(FailureKind::Grown, reason, 0, false);
         }
     }
 
@@ -539,7 +553,7 @@ impl Transition<'_> {
     fn fail_generation(&mut self, kind: FailureKind, reason: String, silent_ms: u64, hearsay: bool) {
         self.effect(Effect::Kill { grace_ms: 0 });
         self.effect(Effect::EndGeneration);
-        if kind != FailureKind::Drained {
+        if !matches!(kind, FailureKind::Drained | FailureKind::Grown) {
             self.job.failures += 1;
         }
         if self.job.failures > self.job.spec.max_restarts {
@@ -563,6 +577,7 @@ impl Transition<'_> {
         });
         self.job.hearsay = hearsay;
         self.job.leaving = None;
+        self.job.room = None;
         self.job.not_before_ms = self.now.mono_ms + backoff_ms(self.job.failures, self.limits);
         self.enter(Phase::Recovering, reason);
         self.effect(Effect::NotifyRecovery(self.job.recoveries.len() - 1));
@@ -603,6 +618,9 @@ fn backoff_ms(failures: u32, limits: &Limits) -> u64 {
 
 /// Class and words of an exit.
 fn describe(name: &str, exit: &Exit) -> (FailureKind, String) {
+    if exit.stalled_ms.is_some() {
+        return (FailureKind::Hang, format!("{name} hung: {}", exit.last_error));
+    }
     let mut reason = match (exit.signal, exit.code) {
         _ if exit.requested => format!("{name} was stopped by its agent"),
         (Some(signal), _) => format!("{name} was killed by signal {signal}"),

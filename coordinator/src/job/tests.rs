@@ -94,6 +94,7 @@ fn parse(line: &str, job: &Job) -> (Event, Now) {
                     .map(|signal| signal.parse().expect("signal")),
                 last_error: words.text("last"),
                 requested: words.0.contains_key("requested"),
+                stalled_ms: words.0.get("stalled").map(|ms| ms.parse().expect("stalled")),
             },
             silent_ms: words.number("silent", 200),
         },
@@ -151,6 +152,7 @@ fn parse(line: &str, job: &Job) -> (Event, Now) {
             reason: words.text("why"),
         },
         "drain" => Event::Drain { node: words.node() },
+        "room" => Event::Room(words.0.get("ranks").map(|ranks| ranks.parse().expect("ranks"))),
         "tick" => Event::Tick,
         other => panic!("unknown event {other:?}"),
     };
@@ -259,6 +261,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         signal: signal.then_some(9),
         last_error: String::new(),
         requested,
+        stalled_ms: None,
     });
     prop_oneof![
         3 => prop::collection::vec(node(), 2..3).prop_map(|mut nodes| { nodes.sort(); Event::Planned(Ok(nodes)) }),
@@ -281,6 +284,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         2 => (generation(), 0u64..9).prop_map(|(generation, step)| Event::Committed { generation, step }),
         1 => Just(Event::Cancel { reason: String::new() }),
         1 => node().prop_map(|node| Event::Drain { node }),
+        1 => proptest::option::of(1u32..5).prop_map(Event::Room),
         2 => Just(Event::Tick),
     ]
 }

@@ -1,7 +1,8 @@
 //! The node agent: joins the coordinator, sends heartbeats, starts rank processes when told, reaps them, kills them
 //! when told or when orphaned. It never touches a tensor and does not know what a rank computes.
 //!
-//! One task owns all state ([`run`]); the pure parts are `table` (what a command means), `liveness` and `backoff`.
+//! One task owns all state ([`run`]); the pure parts are `table` (what a command means), `stall` (when a rank hangs),
+//! `liveness` and `backoff`.
 
 mod backoff;
 mod link;
@@ -9,6 +10,7 @@ mod liveness;
 mod outbox;
 mod process;
 mod route;
+mod stall;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -25,6 +27,7 @@ use link::{Link, LinkEvent};
 use liveness::Liveness;
 use outbox::Outbox;
 use process::RankProcess;
+use stall::Watchdog;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use table::{Effect, ExitFacts, RankKey, Table};
@@ -55,6 +58,8 @@ pub struct AgentOptions {
     pub output_root: String,
     /// Folders that training data may be read from; empty: any.
     pub data_roots: Vec<String>,
+    /// Shortest time without progress after which a training rank counts as hung; `None`: none ever does.
+    pub hang_after: Option<Duration>,
     /// What a rank process is.
     pub rank_command: RankCommand,
 }
@@ -115,6 +120,7 @@ struct Agent {
     advertise: String,
     table: Table,
     processes: HashMap<RankKey, RankProcess>,
+    watchdogs: HashMap<RankKey, Watchdog>,
     exits: mpsc::Sender<(RankKey, ExitFacts)>,
     link: Link,
     outbox: Outbox,
@@ -136,6 +142,7 @@ impl Agent {
             advertise: String::new(),
             table: Table::new(options.slots),
             processes: HashMap::new(),
+            watchdogs: HashMap::new(),
             exits,
             link: Link::new(options.coordinators.clone()),
             outbox: Outbox::default(),
@@ -257,6 +264,7 @@ impl Agent {
 
     fn on_exit(&mut self, key: &RankKey, facts: ExitFacts) {
         self.processes.remove(key);
+        self.watchdogs.remove(key);
         metrics::gauge!(names::AGENT_RANKS).set(self.processes.len() as f64);
         let effects = self.table.exited(key, facts);
         self.perform(effects);
@@ -273,6 +281,7 @@ impl Agent {
             }
             self.perform(effects);
         }
+        self.watch_ranks(now);
         if !self.link.is_up() {
             return;
         }
@@ -287,6 +296,30 @@ impl Agent {
             return;
         }
         self.outbox.heartbeat_sent(sequence);
+    }
+
+    /// Kills ranks that hang, with or without a coordinator.
+    fn watch_ranks(&mut self, now: Instant) {
+        let Some(floor) = self.options.hang_after else {
+            return;
+        };
+        let mut hung = Vec::new();
+        for (key, dog) in &mut self.watchdogs {
+            let Some(process) = self.processes.get(key) else {
+                continue;
+            };
+            if let Some(stall) = dog.look(process.progress(), process.is_stopped(), floor, now) {
+                hung.push((key.clone(), stall));
+            }
+        }
+        for (key, stall) in hung {
+            // Once: a killed process makes no progress either.
+            self.watchdogs.remove(&key);
+            error!(job = %key.job, generation = key.generation.0, rank = key.rank.0, "rank hangs and is killed: {}", stall.what);
+            metrics::counter!(names::AGENT_RANK_HANGS).increment(1);
+            let effects = self.table.hangs(&key, &stall.what, stall.silent);
+            self.perform(effects.into_iter().collect());
+        }
     }
 
     fn perform(&mut self, effects: Vec<Effect>) {
@@ -313,6 +346,7 @@ impl Agent {
                 let rank = Some(key.to_wire(process.pid));
                 // If it does not arrive, Hello and every heartbeat list the rank.
                 self.link.send(Request::RankStarted(RankStarted { rank }));
+                self.watchdogs.insert(key.clone(), Watchdog::new(Instant::now()));
                 self.processes.insert(key, process);
                 metrics::gauge!(names::AGENT_RANKS).set(self.processes.len() as f64);
             }
@@ -330,6 +364,7 @@ impl Agent {
 
     fn report(&mut self, exit: RankExited) {
         let outcome = match (exit.requested, exit.exit_code) {
+            _ if exit.stalled_ms.is_some() => "hang",
             (true, _) => "requested",
             (false, Some(0)) => "ok",
             (false, Some(_)) => "error",

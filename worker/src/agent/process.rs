@@ -2,6 +2,7 @@
 //! forwarded line by line, killed as a group, reaped once.
 
 use super::table::{ExitFacts, RankKey};
+use crate::progress::{Progress, Shared};
 use crate::{device, paths};
 use anyhow::Context;
 use arcface_proto::v1::RankAssignment;
@@ -25,7 +26,8 @@ const LONGEST_ERROR: usize = 4096;
 /// How long the pipe of a dead process may stay open (a child of its own) before its exit is reported anyway.
 const LATE_OUTPUT: Duration = Duration::from_secs(1);
 
-/// The command that is one rank. Arguments `--parent-pid PID` are added, so that the process can end with its agent.
+/// The command that is one rank. Added are `--parent-pid PID`, so that the process can end with its agent, and
+/// `--progress`: standard output is the memory where it shows its [`Progress`].
 #[derive(Clone, Debug)]
 pub struct RankCommand {
     /// Program.
@@ -53,9 +55,23 @@ pub struct RankProcess {
     /// Process id, also of its group.
     pub pid: u32,
     kill: watch::Sender<Option<Duration>>,
+    board: Shared,
 }
 
 impl RankProcess {
+    /// What it does, by its own account.
+    pub fn progress(&self) -> Option<Progress> {
+        self.board.read()
+    }
+
+    /// True if a signal has stopped it, or a debugger.
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        // pid (name) state ...: the name may hold anything, also parentheses.
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        matches!(state, Some('T' | 't'))
+    }
+
     /// Ends the process group: SIGTERM, and SIGKILL when the grace has passed. A later call can only shorten it.
     pub fn kill(&self, grace: Duration) {
         self.kill.send_if_modified(|wanted| {
@@ -100,13 +116,16 @@ pub fn spawn(
     exits: mpsc::Sender<(RankKey, ExitFacts)>,
 ) -> anyhow::Result<RankProcess> {
     let input = serde_json::to_vec(assignment).context("encode the assignment")?;
+    let board = Shared::new().context("make the memory of its progress")?;
+    let output = board.for_rank().context("share the memory of its progress")?;
     let mut child = Command::new(&command.program)
         .args(&command.args)
         .arg("--parent-pid")
         .arg(std::process::id().to_string())
+        .arg("--progress")
         .envs(environment(assignment))
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(output)
         .stderr(Stdio::piped())
         .process_group(0)
         .kill_on_drop(true)
@@ -131,7 +150,7 @@ pub fn spawn(
     .ok()
     .map(|output| output.join(format!("rank-{}.log", key.rank)));
     tokio::spawn(supervise(child, pid, key.clone(), kill_wanted, log_path, exits));
-    Ok(RankProcess { pid, kill })
+    Ok(RankProcess { pid, kill, board })
 }
 
 /// Owns the process until it is reaped; only this task signals it, so a recycled process id is never hit.

@@ -83,6 +83,8 @@ struct Stop {
     requested: bool,
     /// What the coordinator is told if it did not.
     reason: String,
+    /// How long the process had made no progress, if it was killed for that.
+    stalled: Option<Duration>,
 }
 
 /// Fencing state of a job on this node.
@@ -169,11 +171,22 @@ impl Table {
         let stop = Stop {
             requested: false,
             reason: reason.to_owned(),
+            stalled: None,
         };
         let keys: Vec<RankKey> = self.ranks.keys().cloned().collect();
         keys.into_iter()
             .flat_map(|key| self.stop(key, &stop, grace))
             .collect()
+    }
+
+    /// The process of `key` hangs: it is killed at once, and the coordinator is told why.
+    pub fn hangs(&mut self, key: &RankKey, reason: &str, stalled: Duration) -> Option<Effect> {
+        let stop = Stop {
+            requested: false,
+            reason: reason.to_owned(),
+            stalled: Some(stalled),
+        };
+        self.stop(key.clone(), &stop, Duration::ZERO)
     }
 
     /// The process of `key` was started.
@@ -213,6 +226,7 @@ impl Table {
         let stop = Stop {
             requested: true,
             reason: String::new(),
+            stalled: None,
         };
         let keys: Vec<RankKey> = self
             .ranks
@@ -249,7 +263,10 @@ impl Table {
                 "" => facts.last_error,
                 reason => reason.to_owned(),
             },
-            requested: stop.is_some_and(|stop| stop.requested),
+            requested: stop.as_ref().is_some_and(|stop| stop.requested),
+            stalled_ms: stop
+                .and_then(|stop| stop.stalled)
+                .map(|stalled| u64::try_from(stalled.as_millis()).unwrap_or(u64::MAX)),
         };
         self.ranks.insert(key, State::Exited(exit.clone()));
         exit

@@ -218,6 +218,7 @@ impl Running {
             device: "cpu".into(),
             output_root: scratch.path().to_str().unwrap().into(),
             data_roots: vec!["/data".into()],
+            hang_after: None,
             rank_command: RankCommand {
                 program: "/bin/sh".into(),
                 args: ["-c", script, "rank"].map(OsString::from).to_vec(),

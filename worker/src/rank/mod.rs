@@ -2,7 +2,7 @@
 //! peers, trains, reports, and ends.
 //!
 //! `run` is its life, `setup` what it opens, `train` the loop, `step` the recipe, `nonfinite` what follows a loss that is
-//! none, `report` its only gRPC. It imports everything below it and nothing imports it.
+//! none, `report` its only gRPC, `watched` what its agent sees of it. It imports everything below it and nothing imports it.
 
 pub mod checkpoints;
 pub mod evaluate;
@@ -20,5 +20,6 @@ pub mod step;
 #[cfg(test)]
 mod tests;
 pub mod train;
+mod watched;
 
 pub use run::run;

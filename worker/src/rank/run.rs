@@ -8,8 +8,10 @@ use super::outputs;
 use super::report::Reporter;
 use super::setup::Prepared;
 use super::train::{Outside, Sinks, train};
+use super::watched::Watched;
 use crate::checkpoint::Checkpoint;
 use crate::collective::{Collective, Listener, Session, Timeouts};
+use crate::progress::{Activity, Board};
 use crate::{device, paths};
 use arcface_proto::convert::job_spec;
 use arcface_proto::failure::Failure;
@@ -31,11 +33,11 @@ const LAST_WORD: Duration = Duration::from_secs(300);
 /// How long rank 0 waits to hear that the last checkpoint was committed, once all its own parts are.
 const LAST_COMMIT: Duration = Duration::from_secs(10);
 
-/// Trains as assigned; returns when everything was said.
+/// Trains as assigned; returns when everything was said. `board` shows the agent what it does.
 ///
 /// # Errors
 /// Whatever ended the training before its end; the coordinator was told, if it could be reached.
-pub fn run(assignment: RankAssignment) -> anyhow::Result<()> {
+pub fn run(assignment: RankAssignment, board: &Board) -> anyhow::Result<()> {
     let threads = device::threads_per_rank(device::cores(), assignment.local_world_size);
     tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
     let id = RankId {
@@ -44,7 +46,9 @@ pub fn run(assignment: RankAssignment) -> anyhow::Result<()> {
         rank: assignment.rank,
     };
     let mut reporter = Reporter::start(id, assignment.coordinators.clone()).map_err(Failure::from)?;
-    match work(&assignment, &mut reporter) {
+    let worked = work(&assignment, &mut reporter, board);
+    board.enter(Activity::Finishing);
+    match worked {
         Ok(step) => {
             if !reporter.finish(Report::Finished(TrainingFinished { step }), LAST_WORD) {
                 warn!("the coordinator did not hear of the end of the training");
@@ -58,7 +62,7 @@ pub fn run(assignment: RankAssignment) -> anyhow::Result<()> {
     }
 }
 
-fn work(assignment: &RankAssignment, reporter: &mut Reporter) -> Result<u64, RankFailure> {
+fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> Result<u64, RankFailure> {
     let (rank, world_size) = (assignment.rank, assignment.world_size);
     if world_size == 0 || rank >= world_size {
         return Err(RankFailure::permanent(format!(
@@ -87,8 +91,10 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter) -> Result<u64, Ran
 
     let prepared = Prepared::open(spec, &data_roots, &assignment.device)?;
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
-    let comm = meet(assignment, reporter)?;
+    board.enter(Activity::Starting);
+    let comm = Box::new(Watched::new(meet(assignment, reporter)?, board.clone()));
     let (mut trainer, job) = prepared.into_trainer(comm)?;
+    trainer.phases.show_on(board.clone());
     trainer.settings.left_out.clone_from(&assignment.left_out_steps);
     let start = match &assignment.resume {
         Some(manifest) => {
@@ -126,6 +132,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter) -> Result<u64, Ran
     let finished = train(&mut trainer, &job, start, &mut sinks);
     let log = sinks.log.take();
     let finished = finished?;
+    board.enter(Activity::Finishing);
     conclude(reporter, writer, rank, finished);
     if let Some(mut log) = log {
         log.line(&format!("finished after step {finished}"));

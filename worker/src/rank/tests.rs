@@ -16,6 +16,7 @@ use std::path::Path;
 use std::time::Duration;
 use tch::Tensor;
 
+mod elastic;
 mod fine_tuning;
 mod losses;
 mod nonfinite;

@@ -92,9 +92,11 @@ pub fn train(
     for step in start..job.end_step {
         wish |= sinks.outside.checkpoint_wanted();
         let batches: &mut dyn Iterator<Item = Result<Batch, DataError>> = &mut loader;
+        let begin = Instant::now();
         let outcome = trainer.step(step, batches, wish)?;
         meter.step(outcome.loss, outcome.grad_norm);
         let done = step + 1;
+        trainer.phases.stepped(done, begin.elapsed());
         let due = due(job, done);
         if due.log {
             log_interval(trainer, job, done, &outcome, &mut meter, sinks);
@@ -122,7 +124,7 @@ pub fn train(
 fn checkpoint(trainer: &mut Trainer, job: &Job, done: u64, sinks: &Sinks<'_>) {
     let Some(writer) = sinks.writer else { return };
     let state = position(trainer, job, done);
-    let begin = Instant::now();
+    let begin = trainer.phases.begin("checkpoint");
     let snapshot = checkpoints::snapshot(trainer, state, job.num_classes);
     writer.write(snapshot);
     trainer.phases.add("checkpoint", begin.elapsed());
@@ -182,7 +184,7 @@ fn evaluate_all(
     done: u64,
     sinks: &mut Sinks<'_>,
 ) -> Result<(), RankFailure> {
-    let begin = Instant::now();
+    let begin = trainer.phases.begin("eval");
     evaluate::share_statistics(&trainer.backbone, trainer.comm.as_mut())?;
     for set in &job.sets {
         let begin = Instant::now();

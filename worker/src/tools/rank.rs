@@ -1,5 +1,6 @@
 //! `arcface-worker rank`: one training process. The agent starts it; people do not.
 
+use crate::progress::Board;
 use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
 use arcface_proto::v1::RankAssignment;
@@ -17,6 +18,9 @@ pub struct RankArgs {
     /// Process id of the agent; the rank ends with it.
     #[arg(long, value_name = "PID")]
     parent_pid: Option<i32>,
+    /// Standard output is the memory where the agent reads our progress.
+    #[arg(long)]
+    progress: bool,
 }
 
 /// Runs `rank`: the assignment comes as JSON on standard input.
@@ -24,6 +28,10 @@ pub fn run(args: RankArgs) -> anyhow::Result<()> {
     if let Some(parent) = args.parent_pid {
         end_with_parent(parent)?;
     }
+    let board = match args.progress {
+        true => Board::on_standard_output().context("show progress to the agent")?,
+        false => Board::unread(),
+    };
     let mut text = String::new();
     std::io::stdin()
         .take(LONGEST_ASSIGNMENT)
@@ -36,7 +44,7 @@ pub fn run(args: RankArgs) -> anyhow::Result<()> {
         )
         .hint("the agent starts ranks by itself: arcface-worker --join HOST:PORT")
     })?;
-    crate::rank::run(assignment)
+    crate::rank::run(assignment, &board)
 }
 
 /// Asks the kernel for SIGKILL when the agent ends, so that no rank is left behind on its device.
