@@ -11,7 +11,7 @@ CARGO_FLAGS ?=
 # The paths are evaluated per recipe, after the set-up has run: Python itself may be among what it installs.
 ENV := . scripts/env.sh;
 
-.PHONY: help setup build demo test golden onnx lint clean
+.PHONY: help setup build demo test chaos golden onnx lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,11 @@ test: setup ## Run all tests: unit, property, golden and cluster
 	@# The cluster tests start the binaries of this profile, so these come first.
 	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
 	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)
+
+chaos: setup ## Faults again and again, times held against their bars (half an hour on a machine that does nothing else)
+	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
+	@$(ENV) ARCFACE_TRIALS="$${ARCFACE_TRIALS:-20}" CI=1 $(CARGO) test --package arcface-tests --locked $(CARGO_FLAGS) \
+		--test chaos --test failover -- --nocapture --test-threads 1
 
 golden: setup ## Run the golden tests alone, on the data in ARCFACE_GOLDEN
 	@$(ENV) $(CARGO) test --package arcface-worker --locked $(CARGO_FLAGS) --test 'golden_*' -- --nocapture

@@ -179,6 +179,27 @@ impl Cluster {
         process::signal_pid(pid, signal)
     }
 
+    /// Process id of the newest worker.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn newest_worker(&self) -> Result<u32> {
+        Ok(self.workers.last().context("no worker runs")?.pid())
+    }
+
+    /// Sends a signal to a process of this cluster and to its children: a worker with its ranks.
+    ///
+    /// # Errors
+    /// If there is no such process, or it does not belong to this cluster.
+    pub fn signal_group(&self, pid: u32, signal: Signal) -> Result<()> {
+        self.signal(pid, signal)?;
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        for child in children.split_whitespace() {
+            process::signal_pid(child.parse()?, signal)?;
+        }
+        Ok(())
+    }
+
     /// Processes of this cluster that live, whoever started them.
     pub fn living(&self) -> Vec<u32> {
         process::living_in(self.scratch())

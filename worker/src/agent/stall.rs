@@ -20,6 +20,9 @@ const STARTING: Duration = Duration::from_secs(600);
 /// The last checkpoint may wait five minutes for a coordinator that is away, and once more to be heard of.
 const FINISHING: Duration = Duration::from_secs(900);
 
+/// Between two looks no more than this counts: the agent looks with every heartbeat.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// A rank that hangs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stall {
@@ -29,12 +32,14 @@ pub struct Stall {
     pub what: String,
 }
 
-/// Watches one rank.
+/// Watches one rank. It counts the time that it saw pass: an agent that was itself stopped for a while, with its machine, learns
+/// nothing from that about its ranks.
 #[derive(Debug)]
 pub struct Watchdog {
     last: Option<Progress>,
-    changed: Instant,
-    stopped: Option<Instant>,
+    looked: Instant,
+    silent: Duration,
+    stopped: Duration,
 }
 
 impl Watchdog {
@@ -42,8 +47,9 @@ impl Watchdog {
     pub fn new(now: Instant) -> Self {
         Self {
             last: None,
-            changed: now,
-            stopped: None,
+            looked: now,
+            silent: Duration::ZERO,
+            stopped: Duration::ZERO,
         }
     }
 
@@ -56,26 +62,26 @@ impl Watchdog {
         floor: Duration,
         now: Instant,
     ) -> Option<Stall> {
+        let passed = now.saturating_duration_since(self.looked).min(LOOK);
+        self.looked = now;
         if let Some(seen) = seen
             && self.last.is_none_or(|last| last.updates != seen.updates)
         {
             self.last = Some(seen);
-            self.changed = now;
-            self.stopped = None;
+            self.silent = Duration::ZERO;
+            self.stopped = Duration::ZERO;
             return None;
         }
         let progress = self.last.unwrap_or_default();
-        self.stopped = stopped.then(|| self.stopped.unwrap_or(now));
+        self.silent += passed;
+        self.stopped = if stopped { self.stopped + passed } else { Duration::ZERO };
         let limit = match progress.in_operation {
             true => WAITING,
             false => limit(&progress, floor),
         };
-        let silent = now.saturating_duration_since(self.changed);
-        let stopped_for = self.stopped.map(|since| now.saturating_duration_since(since));
-        let hangs = silent > limit || stopped_for.is_some_and(|stopped| stopped > floor);
-        hangs.then(|| Stall {
-            silent,
-            what: words(&progress, stopped, silent),
+        (self.silent > limit || self.stopped > floor).then(|| Stall {
+            silent: self.silent,
+            what: words(&progress, stopped, self.silent),
         })
     }
 }
@@ -137,19 +143,15 @@ mod tests {
         }
     }
 
-    /// Seconds after which a rank that wrote `progress` last counts as hung.
+    /// Seconds after which a rank that wrote `progress` last counts as hung, looked at twice a second.
     fn detected_after(progress: Progress, stopped: bool) -> u64 {
         let start = Instant::now();
         let mut dog = Watchdog::new(start);
-        for _ in 0..2 {
-            assert_eq!(dog.look(Some(progress), stopped, FLOOR, start), None);
-        }
-        (0..4000)
-            .find(|s| {
-                let now = start + Duration::from_secs(*s) + Duration::from_millis(1);
-                dog.look(Some(progress), stopped, FLOOR, now).is_some()
-            })
-            .expect("a limit")
+        let hangs = |half_seconds: &u64| {
+            let now = start + Duration::from_millis(500 * half_seconds);
+            dog.look(Some(progress), stopped, FLOOR, now).is_some()
+        };
+        (0..4000).find(hangs).expect("a limit") / 2
     }
 
     #[test]
@@ -197,6 +199,7 @@ mod tests {
             );
         }
         // The last change was at 56 s.
+        assert_eq!(dog.look(None, false, FLOOR, second(60)), None);
         assert_eq!(dog.look(None, false, FLOOR, second(61)), None);
         let stall = dog.look(None, false, FLOOR, second(62)).expect("6 s");
         assert_eq!(stall.silent, Duration::from_secs(6));
@@ -210,7 +213,19 @@ mod tests {
     fn a_rank_that_never_wrote_has_the_time_of_a_start() {
         let start = Instant::now();
         let mut dog = Watchdog::new(start);
-        assert_eq!(dog.look(None, false, FLOOR, start + STARTING), None);
-        assert!(dog.look(None, false, FLOOR, start + STARTING + FLOOR).is_some());
+        let hangs = |s: &u64| dog.look(None, false, FLOOR, start + Duration::from_secs(*s)).is_some();
+        assert_eq!((0..1000).find(hangs), Some(STARTING.as_secs() + 1));
+    }
+
+    #[test]
+    fn an_agent_that_slept_blames_nobody_for_it() {
+        let start = Instant::now();
+        let progress = Some(at(9, Activity::Forward, 50));
+        let mut dog = Watchdog::new(start);
+        assert_eq!(dog.look(progress, false, FLOOR, start), None);
+        let woken = start + Duration::from_secs(3600);
+        assert_eq!(dog.look(progress, true, FLOOR, woken), None);
+        assert_eq!(dog.look(progress, false, FLOOR, woken + Duration::from_secs(2)), None);
+        assert!(dog.look(progress, false, FLOOR, woken + Duration::from_secs(4)).is_some());
     }
 }
