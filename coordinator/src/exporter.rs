@@ -8,7 +8,10 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{
     collections::HashSet,
     io,
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::{
+        Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
@@ -33,6 +36,9 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 static RECORDER: OnceLock<Result<PrometheusHandle, String>> = OnceLock::new();
 /// Jobs whose series are not shown any more.
 static RETIRED: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+
+/// False while the series of jobs and nodes are those of a time when this coordinator led.
+static CLUSTER: AtomicBool = AtomicBool::new(true);
 
 /// Installs the process's one recorder; later calls give the same.
 ///
@@ -64,29 +70,39 @@ pub fn retire(job_id: &str) {
         .insert(format!("job_id=\"{job_id}\""));
 }
 
+/// Whether the series of jobs and nodes are shown: a coordinator that stands by knows of none, and what it knew is old.
+pub fn show_cluster(shown: bool) {
+    CLUSTER.store(shown, Ordering::Relaxed);
+}
+
 /// The text that a scrape gets.
 pub fn render(recorder: &PrometheusHandle) -> String {
     let text = recorder.render();
     let retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-    match retired.as_ref() {
-        None => text,
-        Some(retired) => {
-            let shown = |line: &&str| {
-                let label = line.find("job_id=\"").and_then(|at| {
-                    let label = line.get(at..)?;
-                    label.get(..label.char_indices().filter(|(_, c)| *c == '"').nth(1)?.0 + 1)
-                });
-                label.is_none_or(|label| !retired.contains(label))
-            };
-            text.lines()
-                .filter(shown)
-                .fold(String::with_capacity(text.len()), |mut shown, line| {
-                    shown.push_str(line);
-                    shown.push('\n');
-                    shown
-                })
-        }
+    let cluster = CLUSTER.load(Ordering::Relaxed);
+    if cluster && retired.is_none() {
+        return text;
     }
+    let of_cluster = |line: &str| {
+        let series = ["job_id=\"", "{node=\""].iter().any(|label| line.contains(label));
+        series
+            || line.starts_with(telemetry::COORDINATOR_NODES)
+            || line.starts_with(telemetry::COORDINATOR_SLOTS)
+    };
+    let of_retired = |line: &str| {
+        let label = line.find("job_id=\"").and_then(|at| {
+            let label = line.get(at..)?;
+            label.get(..label.char_indices().filter(|(_, c)| *c == '"').nth(1)?.0 + 1)
+        });
+        label.is_some_and(|label| retired.as_ref().is_some_and(|retired| retired.contains(label)))
+    };
+    text.lines()
+        .filter(|line| !of_retired(line) && (cluster || !of_cluster(line)))
+        .fold(String::with_capacity(text.len()), |mut shown, line| {
+            shown.push_str(line);
+            shown.push('\n');
+            shown
+        })
 }
 
 /// Serves scrapes until `stop` is cancelled.

@@ -1,22 +1,18 @@
 //! Puts a coordinator together and takes it apart: binds, opens the store, serves gRPC and metrics, writes the
-//! address file, and stops in a stated order. Jobs go on while no coordinator runs.
+//! address file, and stops in a stated order. Jobs go on while no coordinator runs. When it leads is decided in `terms`.
+
+mod terms;
 
 use crate::{
-    api::{ClusterApi, JobApi, RankApi, Router, WorkerApi},
-    control::{self, Handle},
+    api::{Front, Router},
     exporter,
-    store::{EmbeddedStore, StateStore, StoreError},
+    store::{Candidate, EmbeddedStore, EtcdUrl, StoreError},
     telemetry,
 };
 use anyhow::Context;
-use arcface_proto::{
-    failure::{ExitCode, Failure},
-    v1::{
-        cluster_service_server::ClusterServiceServer, job_service_server::JobServiceServer,
-        rank_service_server::RankServiceServer, worker_service_server::WorkerServiceServer,
-    },
-};
+use arcface_proto::failure::{ExitCode, Failure};
 use std::{
+    convert::Infallible,
     fmt, io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -25,6 +21,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+use terms::{Desk, Leadership, Stops};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinHandle,
@@ -32,8 +29,11 @@ use tokio::{
 };
 use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
 use tokio_util::sync::CancellationToken;
-use tonic::server::NamedService;
-use tonic_health::ServingStatus;
+use tonic::{
+    body::Body,
+    codegen::{Service, http},
+    server::NamedService,
+};
 
 /// What `serve` was told.
 #[derive(Clone, Debug)]
@@ -44,6 +44,9 @@ pub struct ServeOptions {
     pub metrics: Option<SocketAddr>,
     /// Where state is kept.
     pub store: StoreUrl,
+    /// Where others find this coordinator, `HOST:PORT`, told by one that stands by when this one leads; `None`: the
+    /// address it listens on.
+    pub advertise: Option<String>,
     /// File that gets `grpc=HOST:PORT` and `metrics=HOST:PORT` once the services answer.
     pub address_file: Option<PathBuf>,
     /// How long to wait for what.
@@ -55,6 +58,8 @@ pub struct ServeOptions {
 pub enum StoreUrl {
     /// One file in a directory of this machine, for a single coordinator.
     Embedded(PathBuf),
+    /// etcd, for several coordinators of which one leads.
+    Etcd(EtcdUrl),
 }
 
 impl FromStr for StoreUrl {
@@ -65,7 +70,10 @@ impl FromStr for StoreUrl {
             Some(("embedded", directory)) if !directory.is_empty() => {
                 Ok(Self::Embedded(PathBuf::from(directory)))
             }
-            _ => Err(format!("store {text:?} is not embedded:DIR")),
+            Some(("etcd", url)) if !url.is_empty() => url.parse().map(Self::Etcd),
+            _ => Err(format!(
+                "store {text:?} is neither embedded:DIR nor etcd:http://HOST:PORT,...[/PREFIX]"
+            )),
         }
     }
 }
@@ -74,6 +82,7 @@ impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Embedded(directory) => write!(f, "embedded:{}", directory.display()),
+            Self::Etcd(url) => write!(f, "etcd:{url}"),
         }
     }
 }
@@ -100,6 +109,8 @@ pub struct Timers {
     pub backoff_max_ms: u64,
     /// Between SIGTERM and SIGKILL when a job is cancelled.
     pub grace_ms: u64,
+    /// Silence of a leader after which another coordinator leads, with a store in etcd: whole seconds, at least 2 s.
+    pub leader_ms: u64,
 }
 
 impl Default for Timers {
@@ -114,6 +125,7 @@ impl Default for Timers {
             backoff_ms: 500,
             backoff_max_ms: 30_000,
             grace_ms: 5_000,
+            leader_ms: 5_000,
         }
     }
 }
@@ -183,18 +195,22 @@ pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
 
     let recorder = exporter::recorder()?;
     metrics::gauge!(telemetry::BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    let store = open_store(&options.store).await?;
+    let leadership = open_store(&options, grpc).await?;
     let stop = CancellationToken::new();
-    // The control task outlives the streams: what they have accepted is still stored.
-    let stop_control = CancellationToken::new();
-    let (control, control_task) = control::start(store, options.timers, stop_control.clone())
-        .await
-        .map_err(store_failure)?;
-    let router = services(&control, &stop).await?;
+    let stops = Stops {
+        streams: stop.clone(),
+        // The control task outlives the streams: what they have accepted is still stored.
+        control: CancellationToken::new(),
+    };
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let always = always(health_service)?;
+    let desk = Desk::new(health).await;
+    let front = Front::new(always, desk.role());
+    let terms = terms::start(leadership, options.timers, desk, stops.clone()).await?;
     if let Some(listener) = metrics {
         tokio::spawn(exporter::serve(listener, recorder, stop.clone()));
     }
-    let serving = tokio::spawn(serve(listener, router, control_task, stop.clone(), stop_control));
+    let serving = tokio::spawn(serve(listener, front, terms, stops));
     if let Some(path) = &options.address_file
         && let Err(error) = write_address_file(path, grpc, metrics_address)
     {
@@ -209,13 +225,13 @@ pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
     })
 }
 
-/// Serves until stopped. The order of the end: no new connections, streams end (with a limit), the control task ends.
+/// Serves until stopped. The order of the end: no new connections, streams end (with a limit), the control task ends,
+/// the leader's key is released.
 async fn serve(
     listener: TcpListener,
-    router: Router,
-    mut control_task: JoinHandle<Result<(), StoreError>>,
-    stop: CancellationToken,
-    stop_control: CancellationToken,
+    front: Front,
+    mut terms: JoinHandle<anyhow::Result<()>>,
+    stops: Stops,
 ) -> anyhow::Result<()> {
     let mut server = pin!(
         tonic::transport::Server::builder()
@@ -223,26 +239,27 @@ async fn serve(
             .max_concurrent_streams(MAX_STREAMS)
             .http2_keepalive_interval(Some(PING_EVERY))
             .http2_keepalive_timeout(Some(PING_LIMIT))
-            .serve_with_incoming_shutdown(router, incoming(listener), stop.clone().cancelled_owned())
+            .serve_with_incoming_shutdown(front, incoming(listener), stops.streams.clone().cancelled_owned())
     );
     tokio::select! {
         ended = &mut server => {
-            stop_control.cancel();
+            stops.streams.cancel();
+            stops.control.cancel();
             ended.context("serve gRPC")?;
         }
-        ended = &mut control_task => {
-            stop.cancel();
+        ended = &mut terms => {
+            stops.streams.cancel();
             // What still runs is cut off: this coordinator may not act any more.
-            return ended.context("control task")?.map_err(store_failure);
+            return ended.context("terms")?;
         }
-        () = stop.cancelled() => {
+        () = stops.streams.cancelled() => {
             if timeout(STREAMS_END, server).await.is_err() {
                 tracing::warn!("streams did not end within {STREAMS_END:?} and were cut");
             }
-            stop_control.cancel();
+            stops.control.cancel();
         }
     }
-    control_task.await.context("control task")?.map_err(store_failure)
+    terms.await.context("terms")?
 }
 
 /// Accepted connections without Nagle's delay: heartbeats and commands are small.
@@ -256,75 +273,55 @@ fn incoming(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> 
     })
 }
 
-/// All services, with health and reflection for any gRPC client.
-async fn services(control: &Handle, stop: &CancellationToken) -> anyhow::Result<Router> {
-    let (health, health_service) = tonic_health::server::health_reporter();
-    let jobs = JobServiceServer::new(JobApi {
-        control: control.clone(),
-        stop: stop.clone(),
-    })
-    .max_decoding_message_size(MAX_REQUEST_BYTES);
-    let cluster = ClusterServiceServer::new(ClusterApi {
-        control: control.clone(),
-    })
-    .max_decoding_message_size(MAX_REQUEST_BYTES);
-    let workers = WorkerServiceServer::new(WorkerApi {
-        control: control.clone(),
-        stop: stop.clone(),
-    })
-    .max_decoding_message_size(MAX_REQUEST_BYTES);
-    let ranks = RankServiceServer::new(RankApi {
-        control: control.clone(),
-        stop: stop.clone(),
-    })
-    .max_decoding_message_size(MAX_REQUEST_BYTES);
-    let names = [
-        name_of(&jobs),
-        name_of(&cluster),
-        name_of(&workers),
-        name_of(&ranks),
-    ];
-    for name in [""].into_iter().chain(names) {
-        health.set_service_status(name, ServingStatus::Serving).await;
-    }
-    let stopping = stop.clone();
-    tokio::spawn(async move {
-        stopping.cancelled().await;
-        for name in [""].into_iter().chain(names) {
-            health.set_service_status(name, ServingStatus::NotServing).await;
-        }
-        // Health watches end with their reporter.
-        drop(health);
-    });
+/// Health and reflection for any gRPC client, whoever leads.
+fn always<H>(health: H) -> anyhow::Result<Router>
+where
+    H: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>
+        + NamedService
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    H::Future: Send,
+{
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(arcface_proto::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     Ok(Router::default()
-        .with(health_service)
+        .with(health)
         .with(reflection().build_v1().context("reflection")?)
-        .with(reflection().build_v1alpha().context("reflection")?)
-        .with(jobs)
-        .with(cluster)
-        .with(workers)
-        .with(ranks))
+        .with(reflection().build_v1alpha().context("reflection")?))
 }
 
-fn name_of<S: NamedService>(_: &S) -> &'static str {
-    S::NAME
-}
-
-async fn open_store(url: &StoreUrl) -> Result<Arc<dyn StateStore>, Failure> {
-    let StoreUrl::Embedded(directory) = url;
-    let directory = directory.clone();
-    let opened = tokio::task::spawn_blocking(move || EmbeddedStore::open(&directory)).await;
-    match opened {
-        Ok(Ok(store)) => Ok(Arc::new(store)),
-        Ok(Err(error)) => Err(store_failure(error)
-            .downcast()
-            .unwrap_or_else(|error| Failure::new(ExitCode::Failed, format!("open the store: {error}")))),
-        Err(error) => Err(Failure::new(ExitCode::Failed, format!("open the store: {error}"))),
+async fn open_store(options: &ServeOptions, grpc: SocketAddr) -> anyhow::Result<Leadership> {
+    match &options.store {
+        StoreUrl::Embedded(directory) => {
+            let directory = directory.clone();
+            let opened = tokio::task::spawn_blocking(move || EmbeddedStore::open(&directory)).await;
+            let store = opened.context("open the store")?.map_err(store_failure)?;
+            Ok(Leadership::Alone(Arc::new(store)))
+        }
+        StoreUrl::Etcd(url) => {
+            let address = match &options.advertise {
+                Some(address) => address.clone(),
+                None if grpc.ip().is_unspecified() => {
+                    let message = format!("{grpc} is no address at which others find this coordinator");
+                    let hint = "say which with --advertise HOST:PORT";
+                    return Err(Failure::new(ExitCode::Usage, message).hint(hint).into());
+                }
+                None => grpc.to_string(),
+            };
+            let ttl = Duration::from_millis(options.timers.leader_ms);
+            let candidate = Candidate::connect(url.clone(), address, ttl)
+                .await
+                .map_err(|error| {
+                    Failure::new(ExitCode::Unreachable, error.to_string())
+                        .hint("is etcd running there, and is --store right?")
+                })?;
+            Ok(Leadership::Elected(Box::new(candidate)))
+        }
     }
 }
 
@@ -403,7 +400,16 @@ mod tests {
     fn store_urls_round_trip() {
         let url: StoreUrl = "embedded:/var/lib/arcface".parse().expect("valid");
         assert_eq!(url.to_string(), "embedded:/var/lib/arcface");
-        for text in ["", "embedded", "embedded:", "etcd:http://localhost:2379", "/tmp"] {
+        let url: StoreUrl = "etcd:http://a:2379,http://b:2379/faces".parse().expect("valid");
+        assert_eq!(url.to_string(), "etcd:http://a:2379,http://b:2379/faces");
+        for text in [
+            "",
+            "embedded",
+            "embedded:",
+            "etcd:",
+            "etcd:localhost:2379",
+            "/tmp",
+        ] {
             assert!(text.parse::<StoreUrl>().is_err(), "{text:?}");
         }
     }

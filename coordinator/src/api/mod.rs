@@ -2,6 +2,7 @@
 //! status codes than `status`.
 
 mod cluster;
+mod front;
 mod job;
 mod page;
 mod rank;
@@ -10,6 +11,7 @@ mod status;
 mod worker;
 
 pub use cluster::ClusterApi;
+pub use front::{Front, Role};
 pub use job::JobApi;
 pub use rank::RankApi;
 pub use router::Router;

@@ -1,9 +1,9 @@
 //! The one table from errors to gRPC status codes, with `google.rpc` details.
 
 use crate::control::ControlError;
-use arcface_proto::convert::FieldViolation;
-use std::time::Duration;
-use tonic::{Code, Status};
+use arcface_proto::{convert::FieldViolation, redirect};
+use std::{collections::HashMap, time::Duration};
+use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, FieldViolation as BadField, StatusExt};
 
 /// When a client may try again what failed for now.
@@ -12,6 +12,27 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// The coordinator is being shut down; jobs go on.
 pub fn stopping() -> Status {
     from_control(ControlError::Unavailable("the coordinator is stopping".into()))
+}
+
+/// UNAVAILABLE, because another coordinator (or this one, later) does answer: clients of every kind try again. Who
+/// that is stands in the metadata and in a `google.rpc.ErrorInfo`.
+pub fn not_leading(leader: Option<&str>) -> Status {
+    let message = match leader {
+        Some(leader) => format!("this coordinator stands by: {leader} leads"),
+        None => "this coordinator stands by: no coordinator leads at the moment".to_owned(),
+    };
+    let mut details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+    let named = leader.map(|leader| (redirect::LEADER.to_owned(), leader.to_owned()));
+    details.set_error_info(redirect::NOT_LEADING, redirect::DOMAIN, HashMap::from_iter(named));
+    let mut metadata = MetadataMap::new();
+    metadata.insert(
+        redirect::ROLE,
+        tonic::metadata::MetadataValue::from_static(redirect::STANDBY),
+    );
+    if let Some(leader) = leader.and_then(|leader| leader.parse().ok()) {
+        metadata.insert(redirect::LEADER, leader);
+    }
+    Status::with_error_details_and_metadata(Code::Unavailable, message, details, metadata)
 }
 
 /// Status of an error of the control task.

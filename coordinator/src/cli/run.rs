@@ -104,6 +104,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         metrics: Some(args.metrics),
         store: StoreUrl::Embedded(places.run.join("store")),
+        advertise: None,
         address_file: None,
         timers: Timers::default(),
     })

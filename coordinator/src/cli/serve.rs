@@ -1,5 +1,6 @@
 //! `serve`: a coordinator until it is told to stop.
 
+use super::connect::parse_address;
 use crate::server::{self, ServeOptions, StoreUrl, Timers};
 use crate::telemetry::{self, DEFAULT_FILTER, LogFormat, LogSink};
 use clap::Args;
@@ -10,7 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 #[command(after_help = "\
 Examples:
   arcface-coordinator serve
-  arcface-coordinator serve --listen 10.0.0.1:1234 --store embedded:/var/lib/arcface")]
+  arcface-coordinator serve --listen 10.0.0.1:1234 --store embedded:/var/lib/arcface
+  arcface-coordinator serve --listen 10.0.0.1:1234 --store etcd:http://10.0.0.1:2379,http://10.0.0.2:2379")]
 pub(super) struct ServeArgs {
     /// Address of the gRPC services; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:1234", value_parser = parse_socket)]
@@ -18,9 +20,18 @@ pub(super) struct ServeArgs {
     /// Address of /metrics for Prometheus
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:9464", value_parser = parse_socket)]
     metrics: SocketAddr,
-    /// Where jobs are kept [default: embedded: in $XDG_STATE_HOME/arcface or ~/.local/state/arcface]
-    #[arg(long, value_name = "embedded:DIR", env = "ARCFACE_STORE", value_parser = parse_store)]
+    /// Where jobs are kept [default: embedded: in $XDG_STATE_HOME/arcface or ~/.local/state/arcface]. With etcd
+    /// several coordinators serve one cluster: one leads, the others stand by. A path after the last URL is the
+    /// prefix of the keys [default: /arcface]
+    #[arg(
+        long,
+        value_name = "embedded:DIR|etcd:URL,URL[/PREFIX]",
+        env = "ARCFACE_STORE"
+    )]
     store: Option<StoreUrl>,
+    /// Where clients, workers and ranks find this coordinator when it leads [default: the address of --listen]
+    #[arg(long, value_name = "HOST:PORT", env = "ARCFACE_ADVERTISE", value_parser = parse_address)]
+    advertise: Option<String>,
     /// File that gets the addresses in use once the services answer
     #[arg(long, value_name = "FILE")]
     address_file: Option<PathBuf>,
@@ -44,15 +55,6 @@ pub(super) fn parse_socket(text: &str) -> Result<SocketAddr, String> {
         .map_err(|_| "an address to listen on is IP:PORT, as 127.0.0.1:1234 or 0.0.0.0:1234".into())
 }
 
-fn parse_store(text: &str) -> Result<StoreUrl, String> {
-    if text.starts_with("etcd:") {
-        return Err(
-            "this build keeps its state in an embedded store; etcd is not built in: use embedded:DIR".into(),
-        );
-    }
-    text.parse()
-}
-
 /// The directory for state of this user, after the XDG base directory specification.
 fn default_store() -> StoreUrl {
     let absolute = |name: &str| {
@@ -72,6 +74,7 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         listen: args.listen,
         metrics: Some(args.metrics),
         store: store.clone(),
+        advertise: args.advertise,
         address_file: args.address_file,
         timers: Timers::default(),
     };

@@ -3,7 +3,7 @@
 use super::{
     Control, ControlError, Entry, MAX_LIVE_JOBS, MAX_RETRIES, Watch,
     handle::{Command, JobFilter},
-    keys, measure, records,
+    keys, measure, not_done, records,
 };
 use crate::{
     job::{self, Effect, Event, Job, Process},
@@ -161,9 +161,9 @@ impl Control {
         }
         let store_revision = match self.store.commit(transaction).await {
             Ok(revision) => revision,
-            Err(StoreError::Unknown(why)) => match self.store.get(&key).await {
-                Ok(Some(stored)) if stored.value == record => stored.revision,
-                _ => return Err(StoreError::Unknown(why).into()),
+            Err(StoreError::Unknown(why)) => match self.find_out(&key, &record, why).await? {
+                Some(revision) => revision,
+                None => return Err(not_done()),
             },
             Err(error) => return Err(self.store_failed(error)),
         };

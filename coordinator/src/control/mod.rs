@@ -51,18 +51,22 @@ const MAX_LIVE_JOBS: usize = 10_000;
 const MAX_NODES: usize = 5_000;
 /// Events that wait for a store that does not answer.
 const MAX_RETRIES: usize = 10_000;
+/// A turn of the task that takes longer was held up by the store.
+const HELD_UP: Duration = Duration::from_millis(200);
 /// A lost node is shown for so long.
 const FORGET_MS: u64 = 600_000;
 
-/// The process's clocks.
+/// The process's clocks. The monotonic one leaves out the time for which the store held up this task: messages that
+/// wait meanwhile are no silence of their senders.
 struct Clock {
     start: Instant,
+    held_up: Duration,
 }
 
 impl Clock {
     fn now(&self) -> Now {
         Now {
-            mono_ms: self.start.elapsed().as_millis() as u64,
+            mono_ms: self.start.elapsed().saturating_sub(self.held_up).as_millis() as u64,
             // A clock before 1970 shows as 1970: times of day are shown, never compared.
             unix_ms: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -169,6 +173,7 @@ impl Control {
     async fn load(store: Arc<dyn StateStore>, timers: Timers) -> Result<Self, StoreError> {
         let clock = Clock {
             start: Instant::now(),
+            held_up: Duration::ZERO,
         };
         let now = clock.now();
         let mut control = Self {
@@ -273,18 +278,27 @@ impl Control {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(1.0);
         loop {
-            tokio::select! {
+            let command = tokio::select! {
                 () = stop.cancelled() => break,
                 command = commands.recv() => match command {
-                    Some(command) => self.command(command).await,
+                    Some(command) => Some(command),
                     None => break,
                 },
-                _ = ticks.tick() => self.tick().await,
+                _ = ticks.tick() => None,
+            };
+            let begun = Instant::now();
+            match command {
+                Some(command) => self.command(command).await,
+                None => self.tick().await,
             }
             self.schedule().await;
+            let took = begun.elapsed();
+            if took > HELD_UP {
+                self.clock.held_up += took;
+            }
             if let Some(error) = self.fatal.take() {
                 metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(0.0);
-                tracing::error!(%error, "this coordinator must stop");
+                tracing::error!(%error, "this coordinator must stop or load its state anew");
                 return Err(error);
             }
         }
@@ -333,10 +347,9 @@ impl Control {
             .put(&key, record.clone());
         let store_revision = match self.store.commit(transaction).await {
             Ok(revision) => revision,
-            Err(StoreError::Unknown(why)) => match self.store.get(&key).await {
-                // Maybe done: what is in the store decides. The record is a part of the whole transaction.
-                Ok(Some(stored)) if stored.value == record => stored.revision,
-                _ => return Err(StoreError::Unknown(why).into()),
+            Err(StoreError::Unknown(why)) => match self.find_out(&key, &record, why).await? {
+                Some(revision) => revision,
+                None => return Err(not_done()),
             },
             Err(error) => return Err(self.store_failed(error)),
         };
@@ -347,6 +360,20 @@ impl Control {
         Ok(())
     }
 
+    /// After an unknown outcome: the revision if the record is in the store. It is a part of the whole transaction.
+    /// If the store does not say, memory and store may differ from here on: this coordinator must load anew.
+    async fn find_out(&mut self, key: &str, record: &[u8], why: String) -> Result<Option<u64>, ControlError> {
+        match self.store.get(key).await {
+            Ok(Some(stored)) if stored.value == record => Ok(Some(stored.revision)),
+            Ok(_) => Ok(None),
+            Err(error) => {
+                tracing::warn!(%error, "the outcome of a change cannot be found out");
+                self.fatal = Some(StoreError::Unknown(why.clone()));
+                Err(StoreError::Unknown(why).into())
+            }
+        }
+    }
+
     /// A store that has another owner ends this coordinator; other failures are the caller's.
     fn store_failed(&mut self, error: StoreError) -> ControlError {
         let answer = ControlError::Unavailable(error.to_string());
@@ -355,4 +382,9 @@ impl Control {
         }
         answer
     }
+}
+
+/// A change whose outcome was unknown for a moment and that did not happen.
+fn not_done() -> ControlError {
+    ControlError::Unavailable("the store did not answer in time, and did not take the change".into())
 }

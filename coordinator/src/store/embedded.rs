@@ -253,7 +253,11 @@ mod tests {
     #[tokio::test]
     async fn keeps_the_guarantees_of_a_store() {
         let directory = tempfile::tempdir().expect("scratch directory");
-        suite::run(&|| Arc::new(EmbeddedStore::open(directory.path()).expect("open"))).await;
+        let open = async || {
+            let store: Arc<dyn StateStore> = Arc::new(EmbeddedStore::open(directory.path()).expect("open"));
+            store
+        };
+        suite::run(open).await;
     }
 
     #[test]

@@ -15,10 +15,12 @@
 //! Metrics samples are not stored.
 
 mod embedded;
+mod etcd;
 #[cfg(test)]
 mod suite;
 
 pub use embedded::EmbeddedStore;
+pub use etcd::{Candidate, EtcdStore, EtcdUrl, Tenure};
 
 use std::{future::Future, path::PathBuf, pin::Pin};
 
@@ -29,6 +31,8 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 pub const MAX_KEY_BYTES: usize = 1024;
 /// Most bytes of the values of one transaction; etcd's default limit is 1.5 MiB.
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
+/// Most writes of one transaction, and most expectations; etcd's default limit is 128 of each kind.
+pub const MAX_TRANSACTION_KEYS: usize = 100;
 
 /// A value with its version.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +54,14 @@ pub enum Expect {
     Revision(String, u64),
 }
 
+impl Expect {
+    fn key(&self) -> &str {
+        match self {
+            Self::Absent(key) | Self::Revision(key, _) => key,
+        }
+    }
+}
+
 /// What a transaction writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Write {
@@ -57,6 +69,14 @@ pub enum Write {
     Put(String, Vec<u8>),
     /// Removes a key; one that does not exist is no error.
     Delete(String),
+}
+
+impl Write {
+    fn key(&self) -> &str {
+        match self {
+            Self::Put(key, _) | Self::Delete(key) => key,
+        }
+    }
 }
 
 /// All or nothing: if every expectation holds, every write happens, in their order.
@@ -95,31 +115,34 @@ impl Transaction {
 
     /// Refuses what no store takes.
     fn check(&self) -> Result<(), StoreError> {
-        let mut bytes = 0;
-        for write in &self.writes {
-            let key = match write {
-                Write::Put(key, value) => {
-                    bytes += value.len();
-                    key
-                }
-                Write::Delete(key) => key,
-            };
-            if key.is_empty() || key.len() > MAX_KEY_BYTES {
-                return Err(StoreError::TooLarge {
-                    what: "key",
-                    bytes: key.len(),
-                    limit: MAX_KEY_BYTES,
-                });
-            }
-        }
-        match bytes > MAX_TRANSACTION_BYTES {
+        let too_large = |what, size, unit, limit| match size > limit {
             true => Err(StoreError::TooLarge {
-                what: "transaction",
-                bytes,
-                limit: MAX_TRANSACTION_BYTES,
+                what,
+                size,
+                unit,
+                limit,
             }),
             false => Ok(()),
+        };
+        let keys = self.writes.iter().map(Write::key);
+        for key in keys.chain(self.expect.iter().map(Expect::key)) {
+            too_large("key", key.len(), "bytes", MAX_KEY_BYTES)?;
+            if key.is_empty() {
+                return Err(StoreError::Failed("a key is empty".into()));
+            }
         }
+        too_large("transaction", self.writes.len(), "writes", MAX_TRANSACTION_KEYS)?;
+        too_large(
+            "transaction",
+            self.expect.len(),
+            "expectations",
+            MAX_TRANSACTION_KEYS,
+        )?;
+        let bytes = self.writes.iter().map(|write| match write {
+            Write::Put(_, value) => value.len(),
+            Write::Delete(_) => 0,
+        });
+        too_large("transaction", bytes.sum(), "bytes", MAX_TRANSACTION_BYTES)
     }
 }
 
@@ -155,19 +178,21 @@ pub enum StoreError {
         newest: u64,
     },
     /// Too large; nothing was written.
-    #[error("a store {what} of {bytes} bytes is over the limit of {limit}")]
+    #[error("a store {what} of {size} {unit} is over the limit of {limit}")]
     TooLarge {
         /// Key or transaction.
         what: &'static str,
         /// Its size.
-        bytes: usize,
+        size: usize,
+        /// What the size counts: bytes, writes, expectations.
+        unit: &'static str,
         /// The most there may be.
         limit: usize,
     },
     /// It failed for certain: nothing was written, a retry is safe.
     #[error("store: {0}")]
     Failed(String),
-    /// It may or may not have been done: read before any retry.
+    /// It may or may not have been done: read before any retry. It does not happen after that read any more.
     #[error("store: outcome unknown: {0}")]
     Unknown(String),
 }
@@ -182,7 +207,7 @@ pub enum StoreError {
 ///   fails with [`StoreError::Fenced`].
 /// - Keys are listed in the order of their bytes.
 pub trait StateStore: Send + Sync + 'static {
-    /// Counts the openings of the store, from 1.
+    /// Number of this opening: higher than that of every one before, at least 1.
     fn epoch(&self) -> u64;
 
     /// One entry.

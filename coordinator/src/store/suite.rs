@@ -1,20 +1,24 @@
 //! What every store must do. `open` opens the same store anew; the one before it is dropped first.
 
-use super::{MAX_TRANSACTION_BYTES, StateStore, StoreError, Transaction};
+use super::{
+    MAX_KEY_BYTES, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_KEYS, StateStore, StoreError, Transaction,
+};
 use std::sync::Arc;
 
 /// Runs the whole suite on an empty store.
-pub async fn run(open: &dyn Fn() -> Arc<dyn StateStore>) {
-    let store = open();
+pub async fn run(open: impl AsyncFn() -> Arc<dyn StateStore>) {
+    let store = open().await;
     reads_its_writes(&*store).await;
     lists_in_order(&*store).await;
     is_all_or_nothing(&*store).await;
+    keeps_the_last_of_several_writes(&*store).await;
+    lists_more_than_a_page(&*store).await;
     refuses_what_is_too_large(&*store).await;
     one_of_many_wins(store.clone()).await;
     let epoch = store.epoch();
     drop(store);
-    let store = open();
-    assert_eq!(store.epoch(), epoch + 1, "every opening has its own epoch");
+    let store = open().await;
+    assert!(store.epoch() > epoch, "every opening has a higher epoch");
     survives(&*store).await;
 }
 
@@ -93,6 +97,37 @@ async fn is_all_or_nothing(store: &dyn StateStore) {
     assert_eq!(value(store, "t/y").await, Some(b"2".to_vec()));
 }
 
+async fn keeps_the_last_of_several_writes(store: &dyn StateStore) {
+    let twice = Transaction::default()
+        .put("w/a", b"1".to_vec())
+        .put("w/a", b"2".to_vec())
+        .put("w/b", b"1".to_vec())
+        .delete("w/b")
+        .delete("w/c")
+        .put("w/c", b"3".to_vec());
+    store.commit(twice).await.expect("commit");
+    assert_eq!(value(store, "w/a").await, Some(b"2".to_vec()));
+    assert_eq!(value(store, "w/b").await, None);
+    assert_eq!(value(store, "w/c").await, Some(b"3".to_vec()));
+}
+
+async fn lists_more_than_a_page(store: &dyn StateStore) {
+    for hundred in 0..5 {
+        let keys = (0..100).fold(Transaction::default(), |txn, i| {
+            txn.put(format!("p/{hundred}{i:02}"), Vec::new())
+        });
+        store.commit(keys).await.expect("commit");
+    }
+    let all = store.list("p/", None, 1000).await.expect("list");
+    assert!(all.iter().map(|entry| &entry.key).is_sorted());
+    assert_eq!(all.len(), 500);
+    let some = store.list("p/", Some("p/099"), 350).await.expect("list");
+    assert_eq!(
+        (some.len(), some[0].key.as_str(), some[349].key.as_str()),
+        (350, "p/100", "p/449")
+    );
+}
+
 async fn refuses_what_is_too_large(store: &dyn StateStore) {
     let large = Transaction::default().put("s/large", vec![0; MAX_TRANSACTION_BYTES + 1]);
     assert!(matches!(
@@ -100,10 +135,25 @@ async fn refuses_what_is_too_large(store: &dyn StateStore) {
         Err(StoreError::TooLarge { .. })
     ));
     let no_key = Transaction::default().put("", Vec::new());
-    assert!(matches!(
-        store.commit(no_key).await,
-        Err(StoreError::TooLarge { .. })
-    ));
+    assert!(matches!(store.commit(no_key).await, Err(StoreError::Failed(_))));
+    let long = "k".repeat(MAX_KEY_BYTES + 1);
+    let many = |count| (0..count).fold(Transaction::default(), |txn, i| txn.delete(format!("s/{i}")));
+    let doubtful = (0..=MAX_TRANSACTION_KEYS).fold(Transaction::default(), |txn, i| {
+        txn.expect_absent(format!("s/{i}"))
+    });
+    for large in [
+        Transaction::default().delete(long.as_str()),
+        Transaction::default().expect_absent(long.as_str()),
+        many(MAX_TRANSACTION_KEYS + 1),
+        doubtful,
+    ] {
+        let refused = store.commit(large).await;
+        assert!(matches!(refused, Err(StoreError::TooLarge { .. })), "{refused:?}");
+    }
+    let most = (0..MAX_TRANSACTION_KEYS).fold(many(MAX_TRANSACTION_KEYS), |txn, i| {
+        txn.expect_absent(format!("s/{i}"))
+    });
+    store.commit(most).await.expect("commit");
     let fits = Transaction::default().put("s/fits", vec![7; MAX_TRANSACTION_BYTES]);
     store.commit(fits).await.expect("commit");
     assert_eq!(value(store, "s/large").await, None);

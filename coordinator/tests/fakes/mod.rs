@@ -36,6 +36,7 @@ pub const TIMERS: Timers = Timers {
     backoff_ms: 20,
     backoff_max_ms: 100,
     grace_ms: 100,
+    leader_ms: 2_000,
 };
 
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
