@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fetches what a fresh Debian or Ubuntu (x86-64) lacks to build, test and lint: C++ compiler, cmake, nasm and pip from apt,
-# libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or sudo if apt packages
+# Fetches what a fresh Debian or Ubuntu (x86-64) lacks to build, test and lint: C++ compiler, cmake, nasm, protoc, pip and
+# (for tests) an etcd server from apt, libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or sudo if apt packages
 # are missing.
 #
-#   scripts/setup.sh [libtorch] [python] [lint]     default: libtorch
+#   scripts/setup.sh [libtorch] [python] [etcd] [lint]     default: libtorch
 #
 # Safe to interrupt and to run twice at once: downloads are checked by digest, unpacked beside their place and
 # renamed into it under a lock. When nothing is missing it takes a fraction of a second. See scripts/env.sh for the
@@ -54,9 +54,27 @@ need_system() {
     # libjpeg-turbo is built from source.
     command -v cmake >/dev/null || missing+=(cmake)
     command -v nasm >/dev/null || missing+=(nasm)
+    # The messages of etcd's client are compiled by protoc, with the well-known types.
+    command -v protoc >/dev/null || missing+=(protobuf-compiler)
+    [ -f /usr/include/google/protobuf/descriptor.proto ] || missing+=(libprotobuf-dev)
     command -v python3 >/dev/null || missing+=(python3)
     python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
     [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
+}
+
+# The tests start servers of their own: the system's is not wanted. Debian asks this file before it starts a service.
+need_etcd() {
+    local policy=/usr/sbin/policy-rc.d
+    command -v etcd >/dev/null && return
+    if [ -e "$policy" ]; then
+        apt_install etcd-server
+        return
+    fi
+    printf '#!/bin/sh\nexit 101\n' | as_root install -m 755 /dev/stdin "$policy"
+    trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
+    apt_install etcd-server
+    as_root rm -f "$policy"
+    trap - EXIT
 }
 
 # Everything below runs under one lock, so that a second call waits and then finds the work done.
@@ -237,9 +255,10 @@ for part in "${@:-libtorch}"; do
         need_libtorch
         need_python
         ;;
+    etcd) need_etcd ;;
     lint) need_lint ;;
     *)
-        printf 'setup: unknown part %s\nhint: libtorch, python or lint\n' "$part" >&2
+        printf 'setup: unknown part %s\nhint: libtorch, python, etcd or lint\n' "$part" >&2
         exit 2
         ;;
     esac

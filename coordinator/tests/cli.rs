@@ -166,7 +166,7 @@ fn wrong_usage_is_2() {
         &["jobs", "--coordinator", "nowhere"],
         &["jobs", "--output", "yaml"],
         &["serve", "--listen", "localhost"],
-        &["serve", "--store", "etcd:http://127.0.0.1:2379"],
+        &["serve", "--store", "etcd:127.0.0.1:2379"],
         &["serve", "--store", "/tmp/x"],
     ];
     for command in commands {
@@ -174,8 +174,33 @@ fn wrong_usage_is_2() {
         assert_eq!((code, stdout.as_str()), (2, ""), "{command:?}");
         assert!(!stderr.is_empty(), "{command:?}");
     }
-    let (_, _, stderr) = run(&["serve", "--store", "etcd:http://127.0.0.1:2379"]);
-    assert!(stderr.contains("etcd is not built in"), "{stderr}");
+    let (_, _, stderr) = run(&["serve", "--store", "etcd:127.0.0.1:2379"]);
+    assert!(stderr.contains("is not http://HOST:PORT"), "{stderr}");
+}
+
+#[test]
+fn an_etcd_that_is_not_there_is_one_line_a_hint_and_4() {
+    let nobody = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = nobody.local_addr().expect("address").to_string();
+    drop(nobody);
+    let store = format!("etcd:http://{address}");
+    let (code, _, stderr) = run(&[
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics",
+        "127.0.0.1:0",
+        "--store",
+        &store,
+    ]);
+    assert_eq!(code, 4, "{stderr}");
+    let lines: Vec<_> = stderr.lines().filter(|line| !line.starts_with('{')).collect();
+    assert_eq!(lines.len(), 2, "{stderr}");
+    assert!(
+        lines[0].contains(&address) && lines[0].contains("refused"),
+        "{stderr}"
+    );
+    assert!(lines[1].starts_with("hint: "), "{stderr}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! A coordinator and its workers on this machine, for the time of one test.
+//! Coordinators and their workers on this machine, for the time of one test.
 
 use crate::{
-    Finished, JobFile, Process, command, process,
+    Etcd, Finished, JobFile, Process, command, process,
     wait::{self, Seen},
 };
 use anyhow::{Context, Result, ensure};
@@ -9,6 +9,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::{
     fs,
+    io::{Read, Write},
+    net::TcpStream,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -38,15 +40,21 @@ impl Default for Options {
     }
 }
 
-/// A coordinator and its workers.
+/// One of the coordinators, and the address that it keeps when it is started again.
+struct Seat {
+    process: Option<Process>,
+    address: String,
+}
+
+/// A coordinator and its workers, or several coordinators that share an etcd.
 pub struct Cluster {
     scratch: tempfile::TempDir,
-    coordinator: Option<Process>,
+    coordinators: Vec<Seat>,
     workers: Vec<Process>,
     /// Ended on purpose; their logs are still of interest.
     past: Vec<Process>,
-    address: String,
     slots: usize,
+    etcd: Option<Etcd>,
 }
 
 impl Cluster {
@@ -57,16 +65,48 @@ impl Cluster {
     /// What the test or the start failed with.
     pub fn run(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::run_with(options, 1, None, test)
+    }
+
+    /// The same with several coordinators that keep their state in an etcd of this test. Where no etcd is installed
+    /// the test is skipped, see [`Etcd::start`].
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_on_etcd(
+        options: Options,
+        coordinators: usize,
+        test: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        match Etcd::start()? {
+            Some(etcd) => Self::run_with(options, coordinators, Some(etcd), test),
+            None => Ok(()),
+        }
+    }
+
+    fn run_with(
+        options: Options,
+        coordinators: usize,
+        etcd: Option<Etcd>,
+        test: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let seat = || Seat {
+            process: None,
+            address: "127.0.0.1:0".into(),
+        };
         let mut cluster = Self {
             scratch: tempfile::tempdir()?,
-            coordinator: None,
+            coordinators: std::iter::repeat_with(seat).take(coordinators).collect(),
             workers: Vec::new(),
             past: Vec::new(),
-            address: "127.0.0.1:0".into(),
             slots: options.slots,
+            etcd,
         };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            cluster.start_coordinator()?;
+            for index in 0..coordinators {
+                cluster.start_coordinator_at(index)?;
+            }
             for _ in 0..options.workers {
                 cluster.start_worker()?;
             }
@@ -85,47 +125,111 @@ impl Cluster {
         self.scratch.path()
     }
 
-    /// `HOST:PORT` of the coordinator.
+    /// `HOST:PORT` of the (first) coordinator.
     pub fn address(&self) -> &str {
-        &self.address
+        &self.coordinators[0].address
     }
 
-    /// `HOST:PORT` of the coordinator's metrics.
+    /// `HOST:PORT` of all coordinators, with commas between.
+    pub fn addresses(&self) -> String {
+        let addresses: Vec<&str> = self.coordinators.iter().map(|seat| seat.address.as_str()).collect();
+        addresses.join(",")
+    }
+
+    /// The etcd of this cluster.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn etcd(&mut self) -> Result<&mut Etcd> {
+        self.etcd.as_mut().context("this cluster has no etcd")
+    }
+
+    /// `HOST:PORT` of the (first) coordinator's metrics.
     ///
     /// # Errors
     /// If it serves none.
     pub fn metrics_address(&self) -> Result<String> {
-        self.served("metrics")?
+        self.served(0, "metrics")?
             .context("the coordinator serves no metrics")
     }
 
-    /// Starts the coordinator, on the address that it had before if it had one, with the same store.
+    /// What a coordinator that runs shows at `/metrics`.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn metrics_of(&self, index: usize) -> Result<String> {
+        let address = self.served(index, "metrics")?.context("no metrics")?;
+        let mut socket = TcpStream::connect(&address).with_context(|| format!("connect to {address}"))?;
+        socket.set_read_timeout(Some(ANSWER))?;
+        socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut page = String::new();
+        socket.read_to_string(&mut page)?;
+        Ok(page)
+    }
+
+    /// Number of the coordinator that leads, once one does.
+    ///
+    /// # Errors
+    /// At the deadline.
+    pub fn wait_for_leader(&mut self) -> Result<usize> {
+        wait::until("a coordinator to lead", START, || {
+            self.check_alive()?;
+            for index in 0..self.coordinators.len() {
+                let leads = self.coordinators[index].process.is_some()
+                    && self.metrics_of(index)?.contains("arcface_coordinator_is_leader 1");
+                if leads {
+                    return Ok(Seen::Yes(index));
+                }
+            }
+            Ok(Seen::NotYet("all stand by".into()))
+        })
+    }
+
+    /// Starts the (first) coordinator, on the address that it had before if it had one, with the same store.
     ///
     /// # Errors
     /// If it does not come up.
     pub fn start_coordinator(&mut self) -> Result<()> {
-        let file = self.address_file();
+        self.start_coordinator_at(0)
+    }
+
+    /// Starts one of the coordinators, on the address that it had before if it had one, with the same store.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_coordinator_at(&mut self, index: usize) -> Result<()> {
+        let file = self.address_file(index);
         if file.exists() {
             fs::remove_file(&file)?; // written again when it serves
         }
+        let store = match &self.etcd {
+            Some(etcd) => format!("etcd:{}", etcd.url()),
+            None => format!("embedded:{}", self.scratch().join("store").display()),
+        };
         let mut command = command("arcface-coordinator", self.scratch())?;
         command
-            .args(["serve", "--listen", &self.address, "--metrics", "127.0.0.1:0"])
-            .arg("--store")
-            .arg(format!("embedded:{}", self.scratch().join("store").display()))
+            .args(["serve", "--listen", &self.coordinators[index].address])
+            .args(["--metrics", "127.0.0.1:0", "--store", &store])
             .arg("--address-file")
             .arg(&file);
-        let mut process = Process::start("coordinator", &self.logs(), command)?;
-        self.address = wait::until("the coordinator's address file", START, || {
+        let name = match index {
+            0 => "coordinator".to_owned(),
+            _ => format!("coordinator-{index}"),
+        };
+        let mut process = Process::start(&name, &self.logs(), command)?;
+        let address = wait::until("the coordinator's address file", START, || {
             if let Some(status) = process.ended()? {
                 anyhow::bail!("the coordinator ended ({status}): {}", process.output());
             }
-            Ok(match self.served("grpc")? {
+            Ok(match self.served(index, "grpc")? {
                 Some(address) => Seen::Yes(address),
                 None => Seen::NotYet("no file".into()),
             })
         })?;
-        self.coordinator = Some(process);
+        self.coordinators[index] = Seat {
+            process: Some(process),
+            address,
+        };
         Ok(())
     }
 
@@ -137,22 +241,39 @@ impl Cluster {
         let name = format!("worker-{}", self.workers.len() + self.past.len());
         let mut command = command("arcface-worker", self.scratch())?;
         command
-            .args(["--join", &self.address, "--device", "cpu"])
+            .args(["--join", &self.addresses(), "--device", "cpu"])
             .args(["--slots", &self.slots.to_string()]);
         self.workers.push(Process::start(&name, &self.logs(), command)?);
         Ok(())
     }
 
-    /// Kills the coordinator at once.
+    /// Kills the (first) coordinator at once.
     ///
     /// # Errors
     /// If it has ended before.
     pub fn kill_coordinator(&mut self) -> Result<()> {
-        let mut process = self.coordinator.take().context("no coordinator runs")?;
-        process.signal(Signal::SIGKILL)?;
+        self.end_coordinator(0, Signal::SIGKILL)
+    }
+
+    /// Ends one of the coordinators with a signal.
+    ///
+    /// # Errors
+    /// If it has ended before, or does not end.
+    pub fn end_coordinator(&mut self, index: usize, signal: Signal) -> Result<()> {
+        let mut process = self.coordinators[index].process.take().context("it does not run")?;
+        process.signal(signal)?;
         process.wait(ANSWER)?;
         self.past.push(process);
         Ok(())
+    }
+
+    /// Sends a signal to one of the coordinators that it lives through: SIGSTOP, SIGCONT.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn signal_coordinator(&mut self, index: usize, signal: Signal) -> Result<()> {
+        let process = self.coordinators[index].process.as_mut().context("it does not run")?;
+        process.signal(signal)
     }
 
     /// Kills the newest worker at once; its ranks must end by themselves.
@@ -211,7 +332,7 @@ impl Cluster {
     /// If the binary has not been built.
     pub fn client(&self, arguments: &[&str]) -> Result<std::process::Command> {
         let mut command = command("arcface-coordinator", self.scratch())?;
-        command.args(arguments).env("ARCFACE_COORDINATOR", &self.address);
+        command.args(arguments).env("ARCFACE_COORDINATOR", self.addresses());
         Ok(command)
     }
 
@@ -336,7 +457,8 @@ impl Cluster {
 
     /// Fails if a process that should run has ended: waiting on is in vain then.
     fn check_alive(&mut self) -> Result<()> {
-        for process in self.coordinator.iter_mut().chain(&mut self.workers) {
+        let coordinators = self.coordinators.iter_mut().filter_map(|seat| seat.process.as_mut());
+        for process in coordinators.chain(&mut self.workers) {
             if let Some(status) = process.ended()? {
                 anyhow::bail!("{} ended by itself ({status})", process.name);
             }
@@ -357,11 +479,12 @@ impl Cluster {
     }
 
     fn processes(&self) -> impl Iterator<Item = &Process> {
-        self.past.iter().chain(&self.coordinator).chain(&self.workers)
+        let coordinators = self.coordinators.iter().filter_map(|seat| seat.process.as_ref());
+        self.past.iter().chain(coordinators).chain(&self.workers)
     }
 
-    fn served(&self, key: &str) -> Result<Option<String>> {
-        let Ok(text) = fs::read_to_string(self.address_file()) else {
+    fn served(&self, index: usize, key: &str) -> Result<Option<String>> {
+        let Ok(text) = fs::read_to_string(self.address_file(index)) else {
             return Ok(None);
         };
         let line = text
@@ -370,8 +493,8 @@ impl Cluster {
         Ok(line.map(str::to_owned))
     }
 
-    fn address_file(&self) -> PathBuf {
-        self.scratch().join("address")
+    fn address_file(&self, index: usize) -> PathBuf {
+        self.scratch().join(format!("address-{index}"))
     }
 
     fn logs(&self) -> PathBuf {
@@ -401,7 +524,7 @@ fn state(value: &Value) -> &str {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.workers.clear();
-        self.coordinator = None;
+        self.coordinators.clear();
         // Ranks have process groups of their own; a test that failed may leave them behind.
         for pid in process::living_in(self.scratch()) {
             let _gone = process::signal_pid(pid, Signal::SIGKILL);

@@ -7,11 +7,13 @@
 //! The harness talks to the product the way a person does, through its command line and its files.
 
 mod cluster;
+mod etcd;
 mod process;
 mod synthetic;
 pub mod wait;
 
 pub use cluster::{Cluster, Options};
+pub use etcd::Etcd;
 pub use process::{Finished, Process, binary, command, living_in};
 pub use synthetic::{JobFile, write_identities};
 

@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod collective;
 pub mod data;
 pub mod device;
+pub mod dial;
 pub mod eval;
 pub mod export;
 pub mod head;

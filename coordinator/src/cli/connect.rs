@@ -1,12 +1,19 @@
-//! The client side of the coordinator's API: one connection, a deadline on every call, pages gathered, and status
-//! codes turned into what a person reads. Prints nothing.
+//! The client side of the coordinator's API: the coordinator that leads is found among those that are known, every
+//! call has a deadline, pages are gathered, and status codes turned into what a person reads. Prints nothing.
 
 use arcface_proto::failure::{ExitCode, Failure};
+use arcface_proto::redirect;
 use arcface_proto::v1::{
     self, cluster_service_client::ClusterServiceClient, job_service_client::JobServiceClient,
 };
-use std::{error::Error, future::Future, time::Duration};
-use tokio::time::timeout;
+use std::{
+    collections::VecDeque,
+    error::Error,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::StatusExt;
@@ -15,8 +22,16 @@ use tonic_types::StatusExt;
 const CONNECT: Duration = Duration::from_secs(5);
 /// Longest wait for an answer; a coordinator answers in milliseconds.
 const ANSWER: Duration = Duration::from_secs(15);
+/// Longest search for a coordinator that leads while others say that they stand by: a failover takes half of it.
+const SEARCH: Duration = Duration::from_secs(15);
+/// First wait after a round of all addresses; it doubles up to [`LONGEST_WAIT`].
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+/// Longest wait between two rounds.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// A silent connection is asked this often whether the other end lives, and given up after as long again.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Longest answer.
+const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// Items asked for at once.
 const PAGE: u32 = 1000;
 
@@ -62,7 +77,7 @@ impl CallError {
         match self {
             Self::Unreachable { .. } => vec![
                 Failure::new(ExitCode::Unreachable, self.to_string())
-                    .hint("start one with `arcface-coordinator serve`, or name it with --coordinator or ARCFACE_COORDINATOR"),
+                    .hint("start one with `arcface-coordinator serve`, or name it (or several) with --coordinator or ARCFACE_COORDINATOR"),
             ],
             Self::Refused(status) => refusals(status),
         }
@@ -138,19 +153,21 @@ pub fn parse_address(text: &str) -> Result<String, String> {
     }
 }
 
-/// A connection to a coordinator.
+/// The coordinators of a cluster, with a connection to the one that answered last.
 #[derive(Clone, Debug)]
 pub struct Coordinator {
+    addresses: Arc<Vec<String>>,
+    connection: Arc<Mutex<Connection>>,
+}
+
+#[derive(Clone, Debug)]
+struct Connection {
     address: String,
     channel: Channel,
 }
 
-impl Coordinator {
-    /// Connects to `HOST:PORT`.
-    ///
-    /// # Errors
-    /// [`CallError::Unreachable`].
-    pub async fn connect(address: &str) -> Result<Self, CallError> {
+impl Connection {
+    async fn open(address: &str) -> Result<Self, CallError> {
         let unreachable = |cause: String| CallError::Unreachable {
             address: address.into(),
             cause,
@@ -173,32 +190,162 @@ impl Coordinator {
             ))),
         }
     }
+}
 
-    /// Where it is: `HOST:PORT`.
-    pub fn address(&self) -> &str {
-        &self.address
-    }
+/// The search of one call for the coordinator that leads.
+struct Search {
+    until: Instant,
+    wait: Duration,
+    /// Addresses that were not tried in this round.
+    untried: VecDeque<String>,
+    /// In this round one has said that it stands by: there is a cluster, and somebody will lead it.
+    standby: bool,
+}
 
-    fn jobs_service(&self) -> JobServiceClient<Channel> {
-        JobServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
-    }
+/// `None` if the coordinator leads; else what it says of the leader.
+fn standby(status: &Status) -> Option<Option<String>> {
+    let metadata = status.metadata();
+    metadata
+        .get(redirect::ROLE)
+        .filter(|role| *role == redirect::STANDBY)?;
+    let leader = metadata
+        .get(redirect::LEADER)
+        .and_then(|leader| leader.to_str().ok());
+    Some(leader.and_then(|leader| parse_address(leader).ok()))
+}
 
-    fn cluster_service(&self) -> ClusterServiceClient<Channel> {
-        ClusterServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
-    }
+/// Between half of a wait and all of it, so that clients do not come back in one instant. The random bits of a fresh
+/// UUID do: nothing has to be reproduced.
+fn jittered(wait: Duration) -> Duration {
+    let random = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
+    wait.mul_f64(0.5 + 0.5 * random)
+}
 
-    async fn answer<T>(
-        &self,
-        call: impl Future<Output = Result<Response<T>, Status>>,
-    ) -> Result<T, CallError> {
-        match timeout(ANSWER, call).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(CallError::of(&self.address, status)),
-            Err(_) => Err(CallError::Unreachable {
-                address: self.address.clone(),
-                cause: format!("no answer within {} s", ANSWER.as_secs()),
-            }),
+impl Coordinator {
+    /// Connects to the first of several `HOST:PORT` that is there; which one leads is found out by the calls.
+    ///
+    /// # Errors
+    /// [`CallError::Unreachable`] if none is, with the reason of the last.
+    pub async fn connect(addresses: &[String]) -> Result<Self, CallError> {
+        let mut failure = CallError::Unreachable {
+            address: String::new(),
+            cause: "no address".into(),
+        };
+        for address in addresses {
+            match Connection::open(address).await {
+                Ok(connection) => {
+                    return Ok(Self {
+                        addresses: Arc::new(addresses.to_vec()),
+                        connection: Arc::new(Mutex::new(connection)),
+                    });
+                }
+                Err(error) => failure = error,
+            }
         }
+        Err(failure)
+    }
+
+    /// Where they are, as they were named: `HOST:PORT,HOST:PORT`.
+    pub fn addresses(&self) -> String {
+        self.addresses.join(",")
+    }
+
+    fn connection(&self) -> Connection {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Calls the coordinator that leads. One that stands by names it, or there will be one soon; one that cannot be
+    /// reached is left for the next. Calls may be repeated: every one is idempotent.
+    async fn ask<T, F>(&self, call: impl Fn(Channel) -> F) -> Result<T, CallError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let mut search = None;
+        loop {
+            let Connection { address, channel } = self.connection();
+            let (error, leader) = match timeout(ANSWER, call(channel)).await {
+                Ok(Ok(response)) => return Ok(response.into_inner()),
+                Ok(Err(status)) => match standby(&status) {
+                    Some(leader) => (CallError::of(&address, status), Some(leader)),
+                    None => (CallError::of(&address, status), None),
+                },
+                Err(_) => {
+                    let cause = format!("no answer within {} s", ANSWER.as_secs());
+                    let address = address.clone();
+                    (CallError::Unreachable { address, cause }, None)
+                }
+            };
+            let lost = matches!(error, CallError::Unreachable { .. }) && self.addresses.len() > 1;
+            if leader.is_none() && !lost {
+                return Err(error);
+            }
+            let search = search.get_or_insert_with(|| Search {
+                until: Instant::now() + SEARCH,
+                wait: FIRST_WAIT,
+                untried: self
+                    .addresses
+                    .iter()
+                    .filter(|other| **other != address)
+                    .cloned()
+                    .collect(),
+                standby: false,
+            });
+            search.standby |= leader.is_some();
+            let named = leader.flatten().filter(|leader| *leader != address);
+            self.find(search, named, error).await?;
+        }
+    }
+
+    /// Connects to the next coordinator: the one that was named as the leader, else those of the list in turn.
+    async fn find(
+        &self,
+        search: &mut Search,
+        mut named: Option<String>,
+        mut error: CallError,
+    ) -> Result<(), CallError> {
+        loop {
+            let Some(address) = named.take().or_else(|| search.untried.pop_front()) else {
+                if !search.standby || Instant::now() > search.until {
+                    return Err(error);
+                }
+                search.standby = false;
+                search.untried = self.addresses.iter().cloned().collect();
+                sleep(jittered(search.wait)).await;
+                search.wait = (search.wait * 2).min(LONGEST_WAIT);
+                continue;
+            };
+            match Connection::open(&address).await {
+                Ok(connection) => {
+                    *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = connection;
+                    return Ok(());
+                }
+                Err(unreachable) => error = unreachable,
+            }
+        }
+    }
+
+    async fn ask_jobs<T, F>(&self, call: impl Fn(JobServiceClient<Channel>) -> F) -> Result<T, CallError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.ask(|channel| call(JobServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES)))
+            .await
+    }
+
+    async fn ask_cluster<T, F>(
+        &self,
+        call: impl Fn(ClusterServiceClient<Channel>) -> F,
+    ) -> Result<T, CallError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.ask(|channel| {
+            call(ClusterServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+        })
+        .await
     }
 
     /// Submits a job.
@@ -206,12 +353,17 @@ impl Coordinator {
     /// # Errors
     /// See [`CallError`].
     pub async fn submit(&self, request_id: String, spec: v1::JobSpec) -> Result<v1::Job, CallError> {
-        let request = deadline(v1::SubmitJobRequest {
+        let request = v1::SubmitJobRequest {
             request_id,
             spec: Some(spec),
             validate_only: false,
-        });
-        let response = self.answer(self.jobs_service().submit_job(request)).await?;
+        };
+        let response = self
+            .ask_jobs(|mut jobs| {
+                let request = deadline(request.clone());
+                async move { jobs.submit_job(request).await }
+            })
+            .await?;
         Ok(response.job.unwrap_or_default())
     }
 
@@ -220,11 +372,14 @@ impl Coordinator {
     /// # Errors
     /// See [`CallError`].
     pub async fn job(&self, job_id: &str) -> Result<v1::Job, CallError> {
-        let request = deadline(v1::GetJobRequest {
+        let request = v1::GetJobRequest {
             job_id: job_id.into(),
-        });
+        };
         Ok(self
-            .answer(self.jobs_service().get_job(request))
+            .ask_jobs(|mut jobs| {
+                let request = deadline(request.clone());
+                async move { jobs.get_job(request).await }
+            })
             .await?
             .job
             .unwrap_or_default())
@@ -240,12 +395,17 @@ impl Coordinator {
         loop {
             let page_size = u32::try_from(limit - jobs.len()).map_or(PAGE, |left| left.clamp(1, PAGE));
             let states = states.iter().map(|state| *state as i32).collect();
-            let request = deadline(v1::ListJobsRequest {
+            let request = v1::ListJobsRequest {
                 page_size,
                 page_token,
                 states,
-            });
-            let page = self.answer(self.jobs_service().list_jobs(request)).await?;
+            };
+            let page = self
+                .ask_jobs(|mut jobs| {
+                    let request = deadline(request.clone());
+                    async move { jobs.list_jobs(request).await }
+                })
+                .await?;
             jobs.extend(page.jobs);
             if page.next_page_token.is_empty() || jobs.len() >= limit {
                 jobs.truncate(limit);
@@ -260,12 +420,15 @@ impl Coordinator {
     /// # Errors
     /// See [`CallError`].
     pub async fn cancel(&self, job_id: &str, reason: String) -> Result<v1::Job, CallError> {
-        let request = deadline(v1::CancelJobRequest {
+        let request = v1::CancelJobRequest {
             job_id: job_id.into(),
             reason,
-        });
+        };
         Ok(self
-            .answer(self.jobs_service().cancel_job(request))
+            .ask_jobs(|mut jobs| {
+                let request = deadline(request.clone());
+                async move { jobs.cancel_job(request).await }
+            })
             .await?
             .job
             .unwrap_or_default())
@@ -276,12 +439,17 @@ impl Coordinator {
     /// # Errors
     /// See [`CallError`].
     pub async fn watch(&self, job_id: &str) -> Result<Watch, CallError> {
-        let request = Request::new(v1::WatchJobRequest {
+        let request = v1::WatchJobRequest {
             job_id: job_id.into(),
-        });
-        let stream = self.answer(self.jobs_service().watch_job(request)).await?;
+        };
+        let stream = self
+            .ask_jobs(|mut jobs| {
+                let request = request.clone();
+                async move { jobs.watch_job(request).await }
+            })
+            .await?;
         Ok(Watch {
-            address: self.address.clone(),
+            address: self.connection().address,
             stream,
         })
     }
@@ -294,12 +462,17 @@ impl Coordinator {
         let mut all = Vec::new();
         let mut page_token = String::new();
         loop {
-            let request = deadline(v1::ListCheckpointsRequest {
+            let request = v1::ListCheckpointsRequest {
                 job_id: job_id.into(),
                 page_size: PAGE,
                 page_token,
-            });
-            let page = self.answer(self.jobs_service().list_checkpoints(request)).await?;
+            };
+            let page = self
+                .ask_jobs(|mut jobs| {
+                    let request = deadline(request.clone());
+                    async move { jobs.list_checkpoints(request).await }
+                })
+                .await?;
             all.extend(page.checkpoints);
             if page.next_page_token.is_empty() {
                 return Ok(all);
@@ -316,12 +489,17 @@ impl Coordinator {
         let mut all = Vec::new();
         let mut page_token = String::new();
         loop {
-            let request = deadline(v1::ListEvaluationsRequest {
+            let request = v1::ListEvaluationsRequest {
                 job_id: job_id.into(),
                 page_size: PAGE,
                 page_token,
-            });
-            let page = self.answer(self.jobs_service().list_evaluations(request)).await?;
+            };
+            let page = self
+                .ask_jobs(|mut jobs| {
+                    let request = deadline(request.clone());
+                    async move { jobs.list_evaluations(request).await }
+                })
+                .await?;
             all.extend(page.evaluations);
             if page.next_page_token.is_empty() {
                 return Ok(all);
@@ -338,11 +516,16 @@ impl Coordinator {
         let mut all = Vec::new();
         let mut page_token = String::new();
         loop {
-            let request = deadline(v1::ListNodesRequest {
+            let request = v1::ListNodesRequest {
                 page_size: PAGE,
                 page_token,
-            });
-            let page = self.answer(self.cluster_service().list_nodes(request)).await?;
+            };
+            let page = self
+                .ask_cluster(|mut cluster| {
+                    let request = deadline(request.clone());
+                    async move { cluster.list_nodes(request).await }
+                })
+                .await?;
             all.extend(page.nodes);
             if page.next_page_token.is_empty() {
                 return Ok(all);
@@ -356,9 +539,12 @@ impl Coordinator {
     /// # Errors
     /// See [`CallError`].
     pub async fn drain(&self, node_id: String, undo: bool) -> Result<v1::Node, CallError> {
-        let request = deadline(v1::DrainNodeRequest { node_id, undo });
+        let request = v1::DrainNodeRequest { node_id, undo };
         Ok(self
-            .answer(self.cluster_service().drain_node(request))
+            .ask_cluster(|mut cluster| {
+                let request = deadline(request.clone());
+                async move { cluster.drain_node(request).await }
+            })
             .await?
             .node
             .unwrap_or_default())

@@ -48,7 +48,7 @@ pub(super) async fn until_end(attached: Attached) -> anyhow::Result<Outcome> {
         pressed = tokio::signal::ctrl_c() => {
             pressed?;
             view.close();
-            say(&format!("detached; the job goes on. attach again with: {}", attach_command(&job_id, coordinator.address())));
+            say(&format!("detached; the job goes on. attach again with: {}", attach_command(&job_id, &coordinator.addresses())));
             return Ok(Outcome::Interrupted);
         }
     };
@@ -58,7 +58,7 @@ pub(super) async fn until_end(attached: Attached) -> anyhow::Result<Outcome> {
     let hint = format!(
         "arcface-coordinator job {} --coordinator {}",
         job.id,
-        coordinator.address()
+        coordinator.addresses()
     );
     conclude(&job, &evaluations, output, hint)
 }
@@ -135,7 +135,7 @@ pub(super) async fn follow(
         if !lost {
             view.notice(&format!(
                 "lost the coordinator at {} ({cause}); the job goes on, trying again",
-                coordinator.address()
+                coordinator.addresses()
             ));
             lost = true;
         }

@@ -72,15 +72,15 @@ enum Command {
 /// Which coordinator to ask.
 #[derive(Args, Debug)]
 struct Target {
-    /// Address of the coordinator
+    /// Address of the coordinator, or of several: the one that leads is found
     #[arg(
         long,
         value_name = "HOST:PORT",
         env = "ARCFACE_COORDINATOR",
         default_value = "127.0.0.1:1234"
     )]
-    #[arg(value_parser = parse_address)]
-    coordinator: String,
+    #[arg(value_parser = parse_address, value_delimiter = ',')]
+    coordinator: Vec<String>,
 }
 
 impl Target {

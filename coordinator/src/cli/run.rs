@@ -113,7 +113,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
     let stop = running.stopper();
     let mut serving = pin!(running.wait());
 
-    let coordinator = Coordinator::connect(&grpc.to_string()).await?;
+    let coordinator = Coordinator::connect(&[grpc.to_string()]).await?;
     end_leftovers(&coordinator).await?;
     let job = coordinator.submit(uuid::Uuid::new_v4().to_string(), wire).await?;
     let mut workers = Workers::start(&Plan {

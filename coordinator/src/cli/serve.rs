@@ -30,7 +30,7 @@ pub(super) struct ServeArgs {
     )]
     store: Option<StoreUrl>,
     /// Where clients, workers and ranks find this coordinator when it leads [default: the address of --listen]
-    #[arg(long, value_name = "HOST:PORT", env = "ARCFACE_ADVERTISE", value_parser = parse_address)]
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_address)]
     advertise: Option<String>,
     /// File that gets the addresses in use once the services answer
     #[arg(long, value_name = "FILE")]

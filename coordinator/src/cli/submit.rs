@@ -114,7 +114,7 @@ pub(super) async fn run(args: SubmitArgs) -> anyhow::Result<Outcome> {
             say(&format!(
                 "submitted {}; follow it with: {}",
                 spec.name,
-                follow::attach_command(&job.id, &args.target.coordinator)
+                follow::attach_command(&job.id, &args.target.coordinator.join(","))
             ));
         }
         Output::Json => output::print_json(&json::job_summary(&job))?,

@@ -184,6 +184,7 @@ pub fn options(store: &Path) -> ServeOptions {
         listen: "127.0.0.1:0".parse().expect("address"),
         metrics: Some("127.0.0.1:0".parse().expect("address")),
         store: StoreUrl::Embedded(store.to_owned()),
+        advertise: None,
         address_file: Some(store.join("addresses")),
         timers: TIMERS,
     }

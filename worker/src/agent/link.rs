@@ -1,7 +1,8 @@
 //! The agent's one connection: tries the coordinators in order, says Hello, waits for Welcome, and hands messages
 //! up. It decides nothing; a broken connection is an event, and the next try comes after a jittered delay.
 
-use super::backoff;
+use crate::dial::{Answer, Dial};
+use arcface_proto::redirect;
 use arcface_proto::v1::worker_service_client::WorkerServiceClient;
 use arcface_proto::v1::{JoinRequest, JoinResponse, Welcome, join_request, join_response};
 use std::time::{Duration, Instant};
@@ -58,17 +59,37 @@ struct Opened {
     hello_sent: Instant,
 }
 
+/// Why a try did not succeed.
+struct NotJoined {
+    reason: String,
+    answer: Answer,
+}
+
+impl NotJoined {
+    fn because(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            answer: Answer::None,
+        }
+    }
+
+    fn of(status: &tonic::Status) -> Self {
+        Self {
+            reason: describe(status),
+            answer: answer_of(status),
+        }
+    }
+}
+
 enum State {
     Waiting(tokio::time::Instant),
-    Connecting(String, JoinHandle<Result<Opened, String>>),
+    Connecting(String, JoinHandle<Result<Opened, NotJoined>>),
     Up(Box<Session>),
 }
 
 /// The connection, up or being tried.
 pub struct Link {
-    addresses: Vec<String>,
-    next: usize,
-    attempts: u32,
+    dial: Dial,
     state: State,
 }
 
@@ -76,9 +97,7 @@ impl Link {
     /// Not connected; the first try is due at once. `addresses` are `host:port`, at least one.
     pub fn new(addresses: Vec<String>) -> Self {
         Self {
-            addresses,
-            next: 0,
-            attempts: 0,
+            dial: Dial::new(addresses),
             state: State::Waiting(tokio::time::Instant::now()),
         }
     }
@@ -90,13 +109,12 @@ impl Link {
 
     /// Begins a try with the next coordinator; `hello` opens the stream.
     pub fn connect(&mut self, hello: JoinRequest) {
-        let address = self.addresses[self.next % self.addresses.len()].clone();
-        self.next = self.next.wrapping_add(1);
+        let address = self.dial.next_address().unwrap_or_default();
         let attempt = open(address.clone(), hello);
         let task = tokio::spawn(async move {
             match tokio::time::timeout(JOIN_TIMEOUT, attempt).await {
                 Ok(result) => result,
-                Err(_) => Err(format!("no answer within {JOIN_TIMEOUT:?}")),
+                Err(_) => Err(NotJoined::because(format!("no answer within {JOIN_TIMEOUT:?}"))),
             }
         });
         self.state = State::Connecting(address, task);
@@ -113,9 +131,8 @@ impl Link {
                 let address = address.clone();
                 match task.await {
                     Ok(Ok(opened)) => {
-                        self.attempts = 0;
-                        // After a loss the same coordinator is tried first: its epoch is the newest known.
-                        self.next = self.next.wrapping_sub(1);
+                        // After a loss it is tried first: its epoch is the newest known.
+                        self.dial.reached(&address);
                         self.state = State::Up(Box::new(opened.session));
                         LinkEvent::Joined {
                             address,
@@ -124,16 +141,16 @@ impl Link {
                             hello_sent: opened.hello_sent,
                         }
                     }
-                    Ok(Err(reason)) => self.lost(address, reason),
-                    Err(_) => self.lost(address, "the connection task ended".into()),
+                    Ok(Err(not_joined)) => self.lost(address, not_joined),
+                    Err(_) => self.lost(address, NotJoined::because("the connection task ended")),
                 }
             }
             State::Up(session) => {
                 let address = session.address.clone();
                 match session.incoming.message().await {
                     Ok(Some(message)) => LinkEvent::Message(message),
-                    Ok(None) => self.lost(address, "the coordinator closed the stream".into()),
-                    Err(status) => self.lost(address, describe(&status)),
+                    Ok(None) => self.lost(address, NotJoined::because("the coordinator closed the stream")),
+                    Err(status) => self.lost(address, NotJoined::of(&status)),
                 }
             }
         }
@@ -160,25 +177,26 @@ impl Link {
             }
             State::Waiting(_) => String::new(),
         };
-        self.next = self.next.wrapping_add(1);
-        self.lost(address, reason.to_owned())
+        self.dial.skip();
+        self.lost(address, NotJoined::because(reason))
     }
 
-    fn lost(&mut self, address: String, reason: String) -> LinkEvent {
-        self.attempts = self.attempts.saturating_add(1);
-        // Every address gets its try before the waiting begins.
-        let round = (self.attempts - 1) / self.addresses.len() as u32;
-        let delay = match self.attempts as usize % self.addresses.len() {
-            0 => backoff::delay(round, random_unit()),
-            _ => Duration::from_millis(20),
-        };
+    fn lost(&mut self, address: String, not_joined: NotJoined) -> LinkEvent {
+        let NotJoined { reason, answer } = not_joined;
+        let delay = self.dial.failed(answer, random_unit());
         self.state = State::Waiting(tokio::time::Instant::now() + delay);
         LinkEvent::Lost {
             address,
             reason,
-            attempts: self.attempts,
+            attempts: self.dial.attempts(),
         }
     }
+}
+
+/// Whether a coordinator says that it stands by, and who leads.
+fn answer_of(status: &tonic::Status) -> Answer {
+    let text = |key: &str| status.metadata().get(key).and_then(|value| value.to_str().ok());
+    Answer::of(text(redirect::ROLE), text(redirect::LEADER))
 }
 
 /// Jitter needs no reproducibility: the random bits of a fresh UUID do.
@@ -186,9 +204,9 @@ fn random_unit() -> f64 {
     f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
 }
 
-async fn open(address: String, hello: JoinRequest) -> Result<Opened, String> {
+async fn open(address: String, hello: JoinRequest) -> Result<Opened, NotJoined> {
     let channel = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| error.to_string())?
+        .map_err(|error| NotJoined::because(error.to_string()))?
         .connect_timeout(JOIN_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(Duration::from_secs(5))
@@ -196,24 +214,24 @@ async fn open(address: String, hello: JoinRequest) -> Result<Opened, String> {
         .keep_alive_while_idle(true)
         .connect()
         .await
-        .map_err(|error| root_cause(&error))?;
+        .map_err(|error| NotJoined::because(root_cause(&error)))?;
     let (outgoing, receiver) = mpsc::channel(OUTGOING);
     // The coordinator answers the call only when it has read Hello, so that goes first.
     outgoing
         .send(hello)
         .await
-        .map_err(|_| "the stream closed at once".to_owned())?;
+        .map_err(|_| NotJoined::because("the stream closed at once"))?;
     let hello_sent = Instant::now();
     let mut incoming = WorkerServiceClient::new(channel)
         .join(ReceiverStream::new(receiver))
         .await
-        .map_err(|status| describe(&status))?
+        .map_err(|status| NotJoined::of(&status))?
         .into_inner();
     let first = incoming
         .message()
         .await
-        .map_err(|status| describe(&status))?
-        .ok_or("the coordinator closed the stream")?;
+        .map_err(|status| NotJoined::of(&status))?
+        .ok_or_else(|| NotJoined::because("the coordinator closed the stream"))?;
     match first.message {
         Some(join_response::Message::Welcome(welcome)) => Ok(Opened {
             session: Session {
@@ -225,7 +243,9 @@ async fn open(address: String, hello: JoinRequest) -> Result<Opened, String> {
             welcome,
             hello_sent,
         }),
-        _ => Err("the coordinator's first message was not Welcome".into()),
+        _ => Err(NotJoined::because(
+            "the coordinator's first message was not Welcome",
+        )),
     }
 }
 

@@ -2,9 +2,8 @@
 //! when told or when orphaned. It never touches a tensor and does not know what a rank computes.
 //!
 //! One task owns all state ([`run`]); the pure parts are `table` (what a command means), `stall` (when a rank hangs),
-//! `liveness` and `backoff`.
+//! `liveness` and `crate::dial`.
 
-mod backoff;
 mod link;
 mod liveness;
 mod outbox;

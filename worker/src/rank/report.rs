@@ -4,10 +4,13 @@
 
 use super::failure::RankFailure;
 use super::outbox::Outbox;
+use crate::dial::{Answer, Dial};
+use arcface_proto::redirect;
 use arcface_proto::v1::rank_service_client::RankServiceClient;
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
 use arcface_proto::v1::{CommitCheckpointRequest, RankId, RendezvousRequest, ReportRequest};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -21,8 +24,8 @@ use tracing::{info, warn};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time for one commit call; it is made again if it passes.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest time between tries.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Checkpoints whose parts are offered again to a coordinator that may not know of them.
+const OFFERED: usize = 2;
 /// Time for all ranks of a generation to meet. The coordinator has its own limit, which is shorter.
 const RENDEZVOUS_LIMIT: Duration = Duration::from_secs(600);
 
@@ -40,9 +43,12 @@ pub struct Reporter {
 
 struct Shared {
     rank: RankId,
-    coordinators: Vec<String>,
+    /// Nobody tried yet; every connection has its own.
+    dial: Dial,
     outbox: Mutex<Outbox>,
     news: Notify,
+    /// A report stream was opened after one had broken: what the coordinator only remembers may be lost.
+    found_again: Notify,
 }
 
 impl Shared {
@@ -53,7 +59,7 @@ impl Shared {
 }
 
 impl Reporter {
-    /// Starts to report for `rank` to the first of `coordinators` ("host:port") that answers.
+    /// Starts to report for `rank` to the one of `coordinators` ("host:port") that leads.
     ///
     /// # Errors
     /// If the thread cannot be started.
@@ -66,9 +72,10 @@ impl Reporter {
             .map_err(|error| RankFailure::transient(format!("start the reporting thread: {error}")))?;
         let shared = Arc::new(Shared {
             rank,
-            coordinators,
+            dial: Dial::new(coordinators),
             outbox: Mutex::default(),
             news: Notify::new(),
+            found_again: Notify::new(),
         });
         let (command_sender, commands) = mpsc::channel(64);
         let (commits, commit_receiver) = mpsc::channel(16);
@@ -103,18 +110,18 @@ impl Reporter {
             nccl_unique_id: Vec::new(),
         };
         let meet = async {
-            for attempt in 0.. {
+            let mut dial = self.shared.dial.clone();
+            loop {
                 let tried = async {
-                    let mut client = RankServiceClient::new(connect(&self.shared, attempt).await?);
+                    let (mut client, _) = connect(&mut dial).await?;
                     client.rendezvous(request.clone()).await
                 };
                 match tried.await {
                     Ok(answer) => return Ok(answer.into_inner().endpoints),
-                    Err(status) if is_away(&status) => pause(attempt).await,
+                    Err(status) if is_away(&status) => pause(&mut dial, &status).await,
                     Err(status) => return Err(refusal("rendezvous", &status)),
                 }
             }
-            Err(RankFailure::transient("rendezvous: no more tries"))
         };
         self.runtime.block_on(async {
             match tokio::time::timeout(RENDEZVOUS_LIMIT, meet).await {
@@ -196,38 +203,51 @@ impl Committer {
 
 /// Keeps a report stream open until the last word was received.
 async fn report(shared: Arc<Shared>, commands: mpsc::Sender<Command>, finish: watch::Sender<bool>) {
-    let mut attempt = 0;
+    let mut dial = shared.dial.clone();
+    let mut opened_before = false;
     loop {
         // A stream begins with its first report: there is nothing to connect for before.
         while shared.outbox().is_empty() {
             shared.news.notified().await;
         }
-        match stream(&shared, attempt, &commands).await {
+        let mut opened = None;
+        let ended = stream(&shared, &mut dial, &mut opened, opened_before, &commands).await;
+        opened_before |= opened.is_some();
+        let status = match ended {
             Ok(()) => {
                 finish.send_replace(true);
                 return;
             }
-            Err(status) if is_away(&status) => {
-                if attempt == 0 {
-                    info!("the coordinator is away ({}), training goes on", status.message());
-                }
+            Err(status) => status,
+        };
+        match (is_away(&status), opened) {
+            (true, Some(address)) => {
+                info!("the coordinator is away ({}), training goes on", status.message());
+                dial.reached(&address);
             }
-            Err(status) => warn!("reports are refused: {}", status.message()),
+            (true, None) => {}
+            (false, _) => warn!("reports are refused: {}", status.message()),
         }
         shared.outbox().requeue();
-        pause(attempt).await;
-        attempt = attempt.saturating_add(1);
+        pause(&mut dial, &status).await;
     }
 }
 
-/// One stream; `Ok` when the coordinator has taken the last word.
-async fn stream(shared: &Shared, attempt: u32, commands: &mpsc::Sender<Command>) -> Result<(), Status> {
-    let channel = connect(shared, attempt).await?;
+/// One stream; `Ok` when the coordinator has taken the last word. `opened` gets its address.
+async fn stream(
+    shared: &Shared,
+    dial: &mut Dial,
+    opened: &mut Option<String>,
+    opened_before: bool,
+    commands: &mpsc::Sender<Command>,
+) -> Result<(), Status> {
+    let (mut client, address) = connect(dial).await?;
     let (sender, receiver) = mpsc::channel(16);
-    let mut incoming = RankServiceClient::new(channel)
-        .report(ReceiverStream::new(receiver))
-        .await?
-        .into_inner();
+    let mut incoming = client.report(ReceiverStream::new(receiver)).await?.into_inner();
+    *opened = Some(address);
+    if opened_before {
+        shared.found_again.notify_one();
+    }
     let mut sender = Some(sender);
     loop {
         if let Some(open) = &sender {
@@ -264,43 +284,73 @@ async fn stream(shared: &Shared, attempt: u32, commands: &mpsc::Sender<Command>)
     }
 }
 
-/// Makes each commit until it is answered: a coordinator that is away is waited for, a refusal is final.
+/// Makes each commit until it is answered: a coordinator that is away is waited for, a refusal is final. Parts that
+/// wait for those of other ranks are only remembered by the coordinator, so they are offered again to the next one.
 async fn commit(
     shared: Arc<Shared>,
     mut requests: mpsc::Receiver<CommitCheckpointRequest>,
     open: Arc<watch::Sender<usize>>,
 ) {
-    while let Some(request) = requests.recv().await {
-        for attempt in 0.. {
-            let tried = async {
-                let mut client = RankServiceClient::new(connect(&shared, attempt).await?);
-                client.commit_checkpoint(request.clone()).await
-            };
-            let result = tokio::time::timeout(COMMIT_TIMEOUT, tried).await;
-            match result.unwrap_or_else(|_| Err(Status::unavailable("no answer"))) {
-                Ok(_) => break,
-                Err(status) if is_away(&status) => pause(attempt).await,
-                Err(status) => {
-                    warn!(
+    let mut dial = shared.dial.clone();
+    let mut offered: VecDeque<CommitCheckpointRequest> = VecDeque::new();
+    loop {
+        tokio::select! {
+            request = requests.recv() => {
+                let Some(request) = request else { return };
+                match answered(&mut dial, &request).await {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        offered.push_back(request);
+                        while offered.len() > OFFERED {
+                            offered.pop_front();
+                        }
+                    }
+                    Err(status) => warn!(
                         step = request.step,
                         "the checkpoint was refused: {}",
                         status.message()
-                    );
-                    break;
+                    ),
+                }
+                open.send_modify(|open| *open -= 1);
+            }
+            () = shared.found_again.notified() => {
+                for request in std::mem::take(&mut offered) {
+                    // Refused means that a newer checkpoint is committed, or that the generation is over.
+                    if let Ok(false) = answered(&mut dial, &request).await {
+                        offered.push_back(request);
+                    }
                 }
             }
         }
-        open.send_modify(|open| *open -= 1);
     }
 }
 
-async fn connect(shared: &Shared, attempt: u32) -> Result<Channel, Status> {
-    let count = shared.coordinators.len().max(1);
-    let address = shared
-        .coordinators
-        .get(attempt as usize % count)
+/// Whether the checkpoint is committed by now. The error is a refusal.
+async fn answered(dial: &mut Dial, request: &CommitCheckpointRequest) -> Result<bool, Status> {
+    loop {
+        let tried = async {
+            let (mut client, address) = connect(dial).await?;
+            let answer = client.commit_checkpoint(request.clone()).await?;
+            Ok((answer.into_inner().committed, address))
+        };
+        let result = tokio::time::timeout(COMMIT_TIMEOUT, tried).await;
+        match result.unwrap_or_else(|_| Err(Status::unavailable("no answer"))) {
+            Ok((committed, address)) => {
+                dial.reached(&address);
+                return Ok(committed);
+            }
+            Err(status) if is_away(&status) => pause(dial, &status).await,
+            Err(status) => return Err(status),
+        }
+    }
+}
+
+/// A connection to the next coordinator to try, and its address.
+async fn connect(dial: &mut Dial) -> Result<(RankServiceClient<Channel>, String), Status> {
+    let address = dial
+        .next_address()
         .ok_or_else(|| Status::invalid_argument("the assignment names no coordinator"))?;
-    Endpoint::from_shared(format!("http://{address}"))
+    let channel = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|error| Status::invalid_argument(format!("coordinator {address:?}: {error}")))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -309,7 +359,8 @@ async fn connect(shared: &Shared, attempt: u32) -> Result<Channel, Status> {
         .keep_alive_while_idle(true)
         .connect()
         .await
-        .map_err(|error| Status::unavailable(format!("{address}: {error}")))
+        .map_err(|error| Status::unavailable(format!("{address}: {error}")))?;
+    Ok((RankServiceClient::new(channel), address))
 }
 
 /// True if another try may find a coordinator that answers: it is away, or stopping.
@@ -324,7 +375,10 @@ fn refusal(what: &str, status: &Status) -> RankFailure {
     RankFailure::transient(format!("{what}: {}", status.message()))
 }
 
-async fn pause(attempt: u32) {
-    let pause = Duration::from_millis(50).saturating_mul(1 << attempt.min(8));
-    tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
+/// Waits until the next try. Jitter needs no reproducibility: the random bits of a fresh UUID do.
+async fn pause(dial: &mut Dial, status: &Status) {
+    let text = |key: &str| status.metadata().get(key).and_then(|value| value.to_str().ok());
+    let answer = Answer::of(text(redirect::ROLE), text(redirect::LEADER));
+    let unit = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
+    tokio::time::sleep(dial.failed(answer, unit)).await;
 }

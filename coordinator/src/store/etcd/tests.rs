@@ -1,6 +1,6 @@
 use super::*;
 use crate::store::suite;
-use etcd_client::Client;
+use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client};
 use server::Etcd;
 use std::{net::SocketAddr, sync::Mutex};
 use tokio::{
@@ -337,6 +337,32 @@ async fn compaction_changes_nothing_for_a_leader_and_a_waiting_candidate() {
     first.resign().await;
     let second = within("b to lead", second).await.expect("no panic");
     assert_eq!(value(&*second.store(), "k").await.as_deref(), Some("20"));
+}
+
+#[tokio::test]
+async fn an_etcd_without_space_refuses_for_certain_and_the_leader_goes_on() {
+    let Some(etcd) = start() else { return };
+    let tenure = elected(&candidate(&etcd.url(), "a:1").await).await;
+    let store = tenure.store();
+    let revision = store.commit(put("k", "1")).await.expect("commit");
+    let mut client = raw(&etcd).await;
+    let member = client.status().await.expect("status").header().expect("header").member_id();
+    let alarm = async |client: &mut Client, action| {
+        let options = AlarmOptions::new().with_member(member);
+        client.alarm(action, AlarmType::Nospace, Some(options)).await.expect("alarm");
+    };
+    alarm(&mut client, AlarmAction::Activate).await;
+    let refused = store.commit(put("k", "2").expect_revision("k", revision)).await;
+    assert!(
+        matches!(&refused, Err(StoreError::Failed(why)) if why.contains("space")),
+        "{refused:?}"
+    );
+    assert_eq!(value(&*store, "k").await.as_deref(), Some("1"));
+    alarm(&mut client, AlarmAction::Deactivate).await;
+    store
+        .commit(put("k", "2").expect_revision("k", revision))
+        .await
+        .expect("commit");
 }
 
 #[tokio::test]
