@@ -1,8 +1,8 @@
 //! Two coordinators on one etcd, over real gRPC: what a standby answers, who is told, and how one follows the other.
 
-mod fakes;
 #[path = "../../tests/harness/etcd.rs"]
 mod etcd;
+mod fakes;
 
 use arcface_coordinator::server::{self, Running, ServeOptions, StoreUrl};
 use arcface_proto::{
@@ -96,7 +96,9 @@ impl Member {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_names_the_leader_and_follows_it() {
-    let Some(etcd) = Etcd::start().expect("start etcd") else { return };
+    let Some(etcd) = Etcd::start().expect("start etcd") else {
+        return;
+    };
     let first = Member::start(&etcd).await;
     first.leads().await;
     let second = Member::start(&etcd).await;
@@ -105,12 +107,22 @@ async fn a_standby_names_the_leader_and_follows_it() {
     let status = second.refusal().await;
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains(&format!("{leader} leads")), "{status}");
-    assert_eq!(status.metadata().get(redirect::ROLE).expect("role"), redirect::STANDBY);
+    assert_eq!(
+        status.metadata().get(redirect::ROLE).expect("role"),
+        redirect::STANDBY
+    );
     assert_eq!(*status.metadata().get(redirect::LEADER).expect("leader"), *leader);
     let info = status.get_details_error_info().expect("an ErrorInfo");
-    assert_eq!((info.reason.as_str(), info.domain.as_str()), (redirect::NOT_LEADING, redirect::DOMAIN));
+    assert_eq!(
+        (info.reason.as_str(), info.domain.as_str()),
+        (redirect::NOT_LEADING, redirect::DOMAIN)
+    );
     assert_eq!(info.metadata.get(redirect::LEADER), Some(&leader));
-    assert_eq!(second.health("").await, ServingStatus::Serving, "its process is well");
+    assert_eq!(
+        second.health("").await,
+        ServingStatus::Serving,
+        "its process is well"
+    );
     assert_eq!(second.health(JOBS).await, ServingStatus::NotServing);
     assert_eq!(first.health(JOBS).await, ServingStatus::Serving);
 
@@ -119,7 +131,12 @@ async fn a_standby_names_the_leader_and_follows_it() {
         spec: Some(spec(2)),
         validate_only: false,
     };
-    let submitted = first.jobs().submit_job(request.clone()).await.expect("submit").into_inner();
+    let submitted = first
+        .jobs()
+        .submit_job(request.clone())
+        .await
+        .expect("submit")
+        .into_inner();
     let id = submitted.job.expect("a job").id;
     // The command line is told the standby alone, and finds the leader.
     let standby = second.running.grpc.to_string();
@@ -129,15 +146,40 @@ async fn a_standby_names_the_leader_and_follows_it() {
             .output()
     });
     let listed = within("the list", listed).await.expect("no panic").expect("run");
-    let (stdout, stderr) = (String::from_utf8_lossy(&listed.stdout), String::from_utf8_lossy(&listed.stderr));
-    assert!(listed.status.success() && stdout.contains(&id), "{stdout}{stderr}");
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&listed.stdout),
+        String::from_utf8_lossy(&listed.stderr),
+    );
+    assert!(
+        listed.status.success() && stdout.contains(&id),
+        "{stdout}{stderr}"
+    );
 
-    within("shutdown", first.running.shutdown()).await.expect("a clean end");
+    within("shutdown", first.running.shutdown())
+        .await
+        .expect("a clean end");
     second.leads().await;
     let request_job = GetJobRequest { job_id: id.clone() };
-    let job = second.jobs().get_job(request_job).await.expect("get").into_inner().job;
+    let job = second
+        .jobs()
+        .get_job(request_job)
+        .await
+        .expect("get")
+        .into_inner()
+        .job;
     assert_eq!(job.expect("a job").id, id, "what was acknowledged is there");
-    let again = second.jobs().submit_job(request).await.expect("submit").into_inner();
-    assert_eq!(again.job.expect("a job").id, id, "idempotent over a change of the leader");
-    within("shutdown", second.running.shutdown()).await.expect("a clean end");
+    let again = second
+        .jobs()
+        .submit_job(request)
+        .await
+        .expect("submit")
+        .into_inner();
+    assert_eq!(
+        again.job.expect("a job").id,
+        id,
+        "idempotent over a change of the leader"
+    );
+    within("shutdown", second.running.shutdown())
+        .await
+        .expect("a clean end");
 }

@@ -132,7 +132,11 @@ impl Cluster {
 
     /// `HOST:PORT` of all coordinators, with commas between.
     pub fn addresses(&self) -> String {
-        let addresses: Vec<&str> = self.coordinators.iter().map(|seat| seat.address.as_str()).collect();
+        let addresses: Vec<&str> = self
+            .coordinators
+            .iter()
+            .map(|seat| seat.address.as_str())
+            .collect();
         addresses.join(",")
     }
 
@@ -153,18 +157,32 @@ impl Cluster {
             .context("the coordinator serves no metrics")
     }
 
-    /// What a coordinator that runs shows at `/metrics`.
+    /// Whether a coordinator that runs says at `/metrics` that it leads.
     ///
     /// # Errors
     /// If it does not answer.
-    pub fn metrics_of(&self, index: usize) -> Result<String> {
+    pub fn leads(&self, index: usize) -> Result<bool> {
         let address = self.served(index, "metrics")?.context("no metrics")?;
         let mut socket = TcpStream::connect(&address).with_context(|| format!("connect to {address}"))?;
         socket.set_read_timeout(Some(ANSWER))?;
         socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
         let mut page = String::new();
         socket.read_to_string(&mut page)?;
-        Ok(page)
+        Ok(page.lines().any(|line| line == "arcface_coordinator_is_leader 1"))
+    }
+
+    /// Waits until a coordinator that runs leads, or stands by.
+    ///
+    /// # Errors
+    /// At the deadline.
+    pub fn wait_for_role(&self, index: usize, leads: bool) -> Result<()> {
+        let wanted = if leads { "lead" } else { "stand by" };
+        wait::until(&format!("coordinator {index} to {wanted}"), START, || {
+            Ok(match self.leads(index)? == leads {
+                true => Seen::Yes(()),
+                false => Seen::NotYet("it does not".into()),
+            })
+        })
     }
 
     /// Number of the coordinator that leads, once one does.
@@ -175,9 +193,7 @@ impl Cluster {
         wait::until("a coordinator to lead", START, || {
             self.check_alive()?;
             for index in 0..self.coordinators.len() {
-                let leads = self.coordinators[index].process.is_some()
-                    && self.metrics_of(index)?.contains("arcface_coordinator_is_leader 1");
-                if leads {
+                if self.coordinators[index].process.is_some() && self.leads(index)? {
                     return Ok(Seen::Yes(index));
                 }
             }
@@ -260,7 +276,10 @@ impl Cluster {
     /// # Errors
     /// If it has ended before, or does not end.
     pub fn end_coordinator(&mut self, index: usize, signal: Signal) -> Result<()> {
-        let mut process = self.coordinators[index].process.take().context("it does not run")?;
+        let mut process = self.coordinators[index]
+            .process
+            .take()
+            .context("it does not run")?;
         process.signal(signal)?;
         process.wait(ANSWER)?;
         self.past.push(process);
@@ -272,7 +291,10 @@ impl Cluster {
     /// # Errors
     /// If it does not run.
     pub fn signal_coordinator(&mut self, index: usize, signal: Signal) -> Result<()> {
-        let process = self.coordinators[index].process.as_mut().context("it does not run")?;
+        let process = self.coordinators[index]
+            .process
+            .as_mut()
+            .context("it does not run")?;
         process.signal(signal)
     }
 
@@ -332,7 +354,9 @@ impl Cluster {
     /// If the binary has not been built.
     pub fn client(&self, arguments: &[&str]) -> Result<std::process::Command> {
         let mut command = command("arcface-coordinator", self.scratch())?;
-        command.args(arguments).env("ARCFACE_COORDINATOR", self.addresses());
+        command
+            .args(arguments)
+            .env("ARCFACE_COORDINATOR", self.addresses());
         Ok(command)
     }
 
@@ -457,7 +481,10 @@ impl Cluster {
 
     /// Fails if a process that should run has ended: waiting on is in vain then.
     fn check_alive(&mut self) -> Result<()> {
-        let coordinators = self.coordinators.iter_mut().filter_map(|seat| seat.process.as_mut());
+        let coordinators = self
+            .coordinators
+            .iter_mut()
+            .filter_map(|seat| seat.process.as_mut());
         for process in coordinators.chain(&mut self.workers) {
             if let Some(status) = process.ended()? {
                 anyhow::bail!("{} ended by itself ({status})", process.name);

@@ -73,7 +73,10 @@ fn a_standby_takes_over_from_a_killed_leader_and_training_does_not_notice() -> R
             let job = cluster.job(&id)?;
             let answered = killed.elapsed();
             ensure!(undisturbed(&job), "trial {trial}: {job}");
-            ensure!(answered <= FAILOVER, "trial {trial}: the standby answered after {answered:?}");
+            ensure!(
+                answered <= FAILOVER,
+                "trial {trial}: the standby answered after {answered:?}"
+            );
             took.push(answered);
             cluster.start_coordinator_at(leader)?;
             let after = goes_on(cluster, &id)?;
@@ -127,7 +130,10 @@ fn a_leader_that_stops_makes_way_at_once_and_a_client_that_follows_does_not_end(
         cluster.job(&id)?;
         let answered = killed.elapsed();
         // Well below the time that a lease takes to lapse.
-        ensure!(answered < Duration::from_secs(4), "the key was not released: {answered:?}");
+        ensure!(
+            answered < Duration::from_secs(4),
+            "the key was not released: {answered:?}"
+        );
         let job = cluster.wait_for_state(&id, "succeeded", TRAINED)?;
         ensure!(undisturbed(&job) && step(&job) == 80, "{job}");
         let status = watching.wait(SOON)?;
@@ -147,19 +153,9 @@ fn a_paused_leader_is_replaced_and_changes_nothing_when_it_wakes() -> Result<()>
         cluster.signal_coordinator(leader, Signal::SIGSTOP)?;
         // The paused one still has its port: who asks it alone gets no answer, so the other one is asked.
         let other = 1 - leader;
-        wait::until("the standby to lead", SOON, || {
-            Ok(match cluster.metrics_of(other)?.contains("arcface_coordinator_is_leader 1") {
-                true => Seen::Yes(()),
-                false => Seen::NotYet("it stands by".into()),
-            })
-        })?;
+        cluster.wait_for_role(other, true)?;
         cluster.signal_coordinator(leader, Signal::SIGCONT)?;
-        wait::until("the old leader to stand by", SOON, || {
-            Ok(match cluster.metrics_of(leader)?.contains("arcface_coordinator_is_leader 0") {
-                true => Seen::Yes(()),
-                false => Seen::NotYet("it believes that it leads".into()),
-            })
-        })?;
+        cluster.wait_for_role(leader, false)?;
         goes_on(cluster, &id)?;
         ensure!(cluster.wait_for_leader()? == other, "the old one leads again");
         end(cluster, &id)
@@ -210,23 +206,23 @@ fn without_etcd_submits_are_refused_and_with_it_the_leader_goes_on() -> Result<(
         })?;
         cluster.etcd()?.kill()?;
         let file = JobFile::tiny("refused").write(cluster.scratch())?;
-        let refused = cluster.cli(&["submit", &file.to_string_lossy()], SOON)?.expect(4)?;
+        let refused = cluster
+            .cli(&["submit", &file.to_string_lossy()], SOON)?
+            .expect(4)?;
         ensure!(
             refused.stderr.contains("etcd") || refused.stderr.contains("no coordinator leads"),
             "{}",
             refused.stderr
         );
-        wait::until("the leader to stand by", SOON, || {
-            Ok(match cluster.metrics_of(0)?.contains("arcface_coordinator_is_leader 0") {
-                true => Seen::Yes(()),
-                false => Seen::NotYet("it leads".into()),
-            })
-        })?;
+        cluster.wait_for_role(0, false)?;
         cluster.etcd()?.resume()?;
         cluster.wait_for_leader()?;
         goes_on(cluster, &id)?;
         let jobs = cluster.json(&["jobs"])?;
-        ensure!(jobs.as_array().map(Vec::len) == Some(1), "what was refused is not there: {jobs}");
+        ensure!(
+            jobs.as_array().map(Vec::len) == Some(1),
+            "what was refused is not there: {jobs}"
+        );
         end(cluster, &id)
     })
 }

@@ -346,10 +346,19 @@ async fn an_etcd_without_space_refuses_for_certain_and_the_leader_goes_on() {
     let store = tenure.store();
     let revision = store.commit(put("k", "1")).await.expect("commit");
     let mut client = raw(&etcd).await;
-    let member = client.status().await.expect("status").header().expect("header").member_id();
+    let member = client
+        .status()
+        .await
+        .expect("status")
+        .header()
+        .expect("header")
+        .member_id();
     let alarm = async |client: &mut Client, action| {
         let options = AlarmOptions::new().with_member(member);
-        client.alarm(action, AlarmType::Nospace, Some(options)).await.expect("alarm");
+        client
+            .alarm(action, AlarmType::Nospace, Some(options))
+            .await
+            .expect("alarm");
     };
     alarm(&mut client, AlarmAction::Activate).await;
     let refused = store.commit(put("k", "2").expect_revision("k", revision)).await;
