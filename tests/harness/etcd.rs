@@ -61,11 +61,6 @@ impl Etcd {
         format!("http://{}", self.client)
     }
 
-    /// Its address.
-    pub fn address(&self) -> SocketAddr {
-        self.client
-    }
-
     /// Kills it at once; its data stays.
     ///
     /// # Errors

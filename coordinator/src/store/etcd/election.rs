@@ -127,10 +127,7 @@ impl Candidate {
     fn complain(&self, error: &str) {
         let mut last = self.complaint.lock().unwrap_or_else(PoisonError::into_inner);
         if *last != error {
-            tracing::warn!(
-                error,
-                "no coordinator can lead while etcd does not answer; it is tried again"
-            );
+            tracing::warn!(error, "this coordinator cannot lead now; it is tried again");
             error.clone_into(&mut last);
         }
     }

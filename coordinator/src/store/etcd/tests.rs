@@ -1,3 +1,5 @@
+//! Tests of the store on etcd, of elections, and of what etcd does when it is away, slow or full.
+
 use super::*;
 use crate::store::suite;
 use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client};
@@ -70,7 +72,9 @@ enum Cut {
 }
 
 impl Proxy {
-    async fn start(to: SocketAddr) -> Self {
+    async fn start(etcd: &Etcd) -> Self {
+        let address = etcd.url().strip_prefix("http://").map(str::parse);
+        let to: SocketAddr = address.expect("a URL").expect("an address");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = listener.local_addr().expect("address");
         let broken = watch::Sender::new(Cut::None);
@@ -218,7 +222,7 @@ async fn a_leader_whose_key_was_taken_writes_nothing_and_learns_of_it() {
 #[tokio::test]
 async fn a_lost_answer_is_unknown_and_a_read_tells_what_happened() {
     let Some(etcd) = start() else { return };
-    let proxy = Proxy::start(etcd.address()).await;
+    let proxy = Proxy::start(&etcd).await;
     let tenure = elected(&candidate(&proxy.url(), "a:1").await).await;
     let store = tenure.store();
     store.commit(put("k", "old")).await.expect("commit");
