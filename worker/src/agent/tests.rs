@@ -438,3 +438,35 @@ async fn the_next_address_is_tried_when_one_is_dead() {
     coordinator.hello().await;
     agent.stop().await;
 }
+
+/// Stands by, and says who leads.
+struct Standby(SocketAddr);
+
+#[tonic::async_trait]
+impl WorkerService for Standby {
+    type JoinStream = ReceiverStream<Result<JoinResponse, Status>>;
+
+    async fn join(&self, _: Call<Streaming<JoinRequest>>) -> Result<Answer<Self::JoinStream>, Status> {
+        let mut status = Status::unavailable("this coordinator stands by");
+        let metadata = status.metadata_mut();
+        metadata.insert("arcface-role", "standby".parse().unwrap());
+        metadata.insert("arcface-leader", self.0.to_string().parse().unwrap());
+        Err(status)
+    }
+}
+
+#[tokio::test]
+async fn a_standby_leads_to_the_leader() {
+    let mut leader = Coordinator::start(None, 1, 60_000).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let standby = listener.local_addr().unwrap();
+    let server = tokio::spawn(
+        tonic::transport::Server::builder()
+            .add_service(WorkerServiceServer::new(Standby(leader.address)))
+            .serve_with_incoming(TcpListenerStream::new(listener)),
+    );
+    let agent = Running::start(&[standby], FOREVER);
+    leader.hello().await;
+    agent.stop().await;
+    server.abort();
+}

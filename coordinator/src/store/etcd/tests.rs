@@ -358,7 +358,8 @@ async fn an_etcd_without_space_refuses_for_certain_and_the_leader_goes_on() {
         .expect("header")
         .member_id();
     let alarm = async |client: &mut Client, action| {
-        let options = AlarmOptions::new().with_member(member);
+        let mut options = AlarmOptions::new();
+        options.with_member(member);
         client
             .alarm(action, AlarmType::Nospace, Some(options))
             .await
