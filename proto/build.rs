@@ -28,9 +28,10 @@ const JOB_FILE: [&str; 12] = [
 ];
 
 /// Messages written as JSON, by us and for us.
-const JSON: [&str; 4] = [
+const JSON: [&str; 5] = [
     "RankAssignment",
     "CheckpointManifest",
+    "CheckpointDamage",
     "CheckpointPart",
     "LossScaler",
 ];
@@ -54,15 +55,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]",
         );
     }
-    config = config.field_attribute(
-        ".arcface.v1.CheckpointManifest.committed_at",
-        "#[serde(with = \"crate::timestamp\")]",
-    );
-    // Manifests of jobs without a loss scale keep the bytes, and so the digest, that they had before there was one.
-    config = config.field_attribute(
-        ".arcface.v1.CheckpointManifest.scaler",
-        "#[serde(skip_serializing_if = \"Option::is_none\")]",
-    );
+    for time in ["CheckpointManifest.committed_at", "CheckpointDamage.found_at"] {
+        config = config.field_attribute(
+            format!(".arcface.v1.{time}"),
+            "#[serde(with = \"crate::timestamp\")]",
+        );
+    }
+    // Manifests without these keep the bytes, and so the digest, that they had before the fields were known.
+    for later in ["scaler", "damage"] {
+        config = config.field_attribute(
+            format!(".arcface.v1.CheckpointManifest.{later}"),
+            "#[serde(skip_serializing_if = \"Option::is_none\")]",
+        );
+    }
     config.compile_fds(descriptors)?;
     for proto in PROTOS {
         println!("cargo:rerun-if-changed={proto}");

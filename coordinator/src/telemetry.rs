@@ -202,6 +202,15 @@ metrics! {
     CHECKPOINT_LAST_COMMITTED_TIMESTAMP_SECONDS =
         "arcface_checkpoint_last_committed_timestamp_seconds", MetricKind::Gauge, ["job_id"],
         "When the newest checkpoint was committed, in seconds since the Unix epoch.";
+    CHECKPOINT_STALL_SECONDS =
+        "arcface_checkpoint_stall_seconds", MetricKind::Gauge, ["job_id"],
+        "Seconds that the last checkpoint held up training on rank 0.";
+    CHECKPOINT_SUGGESTED_INTERVAL_SECONDS =
+        "arcface_checkpoint_suggested_interval_seconds", MetricKind::Gauge, ["job_id"],
+        "Seconds between checkpoints that would lose the least time at that stall and checkpoint.rank_mttf_hours.";
+    CHECKPOINT_DAMAGED_TOTAL =
+        "arcface_checkpoint_damaged_total", MetricKind::Counter, ["job_id"],
+        "Committed checkpoints that did not verify when a generation was to resume from them.";
     CHECKPOINT_LAST_COMMITTED_STEP =
         "arcface_checkpoint_last_committed_step", MetricKind::Gauge, ["job_id"],
         "Step of the newest committed checkpoint.";

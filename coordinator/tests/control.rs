@@ -222,14 +222,118 @@ async fn a_dead_rank_ends_its_generation_and_the_next_resumes_from_the_checkpoin
 }
 
 #[tokio::test]
+async fn a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used() {
+    let cluster = Cluster::start().await;
+    let (id, mut a, mut b, zero, one) = training(&cluster, spec(2)).await;
+    for step in [10, 20] {
+        one.commit(step).await.expect("taken");
+        assert!(zero.commit(step).await.expect("taken"));
+    }
+    zero.metrics(25).await;
+    b.exit(&one.assignment, None, Some(9)).await;
+    let (zero, _one) = generation(&cluster, &mut a, &mut b).await;
+    let resumed = |rank: &Rank| rank.assignment.resume.as_ref().map(|manifest| manifest.step);
+    assert_eq!(resumed(&zero), Some(20));
+
+    let mut events = cluster.watch(&id).await;
+    let found = |step| {
+        Report::Error(RankError {
+            message: "cannot resume".into(),
+            damaged: Some(v1::DamagedCheckpoint {
+                step,
+                file: "head-0-5.safetensors".into(),
+                detail: "head-0-5.safetensors: 7 bytes, but 10 were committed".into(),
+            }),
+            ..Default::default()
+        })
+    };
+    zero.report(found(20)).await;
+    let event = within("the damage", async {
+        loop {
+            let event = events.message().await.expect("watch").expect("an event").event;
+            if let Some(Event::Checkpoint(manifest)) = event {
+                return manifest;
+            }
+        }
+    })
+    .await;
+    let damage = event.damage.expect("damage");
+    assert_eq!(
+        (event.step, damage.file.as_str(), damage.generation),
+        (20, "head-0-5.safetensors", 2)
+    );
+
+    let (zero, one) = generation(&cluster, &mut a, &mut b).await;
+    assert_eq!((zero.id.generation, resumed(&zero)), (3, Some(10)));
+    zero.metrics(11).await;
+    let job = cluster.job_in(&id, JobState::Running).await;
+    assert_eq!(job.checkpoint_step, Some(10));
+    let last = job.recoveries.last().expect("a recovery");
+    assert_eq!((last.kind.as_str(), last.resumed_step), ("damaged", Some(10)));
+    assert_eq!(
+        last.reason,
+        "rank 0 on node-a: the checkpoint of step 20 is damaged: head-0-5.safetensors: 7 bytes, but 10 were committed"
+    );
+
+    // The same step again: the damaged one stays on record, counts for no retention, and is not told to be removed.
+    let kept = |step| {
+        let request = ListCheckpointsRequest {
+            job_id: id.clone(),
+            ..Default::default()
+        };
+        let mut jobs = cluster.jobs();
+        async move {
+            let all = jobs.list_checkpoints(request).await.expect("list").into_inner();
+            let listed = all.checkpoints.iter();
+            let listed: Vec<_> = listed
+                .map(|manifest| (manifest.step, manifest.generation, manifest.damage.is_some()))
+                .collect();
+            assert_eq!(listed.first().map(|first| first.0), Some(step));
+            listed
+        }
+    };
+    for step in [20, 30, 40] {
+        one.commit(step).await.expect("taken");
+        assert!(zero.commit(step).await.expect("taken"));
+    }
+    assert_eq!(
+        kept(40).await,
+        [(40, 3, false), (30, 3, false), (20, 3, false), (20, 1, true)]
+    );
+
+    // Everything is damaged: the job says so, and does not start over.
+    let (mut zero, mut one) = (zero, one);
+    for step in [40, 30, 20] {
+        b.exit(&one.assignment, None, Some(9)).await;
+        (zero, one) = generation(&cluster, &mut a, &mut b).await;
+        assert_eq!(resumed(&zero), Some(step));
+        zero.report(found(step)).await;
+        if step > 20 {
+            (zero, one) = generation(&cluster, &mut a, &mut b).await;
+        }
+    }
+    zero.close().await;
+    let job = cluster.job_in(&id, JobState::Failed).await;
+    assert!(
+        job.reason
+            .ends_with("no committed checkpoint is left to go back to"),
+        "{}",
+        job.reason
+    );
+    assert_eq!(
+        kept(40).await.iter().filter(|(_, _, damaged)| *damaged).count(),
+        4
+    );
+}
+
+#[tokio::test]
 async fn a_permanent_error_fails_the_job_at_once() {
     let cluster = Cluster::start().await;
     let (id, mut a, mut b, zero, _one) = training(&cluster, spec(2)).await;
     let error = RankError {
         message: "record 7: label 12 is outside [0, 10)".into(),
         permanent: true,
-        peer: None,
-        rollback_step: None,
+        ..Default::default()
     };
     zero.report(Report::Error(error)).await;
     let job = cluster.job_in(&id, JobState::Failed).await;
@@ -518,6 +622,40 @@ async fn a_drained_node_is_left_after_a_checkpoint_and_stays_drained() {
             .code(),
         Code::NotFound
     );
+}
+
+#[tokio::test]
+async fn an_agent_that_stops_is_left_after_a_checkpoint_and_welcome_again() {
+    let cluster = Cluster::start().await;
+    let (id, mut a, mut b, mut zero, one) = training(&cluster, spec(2)).await;
+    b.leaves().await;
+    let command = within("command", zero.commands.message())
+        .await
+        .expect("stream")
+        .expect("command")
+        .command;
+    assert!(
+        matches!(command, Some(report_response::Command::CheckpointNow(_))),
+        "{command:?}"
+    );
+    one.commit(7).await.expect("taken");
+    assert!(zero.commit(7).await.expect("taken"));
+    assert_eq!(b.killed().await.generation, 1);
+    let waits = |job: &v1::Job| job.reason.starts_with("wants 2 ranks, 1 slot free");
+    cluster.job_until(&id, "waits for another node", waits).await;
+
+    // Its successor on the same node is no leaver.
+    b.vanish();
+    let mut b = Agent::join_as(&cluster, "node-b", "boot-2", 1, Default::default())
+        .await
+        .expect("welcome");
+    let (zero, _one) = generation(&cluster, &mut a, &mut b).await;
+    assert_eq!(
+        zero.assignment.resume.as_ref().map(|manifest| manifest.step),
+        Some(7)
+    );
+    let job = cluster.job_in(&id, JobState::Running).await;
+    assert_eq!(job.recoveries[0].kind, "drained");
 }
 
 #[tokio::test]

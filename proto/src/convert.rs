@@ -156,6 +156,22 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
     }
     let checkpoint = wire.checkpoint.unwrap_or_default();
     let keep = c.at_least_one("checkpoint.keep", checkpoint.keep.unwrap_or(3));
+    let every_seconds = checkpoint.every_seconds.unwrap_or(0.0);
+    c.check(
+        "checkpoint.every_seconds",
+        every_seconds,
+        every_seconds.is_finite() && every_seconds >= 0.0,
+        "at least 0",
+        "60 is a good start; the log of a job suggests an interval",
+    );
+    let rank_mttf_hours = checkpoint.rank_mttf_hours.unwrap_or(8000.0);
+    c.check(
+        "checkpoint.rank_mttf_hours",
+        rank_mttf_hours,
+        rank_mttf_hours.is_finite() && rank_mttf_hours > 0.0,
+        "above 0",
+        "",
+    );
 
     if !c.violations.is_empty() {
         return Err(c.violations);
@@ -179,7 +195,9 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
         },
         checkpoint: CheckpointSpec {
             every_steps: checkpoint.every_steps.filter(|steps| *steps > 0),
+            every_seconds: Some(every_seconds).filter(|seconds| *seconds > 0.0),
             keep,
+            rank_mttf_hours,
         },
     })
 }
@@ -488,6 +506,8 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
         checkpoint: Some(v1::CheckpointSection {
             every_steps: Some(spec.checkpoint.every_steps.unwrap_or(0)),
             keep: Some(spec.checkpoint.keep),
+            every_seconds: Some(spec.checkpoint.every_seconds.unwrap_or(0.0)),
+            rank_mttf_hours: Some(spec.checkpoint.rank_mttf_hours),
         }),
     }
 }

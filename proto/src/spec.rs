@@ -181,10 +181,24 @@ pub struct EvalSpec {
 /// `[checkpoint]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct CheckpointSpec {
-    /// Steps between checkpoints; `None`: at the end of every epoch only.
+    /// Steps between checkpoints, beside the one at the end of every epoch.
     pub every_steps: Option<u64>,
-    /// Committed checkpoints kept.
+    /// Seconds between checkpoints, likewise.
+    pub every_seconds: Option<f64>,
+    /// Committed checkpoints kept, as asked for.
     pub keep: u32,
+    /// Mean hours until a rank fails.
+    pub rank_mttf_hours: f64,
+}
+
+impl CheckpointSpec {
+    /// Fewest committed checkpoints kept: one to resume from, and one for the case that it is damaged.
+    pub const LEAST_KEPT: u32 = 2;
+
+    /// Committed checkpoints that retention keeps.
+    pub fn kept(&self) -> u32 {
+        self.keep.max(Self::LEAST_KEPT)
+    }
 }
 
 mod loss;

@@ -310,6 +310,18 @@ impl Cluster {
         Ok(())
     }
 
+    /// Tells the newest worker to stop, and waits until it has.
+    ///
+    /// # Errors
+    /// If there is none, or it does not end in time.
+    pub fn stop_worker(&mut self) -> Result<()> {
+        let mut process = self.workers.pop().context("no worker runs")?;
+        process.signal(Signal::SIGTERM)?;
+        process.wait(2 * START)?;
+        self.past.push(process);
+        Ok(())
+    }
+
     /// Sends a signal to a process that `nodes` named.
     ///
     /// # Errors

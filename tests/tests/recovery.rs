@@ -87,6 +87,82 @@ fn a_hung_rank_is_named_and_replaced() -> Result<()> {
 }
 
 #[test]
+fn a_damaged_checkpoint_costs_the_steps_to_the_one_before_it() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        let id = cluster.submit(&interruptible("damaged"))?;
+        cluster.wait_for_job(&id, "to have two checkpoints", TRAINED, |job| {
+            job["checkpoint_step"].as_u64() >= Some(8)
+        })?;
+        // Training stands still, so that the newest stays the newest.
+        let ranks = cluster.rank_pids(&id)?;
+        cluster.signal(ranks[1].1, Signal::SIGSTOP)?;
+        let listed = cluster.json(&["checkpoints", &id])?;
+        let newest = &listed[0];
+        let output = cluster.job(&id)?["output"]
+            .as_str()
+            .context("an output")?
+            .to_owned();
+        let directory = newest["directory"].as_str().context("a directory")?;
+        let part = newest["parts"][1]["file"].as_str().context("a head part")?;
+        let path = cluster.scratch().join(&output).join(directory).join(part);
+        let mut bytes = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        std::fs::write(&path, bytes)?;
+        cluster.signal(ranks[1].1, Signal::SIGKILL)?;
+        let job = cluster.wait_for_state(&id, "succeeded", TRAINED)?;
+        ensure!(job["step"] == 40, "{job}");
+        let step = newest["step"].as_u64().context("a step")?;
+        let recovery = &job["recoveries"][1];
+        ensure!(
+            recovery["kind"] == "damaged"
+                && recovery["reason"]
+                    .as_str()
+                    .is_some_and(|reason| reason.contains(part) && reason.contains("BLAKE3")),
+            "the reason names the part: {job}"
+        );
+        ensure!(
+            recovery["resumed_step"].as_u64() < Some(step),
+            "it went further back than step {step}: {job}"
+        );
+        let listed = cluster.json(&["checkpoints", &id])?;
+        let all = listed.as_array().context("a list")?;
+        let damaged: Vec<_> = all.iter().filter(|one| !one["damage"].is_null()).collect();
+        ensure!(
+            damaged.len() == 1 && damaged[0]["step"].as_u64() == Some(step) && path.exists(),
+            "it is set aside and stays: {listed}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_worker_that_is_told_to_stop_leaves_a_checkpoint_behind() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        // One epoch of 10,000 steps: only its end would make a checkpoint by itself.
+        let job = JobFile {
+            num_image: 160_000,
+            ..JobFile::tiny("stopped_worker").epochs(1)
+        };
+        let id = cluster.submit(&job)?;
+        cluster.wait_for_job(&id, "to train", TRAINED, |job| job["step"].as_u64() >= Some(2))?;
+        cluster.stop_worker()?;
+        let job = cluster.wait_for_job(&id, "to wait for another node", TRAINED, |job| {
+            job["state"] == "recovering"
+        })?;
+        ensure!(job["recoveries"][0]["kind"] == "drained", "{job}");
+        let checkpoint = job["checkpoint_step"].as_u64().context("a checkpoint")?;
+        cluster.start_worker()?;
+        let job = cluster.wait_for_state(&id, "running", TRAINED)?;
+        ensure!(
+            job["recoveries"][0]["resumed_step"].as_u64() == Some(checkpoint),
+            "it goes on from there: {job}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
 fn a_killed_node_is_replaced_by_one_that_joins() -> Result<()> {
     Cluster::run(Options::default(), |cluster| {
         let id = cluster.submit(&interruptible("killed_node"))?;

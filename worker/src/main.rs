@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing::warn;
 
 const EXAMPLES: &str = "\
@@ -70,6 +71,9 @@ struct AgentArgs {
     /// never. Waiting for data, evaluations, checkpoints and the start have limits of their own, of minutes.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, env = "ARCFACE_HANG_AFTER")]
     hang_after: u32,
+    /// On SIGTERM, how long jobs may take to make a checkpoint and leave this node; a second SIGTERM ends the wait.
+    #[arg(long, value_name = "TIME", default_value = "20s", env = "ARCFACE_LEAVE")]
+    leave: humantime::Duration,
     /// Serve Prometheus metrics of this node at this address.
     #[arg(long, value_name = "ADDR", env = "ARCFACE_WORKER_METRICS")]
     metrics: Option<SocketAddr>,
@@ -190,6 +194,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         data_roots,
         hang_after: Some(Duration::from_secs(args.hang_after.into())).filter(|after| !after.is_zero()),
         rank_command: RankCommand::of_this_executable()?,
+        leave: args.leave.into(),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -202,13 +207,21 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         }
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
-        agent::run(options, async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+        let (stop, stopped) = mpsc::channel(2);
+        let signals = async {
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                // More than two say nothing new.
+                let _full = stop.try_send(());
             }
-        })
-        .await
+        };
+        tokio::select! {
+            ended = agent::run(options, stopped) => ended,
+            () = signals => Ok(()),
+        }
     })
 }
 

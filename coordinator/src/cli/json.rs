@@ -80,6 +80,12 @@ pub fn checkpoint(manifest: &v1::CheckpointManifest) -> Value {
         "directory": manifest.directory,
         "bytes": manifest.parts.iter().map(|part| part.bytes).sum::<u64>(),
         "committed_at": manifest.committed_at.as_ref().map(timestamp),
+        "damage": manifest.damage.as_ref().map(|damage| json!({
+            "file": damage.file,
+            "detail": damage.detail,
+            "generation": damage.generation,
+            "found_at": damage.found_at.as_ref().map(timestamp),
+        })),
         "parts": manifest.parts.iter().map(|part| json!({
             "file": part.file,
             "bytes": part.bytes,
@@ -139,6 +145,8 @@ fn step_metrics(metrics: &v1::StepMetrics) -> Value {
         "phase_seconds": sorted(&metrics.phase_seconds),
         "loss_scale": metrics.loss_scale,
         "skipped_steps": metrics.skipped_steps,
+        "checkpoint_stall_seconds": metrics.checkpoint_stall_seconds,
+        "checkpoint_suggested_seconds": metrics.checkpoint_suggested_seconds,
     })
 }
 

@@ -195,6 +195,14 @@ impl View for Progress {
             Some(Event::Job(job)) => self.job(job),
             Some(Event::Metrics(metrics)) => self.metrics(metrics, at_ms),
             Some(Event::Evaluation(evaluation)) => self.evaluation(evaluation),
+            Some(Event::Checkpoint(v1::CheckpointManifest {
+                step,
+                damage: Some(damage),
+                ..
+            })) => self.line(&format!(
+                "step {step:>6}  checkpoint is damaged: {}",
+                output::clean(&damage.detail)
+            )),
             Some(Event::Checkpoint(manifest)) => self.line(&format!(
                 "step {:>6}  checkpoint committed, {}",
                 manifest.step,

@@ -224,7 +224,7 @@ pub fn evaluations(evaluations: &[v1::Evaluation]) -> String {
     table.text()
 }
 
-/// Committed checkpoints, one a line.
+/// Committed checkpoints, one a line; below them those that were set aside because they are damaged.
 pub fn checkpoints(checkpoints: &[v1::CheckpointManifest]) -> String {
     let mut table = Table::new(&[
         ("STEP", Right),
@@ -236,7 +236,7 @@ pub fn checkpoints(checkpoints: &[v1::CheckpointManifest]) -> String {
         ("COMMITTED", Left),
         ("DIRECTORY", Left),
     ]);
-    for manifest in checkpoints {
+    for manifest in checkpoints.iter().filter(|manifest| manifest.damage.is_none()) {
         table.row([
             manifest.step.to_string(),
             manifest.epoch.to_string(),
@@ -253,7 +253,26 @@ pub fn checkpoints(checkpoints: &[v1::CheckpointManifest]) -> String {
             manifest.directory.clone(),
         ]);
     }
-    table.text()
+    let mut text = table.text();
+    let damaged: Vec<_> = checkpoints
+        .iter()
+        .filter_map(|manifest| Some((manifest, manifest.damage.as_ref()?)))
+        .collect();
+    if !damaged.is_empty() {
+        text.push_str("\ndamaged, not used any more\n");
+    }
+    for (manifest, damage) in damaged {
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "step {}  {}  {} (found by generation {})",
+            manifest.step,
+            clean(&manifest.directory),
+            clean(&damage.detail),
+            damage.generation
+        );
+    }
+    text
 }
 
 /// Nodes, one a line.
@@ -460,12 +479,30 @@ node-1  127.0.0.1  healthy  cpu       1/2  job-0123456789ab/0      0.2 s
             committed_at: Some(from_unix_ms(1_795_000_000_000)),
             ..Default::default()
         };
-        assert_eq!(
-            checkpoints(&[manifest]),
-            "\
+        let table = "\
 STEP  EPOCH  GENERATION  RANKS  FILES      SIZE  COMMITTED             DIRECTORY
  100      1           1      2      2  24.5 MiB  2026-11-18T11:06:40Z  checkpoints/100
+";
+        assert_eq!(checkpoints(std::slice::from_ref(&manifest)), table);
+        let damaged = v1::CheckpointManifest {
+            step: 120,
+            directory: "checkpoints/120".into(),
+            damage: Some(v1::CheckpointDamage {
+                file: "backbone.safetensors".into(),
+                detail: "backbone.safetensors: 7 bytes, but 9 were committed".into(),
+                generation: 2,
+                found_at: None,
+            }),
+            ..manifest.clone()
+        };
+        assert_eq!(
+            checkpoints(&[damaged, manifest]),
+            format!(
+                "{table}
+damaged, not used any more
+step 120  checkpoints/120  backbone.safetensors: 7 bytes, but 9 were committed (found by generation 2)
 "
+            )
         );
     }
 

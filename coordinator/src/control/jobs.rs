@@ -243,10 +243,13 @@ impl Control {
 
     async fn checkpoints(&self, id: &str) -> Result<Vec<CheckpointManifest>, ControlError> {
         let id = &self.find(id)?.job.id;
-        let mut manifests = Vec::new();
-        for record in self.list_all(&keys::checkpoints(id)).await?.into_iter().rev() {
-            manifests.push(decoded(&record.key, &record.value)?);
-        }
+        let mut records = self.list_all(&keys::checkpoints(id)).await?;
+        records.extend(self.list_all(&keys::damaged_checkpoints(id)).await?);
+        let mut manifests: Vec<CheckpointManifest> = records
+            .iter()
+            .map(|record| decoded(&record.key, &record.value))
+            .collect::<Result<_, _>>()?;
+        manifests.sort_by_key(|manifest| std::cmp::Reverse((manifest.step, manifest.generation)));
         Ok(manifests)
     }
 

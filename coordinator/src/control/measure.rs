@@ -126,6 +126,17 @@ pub(super) fn trained(
     ] {
         gauge!(name, "job_id" => id.clone()).set(value);
     }
+    for (name, value) in [
+        (t::CHECKPOINT_STALL_SECONDS, metrics.checkpoint_stall_seconds),
+        (
+            t::CHECKPOINT_SUGGESTED_INTERVAL_SECONDS,
+            metrics.checkpoint_suggested_seconds,
+        ),
+    ] {
+        if let Some(value) = value.filter(|value| value.is_finite()) {
+            gauge!(name, "job_id" => id.clone()).set(value);
+        }
+    }
     let total = job.progress.total_steps.max(1);
     gauge!(t::TRAIN_PROGRESS_RATIO, "job_id" => id.clone()).set(job.progress.step as f64 / total as f64);
     if metrics.step_seconds.is_finite() && metrics.step_seconds >= 0.0 {
@@ -173,6 +184,11 @@ pub(super) fn checkpointed(id: &JobId, manifest: &CheckpointManifest, now: Now) 
     gauge!(t::CHECKPOINT_BYTES, "job_id" => id.clone()).set(bytes as f64);
     gauge!(t::CHECKPOINT_LAST_COMMITTED_STEP, "job_id" => id.clone()).set(manifest.step as f64);
     gauge!(t::CHECKPOINT_LAST_COMMITTED_TIMESTAMP_SECONDS, "job_id" => id).set(now.unix_ms as f64 / 1000.0);
+}
+
+/// A committed checkpoint that does not verify.
+pub(super) fn damaged(id: &JobId) {
+    counter!(t::CHECKPOINT_DAMAGED_TOTAL, "job_id" => id.to_string()).increment(1);
 }
 
 impl Control {

@@ -276,6 +276,11 @@ impl Control {
                 }
             }
             join_request::Message::RankExited(exited) => self.rank_exited(node, exited, silent_ms).await?,
+            join_request::Message::Leaving(_) => {
+                tracing::info!(%node, "node leaves");
+                self.members.drain(node, true);
+                self.leave(node).await;
+            }
         }
         Ok(())
     }
@@ -371,6 +376,13 @@ impl Control {
         }
     }
 
+    /// Has every job with ranks on a node make a checkpoint and go on elsewhere.
+    async fn leave(&mut self, node: &NodeId) {
+        for id in self.jobs_on(node) {
+            self.happened(&id, Event::Drain { node: node.clone() }).await;
+        }
+    }
+
     pub(super) async fn drain(&mut self, node: NodeId, draining: bool) -> Result<Node, ControlError> {
         if !self.members.members().contains_key(&node) && !self.drains.contains(&node) {
             return Err(ControlError::not_found("node", node.as_str()));
@@ -389,9 +401,7 @@ impl Control {
         self.members.drain(&node, draining);
         tracing::info!(%node, draining, "drain changed");
         if draining {
-            for id in self.jobs_on(&node) {
-                self.happened(&id, Event::Drain { node: node.clone() }).await;
-            }
+            self.leave(&node).await;
         }
         let now = self.clock.now();
         let member = self.members.members().get(&node);

@@ -193,6 +193,7 @@ fn manifest(
         parts,
         committed_at: None,
         scaler: step.scaler,
+        damage: None,
     })
 }
 

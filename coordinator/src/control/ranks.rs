@@ -9,9 +9,9 @@ use arcface_proto::{
     timestamp::from_unix_ms,
     types::{Generation, JobId, Rank},
     v1::{
-        CheckpointCommitted, CheckpointManifest, CommitCheckpointRequest, Evaluation, RankId,
-        RendezvousRequest, ReportResponse, StepMetrics, report_request::Report, report_response,
-        watch_job_response,
+        CheckpointCommitted, CheckpointDamage, CheckpointManifest, CommitCheckpointRequest,
+        DamagedCheckpoint, Evaluation, RankError, RankId, RendezvousRequest, ReportResponse, StepMetrics,
+        report_request::Report, report_response, watch_job_response,
     },
 };
 use prost::Message;
@@ -21,6 +21,17 @@ use tokio::sync::mpsc;
 const RANK_BUFFER: usize = 32;
 /// Longest name of a data set: it is part of a key and a label.
 const MAX_DATASET_BYTES: usize = 200;
+
+/// What a new checkpoint makes of the older ones.
+#[derive(Default)]
+struct Retention {
+    /// Directories of all that stay, the new one first.
+    kept: Vec<String>,
+    /// Directories that go.
+    expired: Vec<String>,
+    /// The deletions of their manifests.
+    deletions: Vec<Write>,
+}
 
 impl Control {
     /// The job that a rank belongs to, if its generation is the newest and stands.
@@ -151,6 +162,9 @@ impl Control {
             }
             Report::Metrics(metrics) => self.metrics(&id, generation, metrics).await,
             Report::Evaluation(evaluation) => self.evaluation(&id, generation, evaluation).await,
+            Report::Error(RankError {
+                damaged: Some(found), ..
+            }) => self.damaged(&id, generation, rank, found).await,
             Report::Error(error) => {
                 let event = Event::Error {
                     generation,
@@ -242,6 +256,82 @@ impl Control {
         Ok(())
     }
 
+    /// Sets aside the checkpoint that a generation could not resume from: it is listed among the damaged ones from then
+    /// on, counts for no retention, and its files stay. The next generation resumes from the newest one before it.
+    async fn damaged(
+        &mut self,
+        id: &JobId,
+        generation: Generation,
+        rank: Rank,
+        found: DamagedCheckpoint,
+    ) -> Result<(), ControlError> {
+        let now = self.clock.now();
+        let resume = self.jobs.get(id).and_then(|entry| entry.resume.clone());
+        let Some(mut manifest) = resume.filter(|manifest| manifest.step == found.step) else {
+            let refused = format!(
+                "{id} does not resume from step {}: it was told already",
+                found.step
+            );
+            return Err(ControlError::Refused(refused));
+        };
+        let damage = CheckpointDamage {
+            file: tame(&found.file),
+            detail: tame(&found.detail),
+            generation: generation.0,
+            found_at: Some(from_unix_ms(now.unix_ms)),
+        };
+        let before = Some(manifest.clone());
+        let left = self.checkpoint_before(id, manifest.step).await?;
+        let event = Event::Damaged {
+            generation,
+            rank,
+            message: format!(
+                "the checkpoint of step {} is damaged: {}",
+                manifest.step, damage.detail
+            ),
+            left: left.as_ref().map(|manifest| manifest.step),
+        };
+        tracing::warn!(job = %id, step = manifest.step, directory = manifest.directory, file = damage.file,
+            detail = damage.detail, going_back_to = ?left.as_ref().map(|manifest| manifest.step), "checkpoint is damaged");
+        manifest.damage = Some(damage);
+        let transaction = Transaction::default()
+            .delete(keys::checkpoint(id, manifest.step))
+            .put(
+                keys::damaged_checkpoint(id, manifest.step, manifest.generation),
+                manifest.encode_to_vec(),
+            );
+        if let Some(entry) = self.jobs.get_mut(id) {
+            entry.resume = left;
+        }
+        let applied = self.apply(id, &event, transaction).await;
+        let Some(entry) = self.jobs.get_mut(id) else {
+            return applied;
+        };
+        if applied.is_err() {
+            entry.resume = before;
+            return applied;
+        }
+        measure::damaged(id);
+        let event = watch_job_response::Event::Checkpoint(manifest);
+        entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
+        Ok(())
+    }
+
+    /// The newest committed checkpoint before a step.
+    async fn checkpoint_before(
+        &self,
+        id: &JobId,
+        step: u64,
+    ) -> Result<Option<CheckpointManifest>, ControlError> {
+        let records = self.list_all(&keys::checkpoints(id)).await?;
+        let before = keys::checkpoint(id, step);
+        let newest = records.iter().rev().find(|record| record.key < before);
+        let manifest = newest.map(|record| CheckpointManifest::decode(record.value.as_slice()));
+        manifest.transpose().map_err(|error| {
+            ControlError::Unavailable(format!("checkpoints of {id} cannot be read: {error}"))
+        })
+    }
+
     /// Takes one rank's parts, and commits the checkpoint when they are the last.
     pub(super) async fn commit_checkpoint(
         &mut self,
@@ -267,12 +357,12 @@ impl Control {
         let Some(mut manifest) = entry.prepared.add(rank, request, world_size)? else {
             return Ok(false);
         };
-        let keep = entry.job.spec.checkpoint.keep as usize;
+        let keep = entry.job.spec.checkpoint.kept() as usize;
         manifest.committed_at = Some(from_unix_ms(now.unix_ms));
-        let (expired, deletions) = self.expired(&id, keep, &manifest).await?;
+        let retention = self.retention(&id, keep, &manifest).await?;
         let mut transaction =
             Transaction::default().put(keys::checkpoint(&id, manifest.step), manifest.encode_to_vec());
-        transaction.writes.extend(deletions);
+        transaction.writes.extend(retention.deletions);
         // Known before the effects of the event run: a drained job is relaunched from this checkpoint.
         let before = self
             .jobs
@@ -288,47 +378,70 @@ impl Control {
             }
             return Err(error);
         }
-        self.committed(&id, manifest, expired, now);
+        let committed = CheckpointCommitted {
+            manifest: Some(manifest.clone()),
+            expired_directories: retention.expired,
+            kept_directories: retention.kept,
+        };
+        self.committed(&id, manifest, committed, now);
         Ok(true)
     }
 
-    /// Directories that retention no longer keeps, and the deletions of their manifests.
-    async fn expired(
+    /// What is kept beside the newest checkpoint, and what goes. Damaged ones are kept and do not count.
+    async fn retention(
         &self,
         id: &JobId,
         keep: usize,
         newest: &CheckpointManifest,
-    ) -> Result<(Vec<String>, Vec<Write>), ControlError> {
+    ) -> Result<Retention, ControlError> {
+        let directory = |record: &crate::store::Entry| {
+            CheckpointManifest::decode(record.value.as_slice()).map(|manifest| manifest.directory)
+        };
         let old = self.list_all(&keys::checkpoints(id)).await?;
         let surplus = (old.len() + 1).saturating_sub(keep.max(1));
-        let mut directories = Vec::new();
-        let mut deletions = Vec::new();
-        for record in old.into_iter().take(surplus) {
-            match CheckpointManifest::decode(record.value.as_slice()) {
-                Ok(manifest) if manifest.directory != newest.directory => {
-                    directories.push(manifest.directory)
+        let mut retention = Retention {
+            kept: vec![newest.directory.clone()],
+            ..Retention::default()
+        };
+        let damaged = self.list_all(&keys::damaged_checkpoints(id)).await?;
+        for record in old.iter().skip(surplus).chain(&damaged) {
+            // One that cannot be read would have no place on a list of what is kept: without a list, nothing is swept.
+            match directory(record) {
+                Ok(directory) => retention.kept.push(directory),
+                Err(error) => {
+                    return Err(ControlError::Unavailable(format!(
+                        "record {}: {error}",
+                        record.key
+                    )));
                 }
+            }
+        }
+        for record in old.into_iter().take(surplus) {
+            match directory(&record) {
+                Ok(directory) if !retention.kept.contains(&directory) => retention.expired.push(directory),
                 Ok(_) => {}
                 Err(error) => tracing::warn!(key = record.key, %error, "expired checkpoint cannot be read"),
             }
-            deletions.push(Write::Delete(record.key));
+            retention.deletions.push(Write::Delete(record.key));
         }
-        Ok((directories, deletions))
+        Ok(retention)
     }
 
-    fn committed(&mut self, id: &JobId, manifest: CheckpointManifest, expired: Vec<String>, now: job::Now) {
+    fn committed(
+        &mut self,
+        id: &JobId,
+        manifest: CheckpointManifest,
+        committed: CheckpointCommitted,
+        now: job::Now,
+    ) {
         tracing::info!(job = %id, step = manifest.step, directory = manifest.directory, "checkpoint committed");
         let Some(entry) = self.jobs.get_mut(id) else {
             return;
         };
         entry.prepared.committed(manifest.step);
         measure::checkpointed(id, &manifest, now);
-        let event = watch_job_response::Event::Checkpoint(manifest.clone());
+        let event = watch_job_response::Event::Checkpoint(manifest);
         entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
-        let committed = CheckpointCommitted {
-            manifest: Some(manifest),
-            expired_directories: expired,
-        };
         let command = report_response::Command::CheckpointCommitted(committed);
         self.tell_rank_0(
             id,

@@ -60,6 +60,14 @@ pub mod keys {
     pub fn checkpoint(id: &JobId, step: u64) -> String {
         format!("checkpoint/{id}/{step:020}")
     }
+    /// A job's checkpoints that were found damaged, by step and generation.
+    pub fn damaged_checkpoints(id: &JobId) -> String {
+        format!("damaged/{id}/")
+    }
+    /// One damaged checkpoint. A later generation may commit the same step again, so the step alone does not name it.
+    pub fn damaged_checkpoint(id: &JobId, step: u64, generation: u64) -> String {
+        format!("damaged/{id}/{step:020}/{generation:020}")
+    }
     /// A job's evaluations, by step and data set.
     pub fn evaluations(id: &JobId) -> String {
         format!("evaluation/{id}/")

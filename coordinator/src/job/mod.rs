@@ -160,6 +160,8 @@ pub enum FailureKind {
     Drained,
     /// Took room that became free, for more ranks: not counted as a failure.
     Grown,
+    /// The checkpoint to resume from was damaged: not counted either, each time there is one less.
+    Damaged,
     /// A rank said that it cannot go on.
     Error,
     /// A loss or gradient was not finite, and the job wants to go on without the step.
@@ -175,6 +177,7 @@ impl FailureKind {
         Self::Oom,
         Self::Drained,
         Self::Grown,
+        Self::Damaged,
         Self::Error,
         Self::Nonfinite,
     ];
@@ -188,6 +191,7 @@ impl FailureKind {
             Self::Oom => "oom",
             Self::Drained => "drained",
             Self::Grown => "grown",
+            Self::Damaged => "damaged",
             Self::Error => "error",
             Self::Nonfinite => "nonfinite",
         }
@@ -265,7 +269,7 @@ pub struct Job {
     pub left_out_steps: Vec<u64>,
     /// How far it is.
     pub progress: Progress,
-    /// Step of the newest committed checkpoint.
+    /// Step of the newest committed checkpoint that is not known to be damaged.
     pub checkpoint_step: Option<u64>,
     /// When it was accepted, ms since the Unix epoch.
     pub submitted_unix_ms: u64,
@@ -492,6 +496,17 @@ pub enum Event {
         generation: Generation,
         /// Its step.
         step: u64,
+    },
+    /// The checkpoint to resume from does not verify. It is set aside in the same store transaction.
+    Damaged {
+        /// Generation.
+        generation: Generation,
+        /// Rank that found it.
+        rank: Rank,
+        /// What is wrong with which file.
+        message: String,
+        /// Step of the newest committed checkpoint that is left.
+        left: Option<u64>,
     },
     /// Somebody asked for the end.
     Cancel {

@@ -84,6 +84,12 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
             next.fence(*generation, Rank(0))?;
             next.committed(*step);
         }
+        Event::Damaged {
+            generation,
+            rank,
+            message,
+            left,
+        } => next.damaged(*generation, *rank, message, *left)?,
         Event::Cancel { reason } => next.cancel(reason),
         Event::Drain { node } => next.drain(node),
         Event::Room(world_size) => next.job.room = *world_size,
@@ -508,6 +514,53 @@ impl Transition<'_> {
         }
     }
 
+    /// The generation cannot resume: the next one does, from the checkpoint before. Without one the job fails, because to
+    /// start over would throw away what its user believes to be safe.
+    fn damaged(
+        &mut self,
+        generation: Generation,
+        rank: Rank,
+        message: &str,
+        left: Option<u64>,
+    ) -> Result<(), Refused> {
+        // A peer that only saw this rank go may have spoken first.
+        let late = generation == self.job.generation
+            && (rank.0 as usize) < self.job.ranks.len()
+            && self.job.phase == Phase::Recovering;
+        if !late {
+            self.fence(generation, rank)?;
+        }
+        self.job.checkpoint_step = left;
+        let reason = format!("{}: {message}", self.name(rank));
+        if left.is_none() {
+            if !late {
+                self.effect(Effect::Kill { grace_ms: 0 });
+                self.effect(Effect::EndGeneration);
+            }
+            self.enter(
+                Phase::Failed,
+                format!("{reason}; no committed checkpoint is left to go back to"),
+            );
+            return Ok(());
+        }
+        if !late {
+            self.fail_generation(FailureKind::Damaged, reason, 0, false);
+            return Ok(());
+        }
+        self.job.failures = self.job.failures.saturating_sub(1);
+        self.job.hearsay = false;
+        if let Some(last) = self.job.recoveries.last_mut() {
+            last.kind = FailureKind::Damaged;
+            last.reason.clone_from(&reason);
+        }
+        self.job.reason = reason;
+        self.changed();
+        self.effect(Effect::NotifyRecovery(
+            self.job.recoveries.len().saturating_sub(1),
+        ));
+        Ok(())
+    }
+
     fn cancel(&mut self, reason: &str) {
         if self.job.phase.is_terminal() || self.job.phase == Phase::Cancelling {
             return;
@@ -553,7 +606,10 @@ impl Transition<'_> {
     fn fail_generation(&mut self, kind: FailureKind, reason: String, silent_ms: u64, hearsay: bool) {
         self.effect(Effect::Kill { grace_ms: 0 });
         self.effect(Effect::EndGeneration);
-        if !matches!(kind, FailureKind::Drained | FailureKind::Grown) {
+        if !matches!(
+            kind,
+            FailureKind::Drained | FailureKind::Grown | FailureKind::Damaged
+        ) {
             self.job.failures += 1;
         }
         if self.job.failures > self.job.spec.max_restarts {

@@ -148,6 +148,12 @@ fn parse(line: &str, job: &Job) -> (Event, Now) {
             generation,
             step: words.number("step", 0),
         },
+        "damaged" => Event::Damaged {
+            generation,
+            rank,
+            message: words.text("says"),
+            left: words.0.get("left").map(|step| step.parse().expect("step")),
+        },
         "cancel" => Event::Cancel {
             reason: words.text("why"),
         },
@@ -282,6 +288,8 @@ fn any_event() -> impl Strategy<Value = Event> {
             |(generation, rank, permanent, rollback_step)|
             Event::Error { generation, rank, message: String::new(), permanent, peer: None, rollback_step }),
         2 => (generation(), 0u64..9).prop_map(|(generation, step)| Event::Committed { generation, step }),
+        1 => (generation(), rank(), any::<bool>()).prop_map(|(generation, rank, left)| Event::Damaged {
+            generation, rank, message: String::new(), left: left.then_some(0) }),
         1 => Just(Event::Cancel { reason: String::new() }),
         1 => node().prop_map(|node| Event::Drain { node }),
         1 => proptest::option::of(1u32..5).prop_map(Event::Room),
@@ -339,7 +347,11 @@ proptest! {
                 prop_assert_eq!(&after.reason, &before.reason);
             }
             prop_assert!(after.failures <= after.spec.max_restarts + 1);
-            prop_assert!(after.checkpoint_step >= before.checkpoint_step);
+            // The committed step moves forward, but for a checkpoint that turned out damaged.
+            let damaged = matches!(event, Event::Damaged { .. });
+            prop_assert!(damaged || after.checkpoint_step >= before.checkpoint_step);
+            // Never from scratch behind its user's back.
+            prop_assert!(!damaged || after.checkpoint_step.is_some() || !after.phase.wants_ranks());
             job = after;
         }
     }

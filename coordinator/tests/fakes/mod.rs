@@ -293,6 +293,11 @@ impl Agent {
         say(&self.outgoing, join_request::Message::RankExited(exited)).await;
     }
 
+    /// Says that it is about to stop.
+    pub async fn leaves(&self) {
+        say(&self.outgoing, join_request::Message::Leaving(v1::Leaving {})).await;
+    }
+
     /// Falls silent; its ranks live on and can be joined with again.
     pub fn vanish(self) -> Ranks {
         self.task.abort();

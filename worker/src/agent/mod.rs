@@ -19,7 +19,7 @@ pub use process::RankCommand;
 use crate::telemetry as names;
 use arcface_proto::types::{Generation, JobId, NodeId};
 use arcface_proto::v1::{
-    Heartbeat, Hello, JoinRequest, JoinResponse, KillRanks, RankAssignment, RankStarted,
+    Heartbeat, Hello, JoinRequest, JoinResponse, KillRanks, Leaving, RankAssignment, RankStarted,
 };
 use arcface_proto::v1::{RankExited, join_request::Message as Request, join_response::Message as Response};
 use link::{Link, LinkEvent};
@@ -61,45 +61,68 @@ pub struct AgentOptions {
     pub hang_after: Option<Duration>,
     /// What a rank process is.
     pub rank_command: RankCommand,
+    /// How long an agent that stops waits for its ranks' jobs to make a checkpoint and leave.
+    pub leave: Duration,
 }
 
-/// Runs the agent until `shutdown` is done, then stops the ranks, tells the coordinator and returns.
+/// Where an agent is on its way out.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    Serving,
+    /// The coordinator knows; ranks may finish a checkpoint until then.
+    Leaving(tokio::time::Instant),
+    /// Ranks are ended; it returns at the latest then.
+    Stopping(tokio::time::Instant),
+}
+
+impl Stage {
+    fn ends(self) -> Option<tokio::time::Instant> {
+        match self {
+            Self::Serving => None,
+            Self::Leaving(at) | Self::Stopping(at) => Some(at),
+        }
+    }
+
+    fn is_serving(self) -> bool {
+        matches!(self, Self::Serving)
+    }
+}
+
+/// Runs the agent until a first word on `shutdown`: then it tells the coordinator, so that jobs make a checkpoint and
+/// leave, stops what is left after [`AgentOptions::leave`] or at a second word, and returns.
 ///
 /// Await it on the main thread (`Runtime::block_on`): rank processes are started on the calling thread, and end
-/// with it. Completion of `shutdown` a second time is not waited for: ranks get a fixed grace.
+/// with it.
 ///
 /// # Errors
 /// None so far: what goes wrong is logged and tried again.
-pub async fn run(options: AgentOptions, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub async fn run(options: AgentOptions, mut shutdown: mpsc::Receiver<()>) -> anyhow::Result<()> {
     let (exits_sender, mut exits) = mpsc::channel(64);
     let mut agent = Agent::new(options, exits_sender);
-    let mut shutdown = std::pin::pin!(shutdown);
-    let mut stop_at: Option<tokio::time::Instant> = None;
+    let mut stage = Stage::Serving;
     let mut ticks = tokio::time::interval(agent.heartbeat);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             event = agent.link.next() => {
-                if agent.on_link(event, stop_at.is_some()) {
+                if agent.on_link(event, !stage.is_serving()) {
                     ticks = tokio::time::interval(agent.heartbeat);
                     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
                 }
             }
             Some((key, facts)) = exits.recv() => agent.on_exit(&key, facts),
             _ = ticks.tick() => agent.on_tick(Instant::now()),
-            () = &mut shutdown, if stop_at.is_none() => {
-                info!("stopping: ranks are ended");
-                stop_at = Some(tokio::time::Instant::now() + STOP_LIMIT);
-                let effects = agent.table.stop_all("the worker was stopped", STOP_GRACE);
-                agent.perform(effects);
-            }
-            () = sleep_until(stop_at) => {
-                warn!("stopped before every rank and message was seen off");
-                return Ok(());
+            Some(()) = shutdown.recv() => stage = agent.on_shutdown(stage),
+            () = sleep_until(stage.ends()) => match stage {
+                Stage::Stopping(_) => {
+                    warn!("stopped before every rank and message was seen off");
+                    return Ok(());
+                }
+                _ => stage = agent.on_shutdown(stage),
             }
         }
         let told = !agent.link.is_up() || agent.outbox.is_empty();
-        if stop_at.is_some() && agent.table.is_idle() && told {
+        if !stage.is_serving() && agent.table.is_idle() && told {
             info!("stopped");
             return Ok(());
         }
@@ -154,6 +177,26 @@ impl Agent {
         }
     }
 
+    /// The next stage of stopping. With nothing to wait for, or nobody to tell, it is the last.
+    fn on_shutdown(&mut self, stage: Stage) -> Stage {
+        let now = tokio::time::Instant::now();
+        let may_leave = stage.is_serving() && !self.options.leave.is_zero() && !self.table.is_idle();
+        match stage {
+            Stage::Stopping(_) => stage,
+            _ if may_leave && self.link.send(leaving()) => {
+                let limit = self.options.leave;
+                info!(?limit, "stopping: jobs may make a checkpoint and leave");
+                Stage::Leaving(now + limit)
+            }
+            _ => {
+                info!("stopping: ranks are ended");
+                let effects = self.table.stop_all("the worker was stopped", STOP_GRACE);
+                self.perform(effects);
+                Stage::Stopping(now + STOP_LIMIT)
+            }
+        }
+    }
+
     /// True if the heartbeat's period may have changed.
     fn on_link(&mut self, event: LinkEvent, stopping: bool) -> bool {
         match event {
@@ -185,6 +228,9 @@ impl Agent {
                 info!(coordinator = %address, epoch, heartbeat_ms = welcome.heartbeat_ms, "joined");
                 for exit in self.outbox.resend() {
                     self.link.send(Request::RankExited(exit));
+                }
+                if stopping {
+                    self.link.send(leaving());
                 }
                 return true;
             }
@@ -409,6 +455,10 @@ impl Agent {
             })),
         }
     }
+}
+
+fn leaving() -> Request {
+    Request::Leaving(Leaving {})
 }
 
 fn is_loopback(host: &str) -> bool {

@@ -6,7 +6,6 @@ use arcface_proto::v1::{HeartbeatAck, JobSpec, LaunchRanks, Welcome};
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
@@ -201,7 +200,7 @@ impl Coordinator {
 }
 
 struct Running {
-    stop: oneshot::Sender<()>,
+    stop: mpsc::Sender<()>,
     agent: JoinHandle<anyhow::Result<()>>,
     scratch: tempfile::TempDir,
 }
@@ -209,6 +208,11 @@ struct Running {
 impl Running {
     /// An agent with two slots whose ranks run `script`; `$1` is `--parent-pid`.
     fn start(coordinators: &[SocketAddr], script: &str) -> Self {
+        Self::start_with(coordinators, script, Duration::ZERO)
+    }
+
+    /// The same, and it waits so long for its ranks to leave.
+    fn start_with(coordinators: &[SocketAddr], script: &str, leave: Duration) -> Self {
         let scratch = tempfile::tempdir().unwrap();
         let options = AgentOptions {
             coordinators: coordinators.iter().map(SocketAddr::to_string).collect(),
@@ -223,16 +227,15 @@ impl Running {
                 program: "/bin/sh".into(),
                 args: ["-c", script, "rank"].map(OsString::from).to_vec(),
             },
+            leave,
         };
-        let (stop, stopped) = oneshot::channel();
-        let agent = tokio::spawn(run(options, async {
-            stopped.await.ok();
-        }));
+        let (stop, stopped) = mpsc::channel(2);
+        let agent = tokio::spawn(run(options, stopped));
         Self { stop, agent, scratch }
     }
 
     async fn stop(self) {
-        self.stop.send(()).unwrap();
+        self.stop.send(()).await.unwrap();
         tokio::time::timeout(DEADLINE, self.agent)
             .await
             .unwrap()
@@ -376,6 +379,38 @@ async fn ranks_outlive_a_coordinator_that_comes_back_and_exits_are_told_again() 
     assert_eq!(second.exited().await.signal, Some(9));
     *second.acknowledge.lock().unwrap() = true;
     agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_stops_lets_jobs_leave_until_it_is_told_twice() {
+    for twice in [false, true] {
+        let mut coordinator = Coordinator::start(None, 1, 60_000).await;
+        let agent = Running::start_with(&[coordinator.address], FOREVER, Duration::from_secs(600));
+        coordinator.hello().await;
+        coordinator.launch(1, 0..1, "j").await;
+        let rank = coordinator.started().await;
+        coordinator.heartbeat_with(1).await;
+        agent.stop.send(()).await.unwrap();
+        coordinator
+            .expect("word that it leaves", |message| {
+                matches!(message, Request::Leaving(_)).then_some(())
+            })
+            .await;
+        assert!(is_alive(rank.pid));
+        match twice {
+            // As the coordinator does once the checkpoint is committed.
+            false => coordinator.kill(1, 0).await,
+            true => agent.stop.send(()).await.unwrap(),
+        }
+        let exit = coordinator.exited().await;
+        assert_eq!(
+            (exit.requested, exit.signal),
+            (!twice, Some(if twice { 15 } else { 9 }))
+        );
+        // Its end is waited for; another word changes nothing.
+        let ended = tokio::time::timeout(DEADLINE, agent.agent).await;
+        ended.unwrap().unwrap().unwrap();
+    }
 }
 
 #[tokio::test]

@@ -2,8 +2,12 @@
 
 use std::{
     io,
+    ops::Range,
     path::{Path, PathBuf},
 };
+
+/// "Input/output error" of Linux: the disk could not give back what it took.
+const EIO: i32 = 5;
 
 /// Why a checkpoint cannot be written or used.
 #[derive(Debug, thiserror::Error)]
@@ -39,10 +43,12 @@ pub enum CheckpointError {
         got: u64,
     },
     /// A part has other contents than were committed.
-    #[error("{}: contents changed: BLAKE3 is {got}, but {expected} was committed", path.display())]
+    #[error("{}: contents changed{}: BLAKE3 is {got}, but {expected} was committed", path.display(), zeroed(zeros))]
     Digest {
         /// File.
         path: PathBuf,
+        /// Bytes up to its end that are zero, if they are suspiciously many: what a disk gives that lost a write.
+        zeros: Option<Range<u64>>,
         /// Digest committed.
         expected: String,
         /// Digest found.
@@ -78,7 +84,41 @@ pub enum CheckpointError {
     },
 }
 
+fn zeroed(zeros: &Option<Range<u64>>) -> String {
+    zeros.as_ref().map_or(String::new(), |zeros| {
+        format!(", bytes {}..{} are zero", zeros.start, zeros.end)
+    })
+}
+
 impl CheckpointError {
+    /// True if the files are not those that were committed: another try, or another node, would find the same. False for
+    /// what may pass, such as a folder that is not mounted here.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Size { .. } | Self::Digest { .. } | Self::Layout { .. } => true,
+            Self::Io { path, source, .. } => match source.kind() {
+                io::ErrorKind::UnexpectedEof => true,
+                // A file or its directory is gone, but the folder of all checkpoints is here.
+                io::ErrorKind::NotFound => path.ancestors().nth(2).is_some_and(Path::is_dir),
+                _ => source.raw_os_error() == Some(EIO),
+            },
+            Self::NoSpace { .. } | Self::Version { .. } | Self::Tensor { .. } => false,
+        }
+    }
+
+    /// The file or directory that it is about.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::NoSpace { path, .. }
+            | Self::Io { path, .. }
+            | Self::Size { path, .. }
+            | Self::Digest { path, .. }
+            | Self::Version { path, .. }
+            | Self::Layout { path, .. } => Some(path),
+            Self::Tensor { .. } => None,
+        }
+    }
+
     /// A failed operation; a full disk is told apart.
     pub(super) fn io(operation: &'static str, path: &Path, bytes: u64) -> impl Fn(io::Error) -> Self + use<> {
         let path = path.to_owned();

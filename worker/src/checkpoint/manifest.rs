@@ -59,6 +59,7 @@ pub fn parse(path: &Path, text: &[u8]) -> Result<CheckpointManifest, CheckpointE
     if got != stated {
         return Err(CheckpointError::Digest {
             path: path.to_owned(),
+            zeros: None,
             expected: stated,
             got,
         });

@@ -1,14 +1,14 @@
 //! Checkpoints: a directory of safetensors, `backbone.safetensors` and one `head-<lo>-<hi>.safetensors` a shard,
 //! and `manifest.json`. Written by the ranks of one world, read by those of any other.
 //!
-//! A part is written to a temporary name, synced and renamed ([`mod@write`]); the checkpoint exists once the coordinator
-//! has committed its manifest, which carries size and BLAKE3 digest of every part. Nothing of a part is used before
-//! both were checked ([`mod@read`]). Which bytes a new shard takes from old ones is pure arithmetic ([`reshard`]).
+//! A part is written to a temporary name, synced, renamed and read again ([`mod@write`]); the checkpoint exists once the
+//! coordinator has committed its manifest, which carries size and BLAKE3 digest of every part. Nothing of a part is used
+//! before both were checked ([`mod@read`]). Which bytes a new shard takes from old ones is pure arithmetic ([`reshard`]).
 //!
 //! Knows tensors by name alone: it must not know networks, heads or optimizers, nor decide what is committed.
 
+mod disk;
 mod error;
-mod layout;
 pub mod manifest;
 mod part;
 pub mod read;
@@ -21,6 +21,9 @@ pub use read::Checkpoint;
 pub use write::write_part;
 
 use arcface_proto::v1::{CheckpointManifest, LossScaler};
+
+/// Bytes moved at a time between tensors and files.
+const CHUNK: usize = 4 << 20;
 
 /// A named tensor of a part.
 pub type NamedTensor = (String, tch::Tensor);

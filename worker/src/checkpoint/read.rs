@@ -5,28 +5,34 @@
 //! disk), and then the bytes it wants again, from the page cache. At the old world size that is its own part; at
 //! another one the parts at both ends of its range as well.
 
-use super::{
-    CheckpointError, NamedTensor, PartKind, TrainState,
-    layout::{self, CHUNK, Stored},
-    manifest, reshard,
-};
+use super::{CHUNK, CheckpointError, NamedTensor, PartKind, TrainState, manifest, reshard};
 use crate::data::{Access, MappedFile};
+use crate::export::{self, safetensors::header};
 use arcface_proto::{
     types::ClassRange,
     v1::{CheckpointManifest, CheckpointPart},
 };
 use std::{
+    collections::HashMap,
     fs::File,
-    io::{self, Read, Seek, SeekFrom},
+    io::{self, Read},
+    ops::Range,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 use tch::{Device, Kind, Tensor};
+
+/// Zero bytes at the end of a part that are worth a word: a block of a disk.
+const BLOCK: u64 = 4096;
 
 /// A committed checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     manifest: CheckpointManifest,
+    /// Parts that were found to be what was committed, by file, and are still open.
+    proven: Mutex<HashMap<String, Arc<Part>>>,
 }
 
 impl Checkpoint {
@@ -37,6 +43,7 @@ impl Checkpoint {
         let checkpoint = Self {
             dir: dir.to_owned(),
             manifest,
+            proven: Mutex::default(),
         };
         for part in &checkpoint.manifest.parts {
             checkpoint.open_part(part)?;
@@ -64,53 +71,80 @@ impl Checkpoint {
         self.manifest
             .parts
             .iter()
-            .try_for_each(|part| self.verified(part).map(drop))
+            .try_for_each(|part| self.prove(part).map(drop))
+    }
+
+    /// Checks size and digest of what a rank with these classes will read. The parts stay open and are not hashed again:
+    /// a file that is replaced meanwhile changes nothing.
+    pub fn verify_for(&self, classes: ClassRange) -> Result<(), CheckpointError> {
+        self.verified(self.backbone_part()?)?;
+        let heads = self.head_parts();
+        let pieces = self.pieces(classes, &heads)?;
+        // A rank without classes reads the names of the tensors in the first.
+        let first = heads.first().filter(|_| pieces.is_empty());
+        let wanted = pieces.iter().map(|piece| &heads[piece.part]).chain(first);
+        for (part, _) in wanted {
+            self.verified(part)?;
+        }
+        Ok(())
     }
 
     /// The backbone part's tensors, on the CPU, in the order of the file.
     pub fn backbone(&self) -> Result<Vec<NamedTensor>, CheckpointError> {
-        let parts = self.manifest.parts.iter();
-        let part = parts
-            .into_iter()
-            .find(|part| manifest::kind(part) == Some(PartKind::Backbone));
-        let part = part.ok_or_else(|| CheckpointError::layout(&self.dir, "no backbone part"))?;
-        let mut part = self.verified(part)?;
-        let tensors = std::mem::take(&mut part.tensors);
-        tensors
-            .into_iter()
+        let part = self.verified(self.backbone_part()?)?;
+        part.tensors
+            .iter()
             .map(|stored| {
-                let tensor = part.allocate(&stored, &stored.shape)?;
-                part.copy_in(&stored, stored.start, stored.len, &tensor.view([-1]))?;
-                Ok((stored.name, tensor))
+                let tensor = part.allocate(stored, &stored.shape)?;
+                part.copy_in(stored, stored.start, stored.len, &tensor.view([-1]))?;
+                Ok((stored.name.clone(), tensor))
             })
             .collect()
     }
 
-    /// Rows `classes` of every tensor of the head, on the CPU, whatever the old shards were; tensors without a
-    /// dimension as they are in every part. Reads only the bytes of those rows, after the digests were checked.
-    pub fn head_rows(&self, classes: ClassRange) -> Result<Vec<NamedTensor>, CheckpointError> {
-        let all: Vec<(&CheckpointPart, ClassRange)> = self
-            .manifest
+    fn backbone_part(&self) -> Result<&CheckpointPart, CheckpointError> {
+        let mut parts = self.manifest.parts.iter();
+        parts
+            .find(|part| manifest::kind(part) == Some(PartKind::Backbone))
+            .ok_or_else(|| CheckpointError::layout(&self.dir, "no backbone part"))
+    }
+
+    fn head_parts(&self) -> Vec<(&CheckpointPart, ClassRange)> {
+        self.manifest
             .parts
             .iter()
             .filter_map(|part| match manifest::kind(part) {
                 Some(PartKind::Head(classes)) => Some((part, classes)),
                 _ => None,
             })
-            .collect();
-        let ranges: Vec<ClassRange> = all.iter().map(|(_, classes)| *classes).collect();
-        let pieces = reshard::pieces(classes, &ranges)
-            .map_err(|error| CheckpointError::layout(&self.dir, format!("head rows {classes}: {error}")))?;
+            .collect()
+    }
+
+    fn pieces(
+        &self,
+        classes: ClassRange,
+        heads: &[(&CheckpointPart, ClassRange)],
+    ) -> Result<Vec<reshard::Piece>, CheckpointError> {
+        let ranges: Vec<ClassRange> = heads.iter().map(|(_, classes)| *classes).collect();
+        reshard::pieces(classes, &ranges)
+            .map_err(|error| CheckpointError::layout(&self.dir, format!("head rows {classes}: {error}")))
+    }
+
+    /// Rows `classes` of every tensor of the head, on the CPU, whatever the old shards were; tensors without a
+    /// dimension as they are in every part. Reads only the bytes of those rows, after the digests were checked.
+    pub fn head_rows(&self, classes: ClassRange) -> Result<Vec<NamedTensor>, CheckpointError> {
+        let all = self.head_parts();
+        let pieces = self.pieces(classes, &all)?;
 
         // A rank without classes still gets every tensor, with no rows.
         let first = pieces.first().map_or(0, |piece| piece.part);
         let Some((first, _)) = all.get(first) else {
             return Err(CheckpointError::layout(&self.dir, "no head part"));
         };
-        let mut first = self.verified(first)?;
-        let names = first.tensors.clone();
+        let first = self.verified(first)?;
+        let names = &first.tensors;
         let mut out = Vec::with_capacity(names.len());
-        for stored in &names {
+        for stored in names {
             let mut shape = stored.shape.clone();
             match shape.first_mut() {
                 Some(rows) => *rows = classes.len().into(),
@@ -125,7 +159,7 @@ impl Checkpoint {
         }
         for piece in &pieces {
             let (part, held) = all[piece.part];
-            let mut part = self.verified(part)?;
+            let part = self.verified(part)?;
             for (stored, (_, tensor)) in names.iter().zip(&out) {
                 part.copy_rows(stored, held, piece, tensor)?;
             }
@@ -140,33 +174,30 @@ impl Checkpoint {
         name: &str,
         wanted: &dyn Fn(ClassRange) -> bool,
     ) -> Result<Vec<MappedRows>, CheckpointError> {
-        let parts = self
-            .manifest
-            .parts
-            .iter()
-            .filter_map(|part| match manifest::kind(part) {
-                Some(PartKind::Head(classes)) if !classes.is_empty() && wanted(classes) => {
-                    Some((part, classes))
-                }
-                _ => None,
-            });
+        let parts = self.head_parts().into_iter();
         parts
+            .filter(|(_, classes)| !classes.is_empty() && wanted(*classes))
             .map(|(part, classes)| {
                 let (path, _) = self.open_part(part)?;
                 let failed = CheckpointError::io("map", &path, part.bytes);
                 let map = MappedFile::open(&path, Access::Sequential).map_err(failed)?;
                 let got = blake3::hash(&map).to_hex().to_string();
                 if !got.eq_ignore_ascii_case(&part.blake3) {
-                    let expected = part.blake3.clone();
-                    return Err(CheckpointError::Digest { path, expected, got });
+                    return Err(CheckpointError::Digest {
+                        zeros: zeros_at_end(
+                            &mut |bytes, at| {
+                                bytes.copy_from_slice(&map[at as usize..][..bytes.len()]);
+                                Ok(())
+                            },
+                            part.bytes,
+                        ),
+                        path,
+                        expected: part.blake3.clone(),
+                        got,
+                    });
                 }
                 let refuse = |detail: String| CheckpointError::layout(&path, detail);
-                let length = map.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
-                let header = usize::try_from(length.min(layout::MAX_HEADER))
-                    .ok()
-                    .and_then(|length| map.get(8..8 + length))
-                    .ok_or_else(|| refuse(format!("header of {length} bytes")))?;
-                let stored = layout::parse(header, part.bytes)
+                let stored = stored(&map, part.bytes)
                     .map_err(refuse)?
                     .into_iter()
                     .find(|stored| stored.name == name)
@@ -201,9 +232,21 @@ impl Checkpoint {
         Ok((path, file))
     }
 
+    /// A part that is what was committed.
+    fn verified(&self, part: &CheckpointPart) -> Result<Arc<Part>, CheckpointError> {
+        // Nothing in here leaves the map half changed.
+        let mut proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(part) = proven.get(&part.file) {
+            return Ok(part.clone());
+        }
+        let found = Arc::new(self.prove(part)?);
+        proven.insert(part.file.clone(), found.clone());
+        Ok(found)
+    }
+
     /// Opens a part, compares it with the manifest, and reads its header: from the same open file, so that a part
     /// that is replaced meanwhile changes nothing.
-    fn verified(&self, part: &CheckpointPart) -> Result<Part, CheckpointError> {
+    fn prove(&self, part: &CheckpointPart) -> Result<Part, CheckpointError> {
         let (path, mut file) = self.open_part(part)?;
         let failed = CheckpointError::io("read", &path, part.bytes);
         let mut hasher = blake3::Hasher::new();
@@ -211,30 +254,78 @@ impl Checkpoint {
         let got = hasher.finalize().to_hex().to_string();
         if !got.eq_ignore_ascii_case(&part.blake3) {
             return Err(CheckpointError::Digest {
+                zeros: zeros_at_end(&mut |bytes, at| file.read_exact_at(bytes, at), part.bytes),
                 path,
                 expected: part.blake3.clone(),
                 got,
             });
         }
-        let mut length = [0; 8];
-        file.seek(SeekFrom::Start(0)).map_err(&failed)?;
-        file.read_exact(&mut length).map_err(&failed)?;
-        let length = u64::from_le_bytes(length);
-        if length > layout::MAX_HEADER.min(part.bytes) {
-            return Err(CheckpointError::layout(
-                &path,
-                format!("header of {length} bytes"),
-            ));
+        let mut start = vec![0; part.bytes.min(8) as usize];
+        file.read_exact_at(&mut start, 0).map_err(&failed)?;
+        if let Some(length) = start.first_chunk().map(|length| u64::from_le_bytes(*length)) {
+            // What is longer is refused by its length alone.
+            let length = length.min(part.bytes - 8).min(header::MAX_HEADER);
+            start.resize(8 + length as usize, 0);
+            file.read_exact_at(&mut start[8..], 8).map_err(&failed)?;
         }
-        let mut header = Vec::new();
-        file.by_ref()
-            .take(length)
-            .read_to_end(&mut header)
-            .map_err(&failed)?;
-        let tensors =
-            layout::parse(&header, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
+        let tensors = stored(&start, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
         Ok(Part { path, file, tensors })
     }
+}
+
+/// The bytes up to the end of a part that are zero, if they fill a block: read from the end, which `read` fills from an
+/// offset. For a message: what cannot be read is not mentioned.
+fn zeros_at_end(read: &mut dyn FnMut(&mut [u8], u64) -> io::Result<()>, end: u64) -> Option<Range<u64>> {
+    let mut buffer = vec![0; CHUNK];
+    let mut start = end;
+    while start > 0 {
+        let chunk = &mut buffer[..(CHUNK as u64).min(start) as usize];
+        let at = start - chunk.len() as u64;
+        read(chunk, at).ok()?;
+        let other = chunk.iter().rposition(|byte| *byte != 0);
+        start = other.map_or(at, |last| at + last as u64 + 1);
+        if other.is_some() {
+            break;
+        }
+    }
+    (end - start >= BLOCK).then_some(start..end)
+}
+
+/// A tensor of a part, by its place in the file.
+#[derive(Clone, Debug)]
+struct Stored {
+    name: String,
+    kind: Kind,
+    shape: Vec<i64>,
+    /// First byte, from the start of the file.
+    start: u64,
+    /// Bytes.
+    len: u64,
+}
+
+impl Stored {
+    /// Bytes of one row along the first dimension; `rows` is its size.
+    fn row_bytes(&self, rows: u64) -> u64 {
+        self.len.checked_div(rows).unwrap_or(0)
+    }
+}
+
+/// The tensors of a part of `bytes` bytes, in the order of their data, by the header at its `start`.
+fn stored(start: &[u8], bytes: u64) -> Result<Vec<Stored>, String> {
+    let header = header::read(start, bytes)?;
+    let data = header.data;
+    let tensors = header.tensors.into_iter().map(|tensor| {
+        let kind = export::kind_of(tensor.dtype)
+            .ok_or_else(|| format!("tensor {}: kind {} is not read", tensor.name, tensor.dtype))?;
+        Ok(Stored {
+            kind,
+            start: (data + tensor.start) as u64,
+            len: (tensor.end - tensor.start) as u64,
+            name: tensor.name,
+            shape: tensor.shape,
+        })
+    });
+    tensors.collect()
 }
 
 /// Rows of one tensor, in a file.
@@ -255,6 +346,7 @@ pub struct MappedRows {
 }
 
 /// A part whose contents are those that were committed.
+#[derive(Debug)]
 struct Part {
     path: PathBuf,
     file: File,
@@ -273,7 +365,7 @@ impl Part {
     /// Copies rows of this part's tensor of the same name as `like` into `tensor`. A tensor without rows must have
     /// the value that is there already.
     fn copy_rows(
-        &mut self,
+        &self,
         like: &Stored,
         held: ClassRange,
         piece: &reshard::Piece,
@@ -317,22 +409,15 @@ impl Part {
     }
 
     /// Reads `len` bytes at `start` into `flat`, a contiguous tensor of one dimension and as many bytes.
-    fn copy_in(
-        &mut self,
-        stored: &Stored,
-        start: u64,
-        len: u64,
-        flat: &Tensor,
-    ) -> Result<(), CheckpointError> {
+    fn copy_in(&self, stored: &Stored, start: u64, len: u64, flat: &Tensor) -> Result<(), CheckpointError> {
         let failed = CheckpointError::io("read", &self.path, len);
-        self.file.seek(SeekFrom::Start(start)).map_err(&failed)?;
         let size = stored.kind.elt_size_in_bytes();
         let mut buffer = vec![0; CHUNK.min(len as usize)];
-        let mut element = 0;
+        let (mut at, mut element) = (start, 0);
         let mut left = len as usize;
         while left > 0 {
             let chunk = &mut buffer[..CHUNK.min(left)];
-            self.file.read_exact(chunk).map_err(&failed)?;
+            self.file.read_exact_at(chunk, at).map_err(&failed)?;
             let count = (chunk.len() / size) as i64;
             Tensor::f_from_data_size(chunk, &[count], stored.kind)
                 .and_then(|values| flat.f_narrow(0, element, count)?.f_copy_(&values))
@@ -340,6 +425,7 @@ impl Part {
                     CheckpointError::layout(&self.path, format!("tensor {}: {error}", stored.name))
                 })?;
             element += count;
+            at += chunk.len() as u64;
             left -= chunk.len();
         }
         Ok(())

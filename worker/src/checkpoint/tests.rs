@@ -10,6 +10,8 @@ use proptest::prelude::*;
 use std::{fs, path::Path};
 use tch::{Device, Kind, Tensor};
 
+mod crashes;
+
 const DIM: i64 = 3;
 
 /// Rows of the given classes: the class and the column, in three kinds, and a value that all shards share.
@@ -72,6 +74,7 @@ fn write(dir: &Path, num_classes: u32, world: u32) -> CheckpointManifest {
         parts,
         committed_at: None,
         scaler: scaler(world),
+        damage: None,
     };
     write::write_manifest(dir, &manifest).expect("written");
     manifest
@@ -135,7 +138,7 @@ fn a_manifest_without_loss_scale_does_not_mention_it() {
 #[test]
 fn chunks_are_put_together() {
     let dir = tempfile::tempdir().expect("scratch");
-    let elements = (layout::CHUNK / 4 * 2 + 5) as i64;
+    let elements = (CHUNK / 4 * 2 + 5) as i64;
     let tensor = Tensor::arange(elements, (Kind::Int, Device::Cpu));
     let part = write_part(
         dir.path(),
@@ -174,34 +177,146 @@ fn a_part_is_valid_safetensors() {
     assert_eq!(values, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
 }
 
+/// What can happen to files at rest.
+#[derive(Clone, Copy, Debug)]
+enum Mutation {
+    Flip,
+    Cut,
+    Grow,
+    /// A write that the disk lost.
+    ZeroTail,
+    /// Another part has its name.
+    Swap,
+    /// The part of an older checkpoint has its place.
+    Stale,
+    Missing,
+}
+
 #[test]
-fn every_changed_byte_is_noticed_before_use() {
-    let dir = tempfile::tempdir().expect("scratch");
-    let manifest = write(dir.path(), 11, 3);
-    read_all(dir.path(), &manifest).expect("whole");
-    for round in 0..600u64 {
+fn every_mutation_of_a_part_is_noticed_before_use() {
+    use Mutation::*;
+    const ALL: [Mutation; 7] = [Flip, Cut, Grow, ZeroTail, Swap, Stale, Missing];
+    let (dir, older) = (
+        tempfile::tempdir().expect("scratch"),
+        tempfile::tempdir().expect("scratch"),
+    );
+    // Heads of the same size, as most are.
+    let manifest = write(dir.path(), 12, 3);
+    for part in &manifest.parts {
+        let mut stale = fs::read(dir.path().join(&part.file)).expect("read");
+        *stale.last_mut().expect("not empty") ^= 1;
+        fs::write(older.path().join(&part.file), stale).expect("write");
+    }
+    let mut noticed = 0;
+    for round in 0..1400u64 {
         let draw = |what| bits(round, Purpose::Synthetic, what, 0);
-        let part = &manifest.parts[draw(0) as usize % manifest.parts.len()];
+        let mutation = ALL[round as usize % ALL.len()];
+        let part = draw(0) as usize % manifest.parts.len();
+        let other = &manifest.parts[(part + 1 + draw(3) as usize % 3) % manifest.parts.len()];
+        let part = &manifest.parts[part];
         let path = dir.path().join(&part.file);
         let good = fs::read(&path).expect("read");
         let mut bad = good.clone();
         let at = draw(1) as usize % bad.len();
-        bad[at] ^= 1 << (draw(2) % 8);
-        match round % 4 {
-            0 => bad.truncate(at),
-            1 => bad.push(0),
-            _ => {}
+        match mutation {
+            Flip => bad[at] ^= 1 << (draw(2) % 8),
+            Cut => bad.truncate(at),
+            Grow => bad.extend(vec![0; 1 + at % 9]),
+            ZeroTail => bad[at..].fill(0),
+            Swap => bad = fs::read(dir.path().join(&other.file)).expect("read"),
+            Stale => bad = fs::read(older.path().join(&part.file)).expect("read"),
+            Missing => {}
         }
-        fs::write(&path, &bad).expect("write");
-        let error = read_all(dir.path(), &manifest).expect_err("damage went unnoticed");
-        let expected = match round % 4 {
-            0 | 1 => matches!(error, CheckpointError::Size { .. }),
-            _ => matches!(error, CheckpointError::Digest { .. }),
+        match mutation {
+            Missing => fs::remove_file(&path).expect("remove"),
+            _ => fs::write(&path, &bad).expect("write"),
+        }
+        if bad == good && !matches!(mutation, Missing) {
+            read_all(dir.path(), &manifest).expect("the zeros were there before");
+            continue;
+        }
+        let wanted = ClassRange { lo: 0, hi: 12 };
+        let checkpoint = Checkpoint::open(dir.path(), manifest.clone());
+        let error = checkpoint
+            .and_then(|checkpoint| checkpoint.verify_for(wanted))
+            .expect_err("damage went unnoticed");
+        let named = error.path().is_some_and(|found| found == path);
+        assert!(named && error.is_damage(), "{mutation:?}: {error}");
+        let error = read_all(dir.path(), &manifest).expect_err("damaged bytes were used");
+        let expected = match mutation {
+            Cut | Grow => matches!(error, CheckpointError::Size { .. }),
+            Flip | ZeroTail | Stale => matches!(error, CheckpointError::Digest { .. }),
+            Swap => matches!(
+                error,
+                CheckpointError::Size { .. } | CheckpointError::Digest { .. }
+            ),
+            Missing => matches!(error, CheckpointError::Io { .. }),
         };
-        assert!(expected && error.to_string().contains(&part.file), "{error}");
+        assert!(expected, "{mutation:?}: {error}");
+        noticed += 1;
         fs::write(&path, &good).expect("write");
     }
+    assert!(noticed > 1200, "{noticed}");
     read_all(dir.path(), &manifest).expect("whole again");
+}
+
+#[test]
+fn a_tail_of_zeros_is_shown_and_a_folder_that_is_not_here_is_no_damage() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let tensors = [(
+        "w".to_owned(),
+        Tensor::ones([1 << 20, 2], (Kind::Float, Device::Cpu)),
+    )];
+    let classes = ClassRange { lo: 0, hi: 1 };
+    let place = dir.path().join("checkpoints/step-1");
+    let manifest = CheckpointManifest {
+        format: manifest::FORMAT,
+        num_classes: 1,
+        directory: "checkpoints/step-1".into(),
+        parts: vec![
+            write_part(&place, PartKind::Backbone, &tensors).expect("written"),
+            write_part(&place, PartKind::Head(classes), &head(classes)).expect("written"),
+        ],
+        ..Default::default()
+    };
+    let verify = || Checkpoint::open(&place, manifest.clone())?.verify_for(classes);
+    verify().expect("whole");
+    let path = place.join("backbone.safetensors");
+    let mut bytes = fs::read(&path).expect("read");
+    let end = bytes.len();
+    bytes[end - 5_000_000..].fill(0);
+    fs::write(&path, &bytes).expect("write");
+    let error = verify().expect_err("damaged");
+    let words = format!(
+        "contents changed, bytes {}..{end} are zero: BLAKE3",
+        end - 5_000_000
+    );
+    assert!(error.is_damage() && error.to_string().contains(&words), "{error}");
+
+    fs::remove_dir_all(&place).expect("remove");
+    assert!(verify().expect_err("gone").is_damage(), "one checkpoint is gone");
+    fs::remove_dir_all(dir.path().join("checkpoints")).expect("remove");
+    assert!(
+        !verify().expect_err("gone").is_damage(),
+        "the output is not mounted here"
+    );
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_not_written() {
+    let dir = tempfile::tempdir().expect("scratch");
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let tensors = [
+            ("fine".to_owned(), Tensor::from_slice(&[f32::MAX, -0.0, 1e-40])),
+            ("w".to_owned(), Tensor::from_slice(&[0.0, bad])),
+        ];
+        let error = write_part(dir.path(), PartKind::Backbone, &tensors).expect_err("refused");
+        assert_eq!(
+            error.to_string(),
+            "backbone.safetensors: tensor w: a number in it is not finite"
+        );
+        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 0);
+    }
 }
 
 #[test]
@@ -346,7 +461,7 @@ fn a_failed_write_leaves_nothing_behind() {
     assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1);
     // Filling fails.
     let full = CheckpointError::io("write", Path::new("part"), 99);
-    let result = write::replace(&dir.path().join("part"), 99, |_| {
+    let result = write::replace(&disk::Real, &dir.path().join("part"), 99, |_| {
         Err(full(std::io::ErrorKind::StorageFull.into()))
     });
     let error = result.expect_err("full").to_string();
@@ -378,9 +493,21 @@ fn removal_stays_inside_the_output() {
 }
 
 #[test]
+fn a_snapshot_uses_the_memory_of_an_older_one() {
+    let values = |value: f64| Tensor::full([4], value, (Kind::Float, Device::Cpu));
+    let first = write::snapshot(&[("a", &values(1.0)), ("b", &values(2.0))], Vec::new());
+    let places: Vec<_> = first.iter().map(|(_, tensor)| tensor.data_ptr()).collect();
+    let longer = Tensor::from_slice(&[5.0f32; 9]);
+    let again = write::snapshot(&[("a", &values(3.0)), ("b", &longer)], first);
+    assert_same(&again, &[("a".into(), values(3.0)), ("b".into(), longer)]);
+    assert_eq!(again[0].1.data_ptr(), places[0]);
+    assert_ne!(again[1].1.data_ptr(), places[1]);
+}
+
+#[test]
 fn a_snapshot_does_not_follow_training() {
     let mut weight = Tensor::zeros([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-    let copies = write::snapshot(&[("w", &weight)]);
+    let copies = write::snapshot(&[("w", &weight)], Vec::new());
     tch::no_grad(|| drop(weight.fill_(5.0)));
     assert_eq!(
         (copies[0].1.double_value(&[0]), copies[0].1.requires_grad()),

@@ -1,39 +1,63 @@
 //! Writing parts so that a crash at any moment leaves either no part or a whole one.
+//!
+//! A part is written to a temporary name, synced, renamed, its directory synced, and then read again from the disk and
+//! compared with the digest of what was meant: a rank asks for the commit only of what it has seen come back. So an older
+//! checkpoint, which is removed after the commit, never goes before the new one was read once.
 
 use super::{
-    CheckpointError, NamedTensor, PartKind,
-    layout::{self, CHUNK},
+    CHUNK, CheckpointError, NamedTensor, PartKind,
+    disk::{Disk, Real},
     manifest,
 };
+use crate::export::{self, safetensors::header};
 use arcface_proto::v1::{CheckpointManifest, CheckpointPart};
 use safetensors::Dtype;
 use std::{
     collections::{HashMap, HashSet},
-    fs::{self, File, OpenOptions},
-    io::Write,
+    fs::File,
+    io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 use tch::{Device, Tensor};
 
 /// Copies tensors to the CPU, detached from training: what [`write_part`] may write on another thread while
-/// training goes on.
-pub fn snapshot(tensors: &[(&str, &Tensor)]) -> Vec<NamedTensor> {
+/// training goes on. The memory of `old` is used again where a tensor of the same shape and kind is at the same place.
+pub fn snapshot(tensors: &[(&str, &Tensor)], old: Vec<NamedTensor>) -> Vec<NamedTensor> {
+    let mut old = old.into_iter();
     tch::no_grad(|| {
-        let copy = |tensor: &Tensor| tensor.detach().to_device(Device::Cpu).copy();
         tensors
             .iter()
-            .map(|(name, tensor)| ((*name).to_owned(), copy(tensor)))
+            .map(|(name, tensor)| {
+                let fits = |old: &Tensor| old.size() == tensor.size() && old.kind() == tensor.kind();
+                let copy = match old.next() {
+                    Some((_, mut copy)) if fits(&copy) => {
+                        copy.copy_(tensor);
+                        copy
+                    }
+                    _ => tensor.detach().to_device(Device::Cpu).copy(),
+                };
+                ((*name).to_owned(), copy)
+            })
             .collect()
     })
 }
 
-/// Writes one part into `dir`, which is made if it is missing: temporary name, sync, rename, sync of the directory.
-/// When this returns the part is durable, and described by the result. On an error the temporary file is removed;
-/// an older part of the same name stays.
+/// Writes one part into `dir`, which is made if it is missing. When this returns the part is durable, was read again, and
+/// is described by the result. On an error the temporary file is removed; an older part of the same name stays.
 ///
-/// Tensors of a head part have a row for each class or no dimension, see [`PartKind`].
+/// Tensors of a head part have a row for each class or no dimension, see [`PartKind`]. Numbers that are not finite are
+/// refused: nothing resumes from them.
 pub fn write_part(
+    dir: &Path,
+    kind: PartKind,
+    tensors: &[NamedTensor],
+) -> Result<CheckpointPart, CheckpointError> {
+    write_part_on(&Real, dir, kind, tensors)
+}
+
+pub(super) fn write_part_on(
+    disk: &dyn Disk,
     dir: &Path,
     kind: PartKind,
     tensors: &[NamedTensor],
@@ -43,53 +67,91 @@ pub fn write_part(
     let classes = kind.classes();
     let metadata = HashMap::from([("format".to_owned(), "arcface-checkpoint-1".to_owned())]);
     let path = dir.join(&file);
+    let described = tensors.iter().map(|(name, tensor, dtype)| {
+        let shape = tensor.size().iter().map(|&n| n as usize).collect();
+        ((*name).to_owned(), shape, *dtype)
+    });
     let header =
-        layout::header(&tensors, metadata).map_err(|detail| CheckpointError::layout(&path, detail))?;
+        header::write(described, metadata).map_err(|detail| CheckpointError::layout(&path, detail))?;
     let data: usize = tensors
         .iter()
         .map(|(_, t, dtype)| t.numel() * dtype.bitsize() / 8)
         .sum();
     let bytes = header.len() as u64 + data as u64;
 
-    make_dir(dir)?;
+    make_dir(disk, dir)?;
     let mut hasher = blake3::Hasher::new();
-    replace(&path, bytes, |out| {
+    replace(disk, &path, bytes, |out| {
         let mut put = |chunk: &[u8]| {
             hasher.update(chunk);
-            out.write_all(chunk)
+            disk.write(out, chunk)
                 .map_err(CheckpointError::io("write", &path, bytes))
         };
         put(&header)?;
         let mut buffer = Vec::new();
         for (name, tensor, dtype) in &tensors {
+            let refuse = |detail: String| CheckpointError::Tensor {
+                file: file.clone(),
+                name: (*name).to_owned(),
+                detail,
+            };
             copy_out(tensor, *dtype, &mut buffer, &mut put).map_err(|error| match error {
                 CopyError::Sink(error) => error,
-                CopyError::Torch(error) => CheckpointError::Tensor {
-                    file: file.clone(),
-                    name: (*name).to_owned(),
-                    detail: error.to_string(),
-                },
+                CopyError::Torch(error) => refuse(error.to_string()),
+                CopyError::NotFinite => refuse("a number in it is not finite".into()),
             })?;
         }
         Ok(())
     })?;
-    Ok(CheckpointPart {
+    let part = CheckpointPart {
         file,
         bytes,
         blake3: hasher.finalize().to_hex().to_string(),
         class_lo: classes.lo,
         class_hi: classes.hi,
+    };
+    read_again(disk, &path, &part)?;
+    Ok(part)
+}
+
+/// Compares a part, as the disk gives it back, with what was meant. One that is not the same is removed: it would only
+/// take room.
+fn read_again(disk: &dyn Disk, path: &Path, part: &CheckpointPart) -> Result<(), CheckpointError> {
+    let mut hasher = blake3::Hasher::new();
+    let read = disk
+        .reopen(path)
+        .and_then(|mut file| io::copy(&mut file, &mut hasher));
+    read.map_err(CheckpointError::io("read again", path, part.bytes))?;
+    let got = hasher.finalize().to_hex().to_string();
+    if got == part.blake3 {
+        return Ok(());
+    }
+    // Nothing can be done about a failure here, and the first error is on its way already.
+    drop(disk.remove_file(path));
+    Err(CheckpointError::Digest {
+        path: path.to_owned(),
+        zeros: None,
+        expected: part.blake3.clone(),
+        got,
     })
 }
 
 /// Writes `dir/manifest.json`, all or nothing.
 pub fn write_manifest(dir: &Path, manifest: &CheckpointManifest) -> Result<(), CheckpointError> {
+    write_manifest_on(&Real, dir, manifest)
+}
+
+pub(super) fn write_manifest_on(
+    disk: &dyn Disk,
+    dir: &Path,
+    manifest: &CheckpointManifest,
+) -> Result<(), CheckpointError> {
     let path = dir.join(manifest::FILE);
     let text =
         manifest::to_json(manifest).map_err(|error| CheckpointError::layout(&path, error.to_string()))?;
     let bytes = text.len() as u64;
-    replace(&path, bytes, |out| {
-        out.write_all(&text)
+    replace(disk, &path, bytes, |out| {
+        disk.write(out, &text)
             .map_err(CheckpointError::io("write", &path, bytes))
     })
 }
@@ -97,6 +159,10 @@ pub fn write_manifest(dir: &Path, manifest: &CheckpointManifest) -> Result<(), C
 /// Removes one checkpoint of a job: the manifest first, so that what a crash leaves is no checkpoint. `directory` is
 /// relative to `output`; a path that leads elsewhere is refused. One that is gone already is no error.
 pub fn remove(output: &Path, directory: &str) -> Result<(), CheckpointError> {
+    remove_on(&Real, output, directory)
+}
+
+pub(super) fn remove_on(disk: &dyn Disk, output: &Path, directory: &str) -> Result<(), CheckpointError> {
     let inside = |part| matches!(part, std::path::Component::Normal(_));
     let path = output.join(directory);
     if directory.is_empty() || !Path::new(directory).components().all(inside) {
@@ -105,18 +171,16 @@ pub fn remove(output: &Path, directory: &str) -> Result<(), CheckpointError> {
             "a checkpoint's directory is relative, without \"..\"",
         ));
     }
-    for result in [
-        fs::remove_file(path.join(manifest::FILE)),
-        fs::remove_dir_all(&path),
-    ] {
-        match result {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(CheckpointError::io("remove", &path, 0)(error));
-            }
-            _ => {}
+    let gone_is_fine = |result: io::Result<()>| match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(CheckpointError::io("remove", &path, 0)(error))
         }
-    }
-    Ok(())
+        _ => Ok(()),
+    };
+    gone_is_fine(disk.remove_file(&path.join(manifest::FILE)))?;
+    // Durable before the first part goes: a manifest that comes back after a crash must not find some of them gone.
+    gone_is_fine(disk.sync_dir(&path))?;
+    gone_is_fine(disk.remove_dir_all(&path))
 }
 
 /// The tensors with their stored kinds, widest first so that each is aligned in the file.
@@ -136,7 +200,7 @@ fn check<'t>(
         if !names.insert(name) || name == "__metadata__" {
             return Err(refuse(name, "the name is taken".into()));
         }
-        let dtype = layout::dtype_of(tensor.kind());
+        let dtype = export::dtype_of(tensor.kind());
         let dtype = dtype.ok_or_else(|| refuse(name, format!("kind {:?} is not stored", tensor.kind())))?;
         let rows = tensor.size().first().copied();
         if let (PartKind::Head(classes), Some(rows)) = (kind, rows)
@@ -154,7 +218,17 @@ fn check<'t>(
     Ok(out)
 }
 
+/// True unless an f32, the kind of all weights and buffers, is infinite or no number. All of its exponent's bits are set then.
+fn is_finite(bytes: &[u8], dtype: Dtype) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    dtype != Dtype::F32
+        || bytes.as_chunks().0.iter().fold(true, |finite, bits| {
+            finite & (u32::from_le_bytes(*bits) & EXPONENT != EXPONENT)
+        })
+}
+
 enum CopyError {
+    NotFinite,
     Sink(CheckpointError),
     Torch(tch::TchError),
 }
@@ -181,51 +255,58 @@ fn copy_out(
             .f_narrow(0, first as i64, count as i64)
             .map_err(CopyError::Torch)?;
         part.f_copy_data_u8(buffer, count).map_err(CopyError::Torch)?;
+        if !is_finite(buffer, dtype) {
+            return Err(CopyError::NotFinite);
+        }
         put(buffer).map_err(CopyError::Sink)?;
     }
     Ok(())
 }
 
 /// Makes `dir` and its parents, durable up to the last one that was there.
-fn make_dir(dir: &Path) -> Result<(), CheckpointError> {
-    let missing: Vec<&Path> = dir
+fn make_dir(disk: &dyn Disk, dir: &Path) -> Result<(), CheckpointError> {
+    let mut missing: Vec<&Path> = dir
         .ancestors()
         .take_while(|d| !d.as_os_str().is_empty() && !d.exists())
         .collect();
-    fs::create_dir_all(dir).map_err(CheckpointError::io("make directory", dir, 0))?;
-    missing
-        .iter()
-        .filter_map(|made| made.parent())
-        .try_for_each(sync_dir)
+    missing.reverse();
+    for made in missing {
+        disk.make_dir(made)
+            .map_err(CheckpointError::io("make directory", made, 0))?;
+        sync_dir(disk, made.parent().unwrap_or(Path::new("")))?;
+    }
+    Ok(())
 }
 
-fn sync_dir(dir: &Path) -> Result<(), CheckpointError> {
+fn sync_dir(disk: &dyn Disk, dir: &Path) -> Result<(), CheckpointError> {
     let dir = if dir.as_os_str().is_empty() {
         Path::new(".")
     } else {
         dir
     };
-    let synced = File::open(dir).and_then(|dir| dir.sync_all());
-    synced.map_err(CheckpointError::io("sync directory", dir, 0))
+    disk.sync_dir(dir)
+        .map_err(CheckpointError::io("sync directory", dir, 0))
 }
 
 /// A file that is removed unless it is kept.
-struct Temporary {
+struct Temporary<'d> {
+    disk: &'d dyn Disk,
     path: PathBuf,
     kept: bool,
 }
 
-impl Drop for Temporary {
+impl Drop for Temporary<'_> {
     fn drop(&mut self) {
         if !self.kept {
             // Nothing can be done about a failure here, and the first error is on its way already.
-            drop(fs::remove_file(&self.path));
+            drop(self.disk.remove_file(&self.path));
         }
     }
 }
 
 /// Makes or replaces `path` by what `fill` writes, all or nothing. `bytes` is for messages.
 pub(super) fn replace(
+    disk: &dyn Disk,
     path: &Path,
     bytes: u64,
     fill: impl FnOnce(&mut File) -> Result<(), CheckpointError>,
@@ -233,33 +314,28 @@ pub(super) fn replace(
     static UNIQUE: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let unique = UNIQUE.fetch_add(1, Ordering::Relaxed);
-    // Ranks of several hosts may share the directory: the process id alone would not be unique, create_new is.
+    // Ranks of several hosts may share the directory: the process id alone would not be unique, `create` is.
     let mut temporary = Temporary {
+        disk,
         path: path.with_file_name(format!(".{name}.{}-{unique}.tmp", std::process::id())),
         kept: false,
     };
     let failed = |operation| CheckpointError::io(operation, path, bytes);
-    let created = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(&temporary.path);
-    let mut out = match created {
+    let created = match disk.create(&temporary.path) {
         // Left by a process of the same id that was killed.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            fs::remove_file(&temporary.path).map_err(failed("remove old temporary file of"))?;
-            OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .open(&temporary.path)
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            disk.remove_file(&temporary.path)
+                .map_err(failed("remove old temporary file of"))?;
+            disk.create(&temporary.path)
         }
         created => created,
-    }
-    .map_err(failed("create"))?;
+    };
+    let mut out = created.map_err(failed("create"))?;
     fill(&mut out)?;
     // A failed sync may have dropped the data: it is not tried again on this file.
-    out.sync_all().map_err(failed("sync"))?;
+    disk.sync(&out).map_err(failed("sync"))?;
     drop(out);
-    fs::rename(&temporary.path, path).map_err(failed("rename"))?;
+    disk.rename(&temporary.path, path).map_err(failed("rename"))?;
     temporary.kept = true;
-    sync_dir(path.parent().unwrap_or(Path::new("")))
+    sync_dir(disk, path.parent().unwrap_or(Path::new("")))
 }

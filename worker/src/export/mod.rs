@@ -37,7 +37,8 @@ pub fn kind_of(dtype: Dtype) -> Option<Kind> {
     KINDS.iter().find(|(d, _)| *d == dtype).map(|(_, kind)| *kind)
 }
 
-fn dtype_of(kind: Kind) -> Option<Dtype> {
+/// The kind of a file's numbers for those of a tensor.
+pub fn dtype_of(kind: Kind) -> Option<Dtype> {
     KINDS.iter().find(|(_, k)| *k == kind).map(|(dtype, _)| *dtype)
 }
 

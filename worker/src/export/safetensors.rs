@@ -11,10 +11,6 @@ use std::{
     path::Path,
 };
 
-use ::safetensors::{
-    Dtype,
-    tensor::{Metadata, TensorInfo},
-};
 use tch::Tensor;
 
 use super::{FileError, atomic, bytes, dtype_of, from_bytes, kind_of};
@@ -87,41 +83,19 @@ pub fn write_with<'a>(
     }
     // Wide kinds first keeps every tensor aligned; then by name, so that equal content gives equal files.
     named.sort_by(|(a, _, x), (b, _, y)| y.cmp(x).then(a.cmp(b)));
-    let header = header(path, &named, metadata)?;
+    let described = named.iter().map(|(name, tensor, dtype)| {
+        let shape = tensor.size().iter().map(|&n| n as usize).collect();
+        ((*name).to_owned(), shape, *dtype)
+    });
+    let start = header::write(described, metadata).map_err(|what| FileError::malformed(path, what))?;
     atomic::write(path, |file| {
         let mut out = BufWriter::new(file);
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
+        out.write_all(&start)?;
         for (_, tensor, _) in &named {
             out.write_all(&bytes(tensor))?;
         }
         out.flush()
     })
-}
-
-/// The header's JSON, padded with spaces to a multiple of 8 bytes.
-fn header(
-    path: &Path,
-    named: &[(&str, &Tensor, Dtype)],
-    metadata: HashMap<String, String>,
-) -> Result<Vec<u8>, FileError> {
-    let mut offset = 0;
-    let infos = named.iter().map(|(name, tensor, dtype)| {
-        let start = offset;
-        offset += tensor.numel() * tensor.kind().elt_size_in_bytes();
-        let info = TensorInfo {
-            dtype: *dtype,
-            shape: tensor.size().iter().map(|&n| n as usize).collect(),
-            data_offsets: (start, offset),
-        };
-        ((*name).to_owned(), info)
-    });
-    let metadata = (!metadata.is_empty()).then_some(metadata);
-    let malformed = |what: String| FileError::malformed(path, what);
-    let header = Metadata::new(metadata, infos.collect()).map_err(|error| malformed(error.to_string()))?;
-    let mut json = serde_json::to_vec(&header).map_err(|error| malformed(error.to_string()))?;
-    json.resize(json.len().next_multiple_of(8), b' ');
-    Ok(json)
 }
 
 #[cfg(test)]

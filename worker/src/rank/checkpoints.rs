@@ -2,20 +2,23 @@
 //! retention) on a thread of its own. What the copy holds, and how it is taken back, stands here and nowhere else.
 
 use super::failure::RankFailure;
-use super::report::Committer;
 use super::step::Trainer;
 use crate::checkpoint::{Checkpoint, NamedTensor, PartKind, TrainState, write};
 use crate::optim::GradScaler;
 use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
-/// Copies in memory at once: one being written, one waiting. A third makes training wait.
-const WAITING: usize = 1;
+/// Copies in memory at once: one being written, one waiting. A third checkpoint waits until one of them is on the disk,
+/// while training goes on. Their memory is used again and again: fresh pages would cost more than the copying.
+const COPIES: usize = 2;
+/// Commits that wait for the thread beside them; there is at most one a copy and those of before.
+const WAITING_COMMITS: usize = 16;
 
 /// A rank's part of a checkpoint, copied.
 pub struct Snapshot {
@@ -33,7 +36,15 @@ pub fn directory(step: u64, generation: u64) -> String {
 }
 
 /// Copies what this rank keeps in a checkpoint.
+#[cfg(test)]
 pub fn snapshot(trainer: &mut Trainer, state: TrainState, num_classes: u32) -> Snapshot {
+    snapshot_into(trainer, state, num_classes, Room::new())
+}
+
+/// Copies what this rank keeps in a checkpoint, into the memory of an older copy where it fits.
+pub fn snapshot_into(trainer: &mut Trainer, state: TrainState, num_classes: u32, room: Room) -> Snapshot {
+    let mut room = room.into_iter();
+    let mut copied = |named: &[(String, Tensor)]| copied(named, room.next().unwrap_or_default());
     let mut parts = Vec::new();
     if trainer.comm.rank() == 0 {
         let mut named: Vec<(String, Tensor)> = trainer
@@ -66,7 +77,9 @@ pub fn snapshot(trainer: &mut Trainer, state: TrainState, num_classes: u32) -> S
 /// # Errors
 /// Damaged or missing parts, or tensors of another network or optimizer.
 pub fn restore(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<TrainState, RankFailure> {
-    let mut tensors: HashMap<String, Tensor> = checkpoint.backbone()?.into_iter().collect();
+    let unusable = |error| RankFailure::checkpoint(checkpoint.manifest(), &error);
+    let backbone = checkpoint.backbone().map_err(unusable)?;
+    let mut tensors: HashMap<String, Tensor> = backbone.into_iter().collect();
     trainer
         .backbone
         .load_state(&mut |name| tensors.remove(&format!("model.{name}")))?;
@@ -80,7 +93,8 @@ pub fn restore(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<TrainSt
     trainer.optimizer.load_state(steps, &mut |slot, index| {
         tensors.remove(&format!("optimizer.{slot}.{}", names.get(index)?))
     })?;
-    let mut rows: HashMap<String, Tensor> = checkpoint.head_rows(trainer.head.shard())?.into_iter().collect();
+    let head = checkpoint.head_rows(trainer.head.shard()).map_err(unusable)?;
+    let mut rows: HashMap<String, Tensor> = head.into_iter().collect();
     let updates = count(rows.remove("updates"), "updates")?;
     trainer.head.load_state(updates, &mut |name| rows.remove(name))?;
     let state = checkpoint.train_state();
@@ -106,13 +120,13 @@ fn count(tensor: Option<Tensor>, name: &str) -> Result<u64, RankFailure> {
         .ok_or_else(|| RankFailure::transient(format!("checkpoint: {name} is missing or no count")))
 }
 
-fn copied(tensors: &[(String, Tensor)]) -> Vec<NamedTensor> {
+fn copied(tensors: &[(String, Tensor)], room: Vec<NamedTensor>) -> Vec<NamedTensor> {
     let borrowed: Vec<(&str, &Tensor)> = tensors
         .iter()
         .map(|(name, tensor)| (name.as_str(), tensor))
         .collect();
     debug_assert!(tensors.iter().all(|(_, tensor)| tensor.device() == Device::Cpu));
-    write::snapshot(&borrowed)
+    write::snapshot(&borrowed, room)
 }
 
 enum Job {
@@ -120,34 +134,80 @@ enum Job {
     Committed(Box<CheckpointCommitted>),
 }
 
+/// Memory of an older copy, by part.
+pub type Room = Vec<Vec<NamedTensor>>;
+
 /// The thread that writes.
 pub struct Writer {
     output: PathBuf,
     jobs: Option<SyncSender<Job>>,
+    /// Memory that the thread has written out.
+    returned: Receiver<Room>,
+    /// The next of it.
+    room: RefCell<Option<Room>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Writer {
-    /// Starts it for the job's output directory and this generation.
-    pub fn start(output: PathBuf, generation: u64, committer: Committer) -> Self {
-        let (jobs, receiver) = sync_channel(WAITING);
+    /// Starts it for the job's output directory and this generation. `commit` is told of parts that are durable.
+    pub fn start(
+        output: PathBuf,
+        generation: u64,
+        commit: impl Fn(CommitCheckpointRequest) + Send + 'static,
+    ) -> Self {
+        let (jobs, receiver) = sync_channel(COPIES + WAITING_COMMITS);
+        let (give_back, returned) = sync_channel(COPIES);
+        for _ in 0..COPIES {
+            // As many as the channel holds.
+            drop(give_back.try_send(Room::new()));
+        }
         let directory = output.clone();
         let thread = std::thread::spawn(move || {
+            let mut written = Written::default();
             for job in receiver {
                 match job {
-                    Job::Write(snapshot) => write_and_commit(&directory, generation, *snapshot, &committer),
-                    Job::Committed(committed) => settle(&directory, &committed),
+                    Job::Write(snapshot) => {
+                        written.write(&directory, generation, &snapshot, &commit);
+                        let room = snapshot.parts.into_iter().map(|(_, tensors)| tensors);
+                        // The training thread is at its end if it is not taken back.
+                        drop(give_back.try_send(room.collect()));
+                    }
+                    Job::Committed(committed) => {
+                        settle(&directory, &committed);
+                        written.sweep(&directory, &committed);
+                    }
                 }
             }
         });
         Self {
             output,
             jobs: Some(jobs),
+            returned,
+            room: RefCell::default(),
             thread: Some(thread),
         }
     }
 
-    /// Writes the parts and asks for their commit. Waits while an older copy still waits.
+    /// True while there is no room for another copy. Room does not go away but by [`Writer::room`].
+    pub fn is_busy(&self) -> bool {
+        let mut room = self.room.borrow_mut();
+        if room.is_none() {
+            *room = match self.returned.try_recv() {
+                Err(TryRecvError::Empty) => None,
+                // Without the thread nothing is written, and [`Writer::write`] says so.
+                returned => Some(returned.unwrap_or_default()),
+            };
+        }
+        room.is_none()
+    }
+
+    /// The memory for a copy; waits for it while the writer is busy.
+    pub fn room(&self) -> Room {
+        let room = self.room.take();
+        room.or_else(|| self.returned.recv().ok()).unwrap_or_default()
+    }
+
+    /// Writes the parts and asks for their commit.
     pub fn write(&self, snapshot: Snapshot) {
         self.send(Job::Write(Box::new(snapshot)));
     }
@@ -174,33 +234,73 @@ impl Writer {
     }
 }
 
-/// A checkpoint that cannot be written is a warning: the older ones stand, and training goes on.
-fn write_and_commit(output: &Path, generation: u64, snapshot: Snapshot, committer: &Committer) {
-    let TrainState {
-        step,
-        epoch,
-        epoch_samples,
-        scaler,
-    } = snapshot.state;
-    let directory = directory(step, generation);
-    let path = output.join(&directory);
-    let written: Result<Vec<_>, _> = snapshot
-        .parts
-        .iter()
-        .map(|(kind, tensors)| write::write_part(&path, *kind, tensors))
-        .collect();
-    match written {
-        Ok(parts) => committer.commit(CommitCheckpointRequest {
-            rank: None,
+/// What this generation has written and not seen committed: directories by step.
+#[derive(Default)]
+struct Written(BTreeMap<u64, String>);
+
+impl Written {
+    /// A checkpoint that cannot be written is a warning: the older ones stand, and training goes on. Nobody can commit it
+    /// without this rank's parts, so what there is of it goes: a full disk has better use for the room.
+    fn write(
+        &mut self,
+        output: &Path,
+        generation: u64,
+        snapshot: &Snapshot,
+        commit: &impl Fn(CommitCheckpointRequest),
+    ) {
+        let TrainState {
             step,
             epoch,
             epoch_samples,
-            directory,
-            num_classes: snapshot.num_classes,
-            parts,
             scaler,
-        }),
-        Err(error) => warn!(step, "no checkpoint: {error}"),
+        } = snapshot.state;
+        let directory = directory(step, generation);
+        let path = output.join(&directory);
+        let written: Result<Vec<_>, _> = snapshot
+            .parts
+            .iter()
+            .map(|(kind, tensors)| write::write_part(&path, *kind, tensors))
+            .collect();
+        match written {
+            Ok(parts) => {
+                self.0.insert(step, directory.clone());
+                commit(CommitCheckpointRequest {
+                    rank: None,
+                    step,
+                    epoch,
+                    epoch_samples,
+                    directory,
+                    num_classes: snapshot.num_classes,
+                    parts,
+                    scaler,
+                });
+            }
+            Err(error) => {
+                warn!(step, "no checkpoint, training goes on: {error}");
+                if let Err(error) = write::remove(output, &directory) {
+                    warn!(step, "what was written of it stays: {error}");
+                }
+            }
+        }
+    }
+
+    /// A checkpoint of this generation was committed: those before it that were not never will be, a peer could not write
+    /// its parts. Only what the coordinator says is kept counts; without its list nothing is removed.
+    fn sweep(&mut self, output: &Path, committed: &CheckpointCommitted) {
+        let Some(manifest) = &committed.manifest else {
+            return;
+        };
+        let later = self.0.split_off(&manifest.step);
+        let older = std::mem::replace(&mut self.0, later);
+        for directory in older.into_values() {
+            let kept = &committed.kept_directories;
+            if kept.is_empty() || kept.contains(&directory) {
+                continue;
+            }
+            if let Err(error) = write::remove(output, &directory) {
+                warn!("cannot remove {directory}, which was never committed: {error}");
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::head::HeadError;
 use crate::model::ModelError;
 use crate::optim::OptimError;
 use arcface_proto::failure::{ExitCode, Failure};
-use arcface_proto::v1::RankError;
+use arcface_proto::v1::{CheckpointManifest, DamagedCheckpoint, RankError};
 
 /// The end of a rank before its time.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +24,8 @@ pub struct RankFailure {
     pub peer: Option<u32>,
     /// Another try shall leave out this step, counted from 0.
     pub rollback_step: Option<u64>,
+    /// Another try shall resume from an older checkpoint than this one.
+    pub damaged: Option<DamagedCheckpoint>,
 }
 
 impl RankFailure {
@@ -43,6 +45,7 @@ impl RankFailure {
             permanent: false,
             peer: None,
             rollback_step: None,
+            damaged: None,
         }
     }
 
@@ -51,6 +54,29 @@ impl RankFailure {
         Self {
             rollback_step: Some(step),
             ..Self::transient(message)
+        }
+    }
+
+    /// The checkpoint to resume from cannot be used: it is damaged, or out of reach for now.
+    pub fn checkpoint(manifest: &CheckpointManifest, error: &CheckpointError) -> Self {
+        let files = || manifest.parts.iter().map(|part| part.file.as_str());
+        let file = error.path().and_then(|path| path.file_name()?.to_str());
+        let damaged = error.is_damage().then(|| DamagedCheckpoint {
+            step: manifest.step,
+            file: file
+                .filter(|file| files().any(|part| part == *file))
+                .unwrap_or_default()
+                .to_owned(),
+            detail: error.to_string(),
+        });
+        let failure = Self {
+            permanent: matches!(error, CheckpointError::Version { .. }),
+            damaged,
+            ..Self::transient(format!("resume from step {}: {error}", manifest.step))
+        };
+        match &failure.damaged {
+            Some(_) => failure,
+            None => failure.hint("every node must see the output directory of the job"),
         }
     }
 
@@ -70,6 +96,7 @@ impl RankFailure {
             permanent: self.permanent,
             peer: self.peer,
             rollback_step: self.rollback_step,
+            damaged: self.damaged.clone(),
         }
     }
 }
@@ -129,12 +156,6 @@ impl From<OptimError> for RankFailure {
 impl From<EvalError> for RankFailure {
     fn from(error: EvalError) -> Self {
         Self::permanent(error.to_string())
-    }
-}
-
-impl From<CheckpointError> for RankFailure {
-    fn from(error: CheckpointError) -> Self {
-        Self::transient(error.to_string())
     }
 }
 

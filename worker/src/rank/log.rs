@@ -49,6 +49,8 @@ impl TrainingLog {
             "samples_per_second": metrics.samples_per_second, "grad_norm": metrics.grad_norm,
             "eta_seconds": metrics.eta_seconds, "step_seconds": metrics.step_seconds,
             "loss_scale": metrics.loss_scale, "skipped_steps": metrics.skipped_steps,
+            "checkpoint_stall_seconds": metrics.checkpoint_stall_seconds,
+            "checkpoint_suggested_seconds": metrics.checkpoint_suggested_seconds,
             "phase_seconds": metrics.phase_seconds.iter().collect::<std::collections::BTreeMap<_, _>>(),
         });
         let _lost = writeln!(self.metrics, "{value}");

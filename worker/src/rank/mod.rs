@@ -12,6 +12,7 @@ pub mod log;
 pub mod nonfinite;
 mod outbox;
 pub mod outputs;
+mod pace;
 pub mod phases;
 pub mod report;
 mod run;

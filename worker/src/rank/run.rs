@@ -15,6 +15,7 @@ use crate::progress::{Activity, Board};
 use crate::{device, paths};
 use arcface_proto::convert::job_spec;
 use arcface_proto::failure::Failure;
+use arcface_proto::types::ClassRange;
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
 use arcface_proto::v1::{Evaluation, RankAssignment, RankId, StepMetrics, TrainingFinished, TrainingStarted};
@@ -91,20 +92,25 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
 
     let prepared = Prepared::open(spec, &data_roots, &assignment.device)?;
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
+    let checkpoint = resumable(assignment, &output)?;
     board.enter(Activity::Starting);
     let comm = Box::new(Watched::new(meet(assignment, reporter)?, board.clone()));
     let (mut trainer, job) = prepared.into_trainer(comm)?;
     trainer.phases.show_on(board.clone());
     trainer.settings.left_out.clone_from(&assignment.left_out_steps);
-    let start = match &assignment.resume {
-        Some(manifest) => {
-            let checkpoint = Checkpoint::open(&output.join(&manifest.directory), manifest.clone())?;
-            let state = checkpoints::restore(&mut trainer, &checkpoint)?;
-            info!(step = state.step, "resumed from {}", manifest.directory);
+    let start = match &checkpoint {
+        Some(checkpoint) => {
+            let state = checkpoints::restore(&mut trainer, checkpoint)?;
+            info!(
+                step = state.step,
+                "resumed from {}",
+                checkpoint.manifest().directory
+            );
             state.step
         }
         None => 0,
     };
+    drop(checkpoint);
     // All ranks hold the same state before anyone says that training begins.
     trainer.comm.barrier()?;
     reporter.say(Report::Started(TrainingStarted {
@@ -118,7 +124,9 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         0 => Some(begin_log(&output, assignment, start, job.end_step)?),
         _ => None,
     };
-    let writer = Writer::start(output.clone(), assignment.generation, reporter.committer());
+    let committer = reporter.committer();
+    let commit = move |request| committer.commit(request);
+    let writer = Writer::start(output.clone(), assignment.generation, commit);
     let mut sinks = Sinks {
         output,
         log,
@@ -152,6 +160,24 @@ fn begin_log(
         assignment.job_id, assignment.generation, assignment.world_size
     ));
     Ok(log)
+}
+
+/// The checkpoint to resume from, after everything that this rank will read of it was compared with its digests. That is
+/// done before the ranks meet: where one of them finds damage, none has used a byte, and the next generation goes back to
+/// the checkpoint before.
+fn resumable(assignment: &RankAssignment, output: &Path) -> Result<Option<Checkpoint>, RankFailure> {
+    let Some(manifest) = &assignment.resume else {
+        return Ok(None);
+    };
+    let classes = ClassRange::of_rank(manifest.num_classes, assignment.rank, assignment.world_size);
+    let checkpoint = Checkpoint::open(&output.join(&manifest.directory), manifest.clone());
+    let verified = checkpoint.and_then(|checkpoint| {
+        checkpoint.verify_for(classes)?;
+        Ok(checkpoint)
+    });
+    verified
+        .map(Some)
+        .map_err(|error| RankFailure::checkpoint(manifest, &error))
 }
 
 /// Rendezvous and communicator.

@@ -79,6 +79,15 @@ impl StepSettings {
     }
 }
 
+/// What a rank tells the others with its gradient.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Says {
+    /// It wishes for a checkpoint.
+    pub wish: bool,
+    /// It has no room for one more: its older copies are not on the disk yet.
+    pub busy: bool,
+}
+
 /// What a step gave; the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
@@ -88,8 +97,8 @@ pub struct StepOutcome {
     pub lr: f64,
     /// Norm of the backbone's gradient before clipping, if the step ended in an update of the backbone.
     pub grad_norm: Option<f64>,
-    /// A rank wished for a checkpoint before this update; the same on all ranks.
-    pub wished: bool,
+    /// What any of the ranks said before this update; none if there was no update to say it with.
+    pub said: Option<Says>,
 }
 
 /// The steps that one update is made of, while they are under way.
@@ -130,8 +139,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Trains step `step` (from 0) on this rank's micro-batches, taken from `batches` in order. `wish` asks for a
-    /// checkpoint; all ranks hear of it with the next gradient sum.
+    /// Trains step `step` (from 0) on this rank's micro-batches, taken from `batches` in order. What it `says` all ranks hear
+    /// with the gradient sum.
     ///
     /// # Errors
     /// Bad data, a lost peer, or, on all ranks alike, a loss or gradient that is not finite and that the job's policy
@@ -140,7 +149,7 @@ impl Trainer {
         &mut self,
         step: u64,
         batches: &mut dyn Iterator<Item = Result<Batch, DataError>>,
-        wish: bool,
+        says: Says,
     ) -> Result<StepOutcome, RankFailure> {
         let lr = self.schedule.lr(step);
         if self.window.statistics.is_empty() {
@@ -164,10 +173,11 @@ impl Trainer {
             loss: Some(loss).filter(|_| !self.window.left_out),
             lr,
             grad_norm: None,
-            wished: false,
+            said: None,
         };
         if self.ends_update(step) && !self.window.left_out {
-            (outcome.grad_norm, outcome.wished) = self.update(step, lr, wish)?;
+            let (grad_norm, said) = self.update(step, lr, says)?;
+            (outcome.grad_norm, outcome.said) = (grad_norm, Some(said));
         }
         if self.window.left_out {
             self.guard.skipped();
@@ -229,13 +239,13 @@ impl Trainer {
     }
 
     /// Gradient sum, clipping, both updates. Gives the gradient's norm before clipping, if the backbone was updated, and
-    /// whether any rank wished for a checkpoint.
-    fn update(&mut self, step: u64, lr: f64, wish: bool) -> Result<(Option<f64>, bool), RankFailure> {
+    /// what any rank said.
+    fn update(&mut self, step: u64, lr: f64, says: Says) -> Result<(Option<f64>, Says), RankFailure> {
         let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
         let (params, comm) = (&self.params, self.comm.as_mut());
-        let (flat, grads, wished) = self
+        let (flat, grads, said) = self
             .phases
-            .time("comm", || sum_gradients(params, comm, wish, scale))?;
+            .time("comm", || sum_gradients(params, comm, says, scale))?;
         let norm = match self.settings.clip_grad_norm {
             Some(max_norm) => clip_grad_norm(&grads, max_norm),
             None => flat.norm().double_value(&[]),
@@ -251,7 +261,7 @@ impl Trainer {
             let name = self.first_not_finite(&grads);
             let what = format!("the norm of the gradient is {norm}, first of {name}");
             self.not_finite(step, Site::Unexpected, &what)?;
-            return Ok((None, wished));
+            return Ok((None, said));
         }
         if finite {
             self.guard.updated();
@@ -265,7 +275,7 @@ impl Trainer {
             self.head.update(lr);
             forget_gradients(&mut self.params);
         });
-        Ok((Some(norm).filter(|_| finite), wished))
+        Ok((Some(norm).filter(|_| finite), said))
     }
 
     /// A number of `step` is not finite: leaves out its window, if that may pass.
@@ -322,13 +332,13 @@ fn forget_gradients(params: &mut [Tensor]) {
 }
 
 /// Mean of the gradients over the ranks, divided by the loss `scale`: one flat tensor, its views by parameter, and
-/// whether any rank had a wish (it travels as one more element). Parameters without gradient count as zero.
+/// what any rank said (it travels as two more elements). Parameters without gradient count as zero.
 fn sum_gradients(
     params: &[Tensor],
     comm: &mut dyn Collective,
-    wish: bool,
+    says: Says,
     scale: f64,
-) -> Result<(Tensor, Vec<Tensor>, bool), RankFailure> {
+) -> Result<(Tensor, Vec<Tensor>, Says), RankFailure> {
     let divisor = f64::from(comm.world_size()) * scale;
     let _no_grad = tch::no_grad_guard();
     let mut parts: Vec<Tensor> = params
@@ -341,11 +351,16 @@ fn sum_gradients(
             }
         })
         .collect();
-    parts.push(Tensor::from_slice(&[f32::from(u8::from(wish))]));
+    let said = [says.wish, says.busy].map(|said| f32::from(u8::from(said)));
+    parts.push(Tensor::from_slice(&said));
     let mut all = Tensor::cat(&parts, 0);
     comm.all_reduce(&mut all, ReduceOp::Sum)?;
-    let elements = all.size()[0] - 1;
-    let wished = all.double_value(&[elements]) > 0.0;
+    let elements = all.size()[0] - 2;
+    let any = |which| all.double_value(&[elements + which]) > 0.0;
+    let said = Says {
+        wish: any(0),
+        busy: any(1),
+    };
     let mut flat = all.narrow(0, 0, elements);
     flat /= divisor;
     let mut at = 0;
@@ -358,5 +373,5 @@ fn sum_gradients(
             grad
         })
         .collect();
-    Ok((flat, grads, wished))
+    Ok((flat, grads, said))
 }

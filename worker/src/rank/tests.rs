@@ -3,7 +3,7 @@
 
 use super::checkpoints::{self, Writer};
 use super::setup::{Job, Prepared};
-use super::step::Trainer;
+use super::step::{Says, Trainer};
 use super::train::{Outside, Sinks, train};
 use crate::checkpoint::{Checkpoint, write_part};
 use crate::collective::{Collective, TcpCollective, local};
@@ -17,6 +17,7 @@ use std::time::Duration;
 use tch::Tensor;
 
 mod elastic;
+mod checkpointing;
 mod fine_tuning;
 mod losses;
 mod nonfinite;
@@ -345,15 +346,18 @@ fn a_checkpoint_of_two_ranks_goes_on_at_one_and_three() {
 }
 
 #[test]
-fn a_wish_of_any_rank_is_heard_by_all_at_the_same_step() {
+fn what_any_rank_says_is_heard_by_all_at_the_same_step() {
     let spec = job(2, |_| {});
     let heard = on_ranks(&spec, 2, |rank, trainer, job| {
         let mut loader = loader(trainer, job, 0..2);
-        let first = trainer.step(0, &mut loader, rank == 1).expect("a step").wished;
-        let second = trainer.step(1, &mut loader, false).expect("a step").wished;
-        (first, second)
+        let mut said = |step, wish, busy| {
+            let outcome = trainer.step(step, &mut loader, Says { wish, busy });
+            let said = outcome.expect("a step").said.expect("an update");
+            (said.wish, said.busy)
+        };
+        [said(0, rank == 1, false), said(1, false, rank == 0)]
     });
-    assert_eq!(heard, [(true, false), (true, false)]);
+    assert_eq!(heard, [[(true, false), (false, true)]; 2]);
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use super::checkpoints::{self, Writer};
 use super::failure::RankFailure;
 use super::log::{Meter, TrainingLog};
+use super::pace::Pace;
 use super::setup::Job;
-use super::step::{StepOutcome, Trainer};
+use super::step::{Says, StepOutcome, Trainer};
 use super::{evaluate, outputs};
 use crate::checkpoint::TrainState;
 use crate::data::{Batch, DataError, Loader, LoaderOptions};
@@ -12,6 +13,7 @@ use crate::eval::Verification;
 use arcface_proto::v1::{Evaluation, LossScaler, StepMetrics};
 use std::path::PathBuf;
 use std::time::Instant;
+use tracing::warn;
 
 /// Micro-batches decoded ahead.
 const PREFETCH: usize = 4;
@@ -86,20 +88,33 @@ pub fn train(
         },
     );
     let mut meter = Meter::begin();
-    // A checkpoint waits for the next update: gradients in between are not part of it.
+    let begin = Instant::now();
+    let mut pace = Pace::new(
+        spec.checkpoint.every_seconds,
+        spec.checkpoint.rank_mttf_hours,
+        world_size,
+    );
+    // A checkpoint waits for the next update, because gradients in between are not part of it, and for a moment when every
+    // rank has room for it. All ranks know both from the same sum: they take it at the same step.
     let mut owed = false;
     let mut wish = false;
+    let mut waits = false;
     for step in start..job.end_step {
         wish |= sinks.outside.checkpoint_wanted();
+        let says = Says {
+            // One clock decides.
+            wish: wish || rank == 0 && pace.is_due(begin.elapsed()),
+            busy: sinks.writer.is_some_and(Writer::is_busy),
+        };
         let batches: &mut dyn Iterator<Item = Result<Batch, DataError>> = &mut loader;
-        let begin = Instant::now();
-        let outcome = trainer.step(step, batches, wish)?;
+        let step_begin = Instant::now();
+        let outcome = trainer.step(step, batches, says)?;
         meter.step(outcome.loss, outcome.grad_norm);
         let done = step + 1;
-        trainer.phases.stepped(done, begin.elapsed());
+        trainer.phases.stepped(done, step_begin.elapsed());
         let due = due(job, done);
         if due.log {
-            log_interval(trainer, job, done, &outcome, &mut meter, sinks);
+            log_interval(trainer, job, done, &outcome, &mut meter, &pace, sinks);
         }
         let aside = Instant::now();
         if due.evaluation && !job.sets.is_empty() {
@@ -108,26 +123,50 @@ pub fn train(
         if due.model && rank == 0 {
             outputs::write_model(&sinks.output, &trainer.backbone)?;
         }
-        owed |= due.checkpoint || outcome.wished;
-        let whole = trainer.ends_update(step) || done == job.end_step;
+        let said = outcome.said.unwrap_or(Says {
+            wish: false,
+            busy: true,
+        });
+        owed |= due.checkpoint || said.wish;
         // A wish that was not heard, because the update was left out, is told again.
-        wish &= !outcome.wished;
-        if owed && whole {
-            owed = false;
-            checkpoint(trainer, job, done, sinks);
+        wish &= !said.wish;
+        // The last one waits for room.
+        let last = done == job.end_step;
+        if owed && (last || !said.busy) {
+            (owed, waits) = (false, false);
+            checkpoint(trainer, job, done, begin, &mut pace, sinks);
+        } else if owed && outcome.said.is_some() && !waits {
+            waits = true;
+            warn!(
+                step = done,
+                "the checkpoint waits: a rank is still writing the two before it"
+            );
         }
         meter.aside(aside);
     }
     Ok(job.end_step.max(start))
 }
 
-fn checkpoint(trainer: &mut Trainer, job: &Job, done: u64, sinks: &Sinks<'_>) {
+fn checkpoint(
+    trainer: &mut Trainer,
+    job: &Job,
+    done: u64,
+    begin: Instant,
+    pace: &mut Pace,
+    sinks: &mut Sinks<'_>,
+) {
     let Some(writer) = sinks.writer else { return };
     let state = position(trainer, job, done);
-    let begin = trainer.phases.begin("checkpoint");
-    let snapshot = checkpoints::snapshot(trainer, state, job.num_classes);
+    let room = writer.room();
+    let stop = trainer.phases.begin("checkpoint");
+    let snapshot = checkpoints::snapshot_into(trainer, state, job.num_classes, room);
     writer.write(snapshot);
-    trainer.phases.add("checkpoint", begin.elapsed());
+    let stall = stop.elapsed();
+    trainer.phases.add("checkpoint", stall);
+    pace.taken(begin.elapsed(), stall);
+    if let (Some(news), Some(log)) = (pace.news(), sinks.log.as_mut()) {
+        log.line(&news);
+    }
 }
 
 /// Where training stands after `done` steps.
@@ -150,6 +189,7 @@ fn log_interval(
     done: u64,
     outcome: &StepOutcome,
     meter: &mut Meter,
+    pace: &Pace,
     sinks: &mut Sinks<'_>,
 ) {
     let phases = trainer.phases.take();
@@ -173,6 +213,8 @@ fn log_interval(
             .collect(),
         loss_scale: trainer.scaler.map(|scaler| scaler.scale()),
         skipped_steps: trainer.guard.skipped_steps(),
+        checkpoint_stall_seconds: pace.stall().map(|stall| stall.as_secs_f64()),
+        checkpoint_suggested_seconds: pace.suggested().map(|interval| interval.as_secs_f64()),
     };
     log.metrics(&metrics);
     sinks.outside.metrics(metrics);

@@ -1,5 +1,6 @@
-//! The header of a safetensors file: JSON with each tensor's kind, shape and range of bytes. Believes nothing: no name
-//! comes twice, every range has exactly the bytes that kind and shape need, and together they cover the data once.
+//! The header of a safetensors file: JSON with each tensor's kind, shape and range of bytes. The one reader and writer of
+//! it, for weights and for checkpoints. The reader believes nothing: no name comes twice, every range has exactly the bytes
+//! that kind and shape need, and together they cover the data once.
 //!
 //! Knows no tensor type.
 
@@ -8,11 +9,14 @@ use std::{
     fmt,
 };
 
-use ::safetensors::Dtype;
+use ::safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
 use serde::{Deserialize, Deserializer, de};
 
 /// Longest header that is read, in bytes: 100,000 tensors.
-const MAX_HEADER: u64 = 16 << 20;
+pub const MAX_HEADER: u64 = 16 << 20;
 /// The entry of free-form texts.
 const METADATA: &str = "__metadata__";
 
@@ -100,6 +104,32 @@ pub fn read(file: &[u8], length: u64) -> Result<Header, String> {
         metadata: entries.metadata,
         data: 8 + size as usize,
     })
+}
+
+/// The start of a file: the header's length and the header, padded so that the data is aligned to 8 bytes. Tensors are
+/// name, shape and kind, in the order of their data.
+pub fn write(
+    tensors: impl IntoIterator<Item = (String, Vec<usize>, Dtype)>,
+    metadata: HashMap<String, String>,
+) -> Result<Vec<u8>, String> {
+    let mut offset = 0;
+    let infos = tensors.into_iter().map(|(name, shape, dtype)| {
+        let start = offset;
+        offset += shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        let info = TensorInfo {
+            dtype,
+            shape,
+            data_offsets: (start, offset),
+        };
+        (name, info)
+    });
+    let metadata = (!metadata.is_empty()).then_some(metadata);
+    let header = Metadata::new(metadata, infos.collect()).map_err(|error| error.to_string())?;
+    let mut json = serde_json::to_vec(&header).map_err(|error| error.to_string())?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut start = (json.len() as u64).to_le_bytes().to_vec();
+    start.extend(json);
+    Ok(start)
 }
 
 /// The header as written.

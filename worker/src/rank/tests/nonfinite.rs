@@ -42,7 +42,7 @@ fn broken_steps(
     };
     let mut outcomes = Vec::new();
     for step in range {
-        let outcome = trainer.step(step, &mut batches, false);
+        let outcome = trainer.step(step, &mut batches, Says::default());
         let failed = outcome.is_err();
         outcomes.push(outcome);
         if failed {

@@ -64,7 +64,7 @@ pub(super) fn steps(
 ) -> Vec<crate::rank::step::StepOutcome> {
     let mut loader = loader(trainer, job, range.clone());
     range
-        .map(|step| trainer.step(step, &mut loader, false).expect("a step"))
+        .map(|step| trainer.step(step, &mut loader, Says::default()).expect("a step"))
         .collect()
 }
 

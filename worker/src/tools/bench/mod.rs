@@ -59,7 +59,7 @@ pub enum Part {
     },
     /// The 1:1 numbers of a drawn benchmark of IJB-C's size: wall time by phase and peak memory.
     Ijb(ijb::IjbArgs),
-    /// Writing, verifying and reading one head part.
+    /// One head part: the copy that training waits for, writing (with the reading again), digest, verifying and reading.
     Checkpoint {
         /// Classes of the part.
         #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1..))]
@@ -193,6 +193,7 @@ mod tests {
                 "images_per_second",
             ),
             ("bench loader --batch 2 --repetitions 2", "images_per_second"),
+            (checkpoint.as_str(), "copy_median_ms"),
             (checkpoint.as_str(), "read_median_ms"),
         ] {
             let result = bench(line).unwrap_or_else(|error| panic!("{line}: {error:#}"));

@@ -1,0 +1,296 @@
+//! When checkpoints are taken, what a slow or full disk does to training, and that nothing is forgotten in one.
+
+use super::*;
+use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+/// Takes the metrics of a rank as they come.
+struct Listener<F: FnMut(&StepMetrics)>(F);
+
+impl<F: FnMut(&StepMetrics)> Outside for Listener<F> {
+    fn metrics(&mut self, metrics: StepMetrics) {
+        (self.0)(&metrics);
+    }
+
+    fn evaluation(&mut self, _: Evaluation) {}
+
+    fn checkpoint_wanted(&mut self) -> bool {
+        false
+    }
+}
+
+/// Trains a rank with checkpoints in `output`; `commit` and `listen` are called as the rank process would.
+fn train_with(
+    rank: u32,
+    trainer: &mut Trainer,
+    job: &Job,
+    output: &Path,
+    commit: impl Fn(CommitCheckpointRequest) + Send + 'static,
+    listen: impl FnMut(&StepMetrics),
+) {
+    let writer = Writer::start(output.to_owned(), 1, commit);
+    let mut sinks = Sinks {
+        output: output.to_owned(),
+        log: (rank == 0).then(|| crate::rank::log::TrainingLog::open(output).expect("a log")),
+        writer: Some(&writer),
+        outside: &mut Listener(listen),
+    };
+    assert_eq!(train(trainer, job, 0, &mut sinks).expect("trained"), job.end_step);
+    writer.finish();
+}
+
+/// Steps that ranks asked to commit, by rank.
+type Commits = Arc<Mutex<Vec<Vec<u64>>>>;
+
+fn record(commits: &Commits, rank: u32, request: &CommitCheckpointRequest) {
+    commits.lock().expect("commits")[rank as usize].push(request.step);
+}
+
+#[test]
+fn the_clock_of_rank_0_decides_for_all() {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(2, |wire| {
+        wire.checkpoint.get_or_insert_default().every_seconds = Some(1e-9);
+    });
+    let commits: Commits = Arc::new(Mutex::new(vec![vec![]; 2]));
+    let measured = Mutex::new(Vec::new());
+    on_ranks(&spec, 2, |rank, trainer, job| {
+        let commits = commits.clone();
+        let commit = move |request: CommitCheckpointRequest| record(&commits, rank, &request);
+        train_with(rank, trainer, job, scratch.path(), commit, |metrics| {
+            let pair = (
+                metrics.checkpoint_stall_seconds,
+                metrics.checkpoint_suggested_seconds,
+            );
+            measured.lock().expect("measured").push(pair);
+        });
+    });
+    let commits = commits.lock().expect("commits");
+    assert_eq!(commits[0], commits[1], "all ranks alike");
+    // Those in between may have waited for the disk.
+    assert!(
+        commits[0].starts_with(&[1]) && commits[0].ends_with(&[5]),
+        "{commits:?}"
+    );
+    let measured = measured.lock().expect("measured");
+    assert_eq!(measured[0], (None, None), "before the first");
+    let (Some(stall), Some(suggested)) = measured[4] else {
+        panic!("{measured:?}")
+    };
+    let youngs = (2.0 * stall * 8000.0 * 3600.0 / 2.0).sqrt();
+    assert!(stall > 0.0 && (suggested - youngs).abs() < 1.0, "{measured:?}");
+    let log = std::fs::read_to_string(scratch.path().join("training.log")).expect("a log");
+    assert!(log.contains("a checkpoint holds up training for "), "{log}");
+}
+
+#[test]
+fn a_disk_that_hangs_holds_up_no_step_and_all_ranks_leave_out_the_same_checkpoints() {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(2, |wire| {
+        wire.checkpoint.get_or_insert_default().every_steps = Some(1);
+    });
+    let commits: Commits = Arc::new(Mutex::new(vec![vec![]; 2]));
+    let (release, released): (Sender<()>, Receiver<()>) = channel();
+    let (release, released) = (Mutex::new(release), Arc::new(Mutex::new(released)));
+    on_ranks(&spec, 2, |rank, trainer, job| {
+        let (commits, released) = (commits.clone(), released.clone());
+        let commit = move |request: CommitCheckpointRequest| {
+            // Rank 1 hangs over its first checkpoint until training has come to the last step but one.
+            if rank == 1 && request.step == 1 {
+                released.lock().expect("released").recv().expect("a word");
+            }
+            record(&commits, rank, &request);
+        };
+        train_with(rank, trainer, job, scratch.path(), commit, |metrics| {
+            if rank == 0 && metrics.step == 4 {
+                release.lock().expect("release").send(()).expect("taken");
+            }
+        });
+    });
+    let commits = commits.lock().expect("commits");
+    assert_eq!(
+        *commits,
+        [[1, 2, 5], [1, 2, 5]],
+        "two wait, the next are left out, the last one waits for room"
+    );
+}
+
+/// A checkpoint that is not committed, of a generation that trains on.
+fn left_behind(output: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(output.join("checkpoints"))
+        .into_iter()
+        .flatten();
+    entries.map(|entry| entry.expect("entry").path()).collect()
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_nothing() {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(1, |wire| {
+        wire.checkpoint.get_or_insert_default().every_steps = Some(1);
+    });
+    let output = scratch.path();
+    // The head of step 1 has no place: something of its name is in the way, after the backbone was written.
+    let in_the_way = checkpoints::directory(1, 1) + "/head-0-10.safetensors/x";
+    std::fs::create_dir_all(output.join(in_the_way)).expect("make");
+    let commits: Commits = Arc::new(Mutex::new(vec![vec![]]));
+    on_ranks(&spec, 1, |rank, trainer, job| {
+        let commits = commits.clone();
+        let commit = move |request: CommitCheckpointRequest| record(&commits, rank, &request);
+        train_with(rank, trainer, job, output, commit, |_| {});
+    });
+    let commits = &commits.lock().expect("commits")[0];
+    assert!(
+        !commits.contains(&1) && commits.ends_with(&[5]),
+        "the next ones are written: {commits:?}"
+    );
+    let mut expected: Vec<PathBuf> = commits
+        .iter()
+        .map(|step| output.join(checkpoints::directory(*step, 1)))
+        .collect();
+    let mut found = left_behind(output);
+    found.sort();
+    expected.sort();
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
+    let scratch = tempfile::tempdir().unwrap();
+    let output = scratch.path();
+    let spec = job(1, |wire| wire.train.get_or_insert_default().max_steps = Some(1));
+    on_ranks(&spec, 1, |_, trainer, job| {
+        let (committed, parts) = channel();
+        let writer = Writer::start(output.to_owned(), 1, move |request| {
+            committed.send(request).expect("taken");
+        });
+        let mut requests = Vec::new();
+        for step in [10, 20, 30, 40] {
+            let mut state = crate::rank::train::position(trainer, job, 1);
+            state.step = step;
+            let room = writer.room();
+            writer.write(checkpoints::snapshot_into(trainer, state, job.num_classes, room));
+            requests.push(parts.recv().expect("written"));
+        }
+        let told = |step: usize, kept: Vec<String>| CheckpointCommitted {
+            manifest: Some(CheckpointManifest {
+                step: requests[step].step,
+                directory: requests[step].directory.clone(),
+                ..Default::default()
+            }),
+            expired_directories: vec![],
+            kept_directories: kept,
+        };
+        let directory = |step| checkpoints::directory(step, 1);
+        // Of 10 we were never told, but the coordinator has it; 20 lacks the parts of a peer; 40 is on its way.
+        writer.committed(told(2, vec![directory(30), directory(10)]));
+        writer.finish();
+        let exists = |step| output.join(directory(step)).exists();
+        assert_eq!(
+            [10, 20, 30, 40].map(exists),
+            [true, false, true, true],
+            "without a list nothing is swept"
+        );
+    });
+}
+
+/// Everything at once: stochastic depth and dropout, AdamW, classes drawn at rate 0.1 with lazy updates, the position in
+/// the second epoch, and a loss scale that is about to grow.
+#[test]
+fn nothing_is_forgotten_in_a_checkpoint() {
+    let cases: [(&str, &str, &str); 3] = [
+        ("vit_t", "adamw", "fp32"),
+        ("tiny", "adamw", "fp16"),
+        ("tiny", "sgd", "bf16"),
+    ];
+    for (network, optimizer, precision) in cases {
+        let spec = job(2, |wire| {
+            let model = wire.model.get_or_insert_default();
+            model.network = Some(network.into());
+            model.freeze_batch_norm = Some(false);
+            model.dropout = Some(0.2);
+            let head = wire.head.get_or_insert_default();
+            head.num_classes = Some(100);
+            head.sample_rate = Some(0.1);
+            let data = wire.data.get_or_insert_default();
+            data.num_image = Some(20);
+            let train = wire.train.get_or_insert_default();
+            train.batch_size = Some(2);
+            train.optimizer = Some(optimizer.into());
+            train.precision = Some(precision.into());
+            train.lr = Some(1e-3);
+            // Taken at step 6 of 8, in the second epoch of five steps.
+            train.num_epoch = Some(2);
+            train.max_steps = Some(8);
+        });
+        let scaler = |trainer: &mut Trainer| {
+            if trainer.scaler.is_some() {
+                // Two updates from growth: it falls into what comes after the checkpoint.
+                trainer.scaler = crate::optim::GradScaler::resumed(128.0, 93);
+            }
+        };
+        let scratch = tempfile::tempdir().unwrap();
+        let requests: Commits = Arc::new(Mutex::new(vec![vec![]; 2]));
+        let mut first = spec.clone();
+        first.train.max_steps = Some(6);
+        let taken: Mutex<Vec<CommitCheckpointRequest>> = Mutex::default();
+        on_ranks(&first, 2, |rank, trainer, job| {
+            scaler(trainer);
+            let (sender, parts) = channel();
+            let requests = requests.clone();
+            let commit = move |request: CommitCheckpointRequest| {
+                record(&requests, rank, &request);
+                sender.send(request).expect("taken");
+            };
+            train_with(rank, trainer, job, scratch.path(), commit, |_| {});
+            let last = parts.iter().last().expect("a checkpoint at the end");
+            taken.lock().expect("taken").push(last);
+        });
+        let mut taken = taken.into_inner().expect("taken");
+        let one = taken.pop().expect("two ranks");
+        let manifest = CheckpointManifest {
+            format: 1,
+            generation: 1,
+            step: one.step,
+            epoch: one.epoch,
+            epoch_samples: one.epoch_samples,
+            world_size: 2,
+            num_classes: one.num_classes,
+            directory: one.directory.clone(),
+            parts: [taken.pop().expect("two ranks").parts, one.parts].concat(),
+            scaler: one.scaler,
+            ..Default::default()
+        };
+        assert_eq!((manifest.step, manifest.epoch, manifest.epoch_samples), (6, 1, 4));
+        let dir = scratch.path().join(&manifest.directory);
+        let resumed = on_ranks(&spec, 2, |rank, trainer, job| {
+            let checkpoint = Checkpoint::open(&dir, manifest.clone()).expect("whole");
+            let at = checkpoints::restore(trainer, &checkpoint).expect("restored").step;
+            let losses = losses(rank, trainer, job, at, scratch.path());
+            (losses, trainer.scaler, state(trainer))
+        });
+        let unbroken = on_ranks(&spec, 2, |rank, trainer, job| {
+            scaler(trainer);
+            let losses = losses(rank, trainer, job, 0, scratch.path());
+            (losses, trainer.scaler, state(trainer))
+        });
+        let mut compared = 0;
+        for (rank, (a, b)) in resumed.iter().zip(&unbroken).enumerate() {
+            if rank == 0 {
+                assert_eq!(a.0, b.0[6..], "{network}, {optimizer}, {precision}: losses");
+            }
+            assert_eq!(a.1, b.1, "{network}, {optimizer}, {precision}: loss scale");
+            for ((name, a), (_, b)) in a.2.iter().zip(&b.2) {
+                assert!(a.equal(b), "{network}, {optimizer}, {precision}: {name} differs");
+                compared += 1;
+            }
+        }
+        assert!(compared > 50, "{compared} tensors");
+        if precision == "fp16" {
+            let scale = unbroken[0].1.expect("fp16").scale();
+            assert_eq!(scale, 256.0, "it grew after the checkpoint");
+        }
+    }
+}
