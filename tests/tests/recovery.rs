@@ -95,7 +95,9 @@ fn a_damaged_checkpoint_costs_the_steps_to_the_one_before_it() -> Result<()> {
         })?;
         // Training stands still, so that the newest stays the newest.
         let ranks = cluster.rank_pids(&id)?;
-        cluster.signal(ranks[1].1, Signal::SIGSTOP)?;
+        for (_, pid) in &ranks {
+            cluster.signal(*pid, Signal::SIGSTOP)?;
+        }
         let listed = cluster.json(&["checkpoints", &id])?;
         let newest = &listed[0];
         let output = cluster.job(&id)?["output"]

@@ -7,6 +7,7 @@
 //! | `job/ID` | the job: specification, state, generation, placement, recoveries | before a submit or cancel is answered, before ranks are launched or killed |
 //! | `request/ID` | the job that a request id made | in the job's own transaction |
 //! | `checkpoint/JOB/STEP` | manifest of a committed checkpoint | in the commit's one transaction, with the job and the deletion of expired ones |
+//! | `damaged/JOB/STEP/GENERATION` | manifest of a checkpoint that did not verify | moved from `checkpoint/` in the transaction that ends the generation |
 //! | `evaluation/JOB/STEP/DATASET` | an evaluation result | when it is reported |
 //! | `drain/NODE` | nothing | before a drain is answered |
 //!

@@ -143,8 +143,8 @@ pub struct Writer {
     jobs: Option<SyncSender<Job>>,
     /// Memory that the thread has written out.
     returned: Receiver<Room>,
-    /// The next of it.
-    room: RefCell<Option<Room>>,
+    /// What has come back of it.
+    room: RefCell<Vec<Room>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -191,20 +191,25 @@ impl Writer {
     /// True while there is no room for another copy. Room does not go away but by [`Writer::room`].
     pub fn is_busy(&self) -> bool {
         let mut room = self.room.borrow_mut();
-        if room.is_none() {
-            *room = match self.returned.try_recv() {
-                Err(TryRecvError::Empty) => None,
+        loop {
+            match self.returned.try_recv() {
+                Ok(returned) => room.push(returned),
+                Err(TryRecvError::Empty) => return room.is_empty(),
                 // Without the thread nothing is written, and [`Writer::write`] says so.
-                returned => Some(returned.unwrap_or_default()),
-            };
+                Err(TryRecvError::Disconnected) => return false,
+            }
         }
-        room.is_none()
     }
 
-    /// The memory for a copy; waits for it while the writer is busy.
+    /// The memory for a copy; waits for it while the writer is busy. Memory that has been used before comes first: where no
+    /// two checkpoints overlap, there is never more than one copy.
     pub fn room(&self) -> Room {
-        let room = self.room.take();
-        room.or_else(|| self.returned.recv().ok()).unwrap_or_default()
+        if self.is_busy() {
+            return self.returned.recv().unwrap_or_default();
+        }
+        let mut room = self.room.borrow_mut();
+        room.sort_by_key(Vec::len);
+        room.pop().unwrap_or_default()
     }
 
     /// Writes the parts and asks for their commit.
