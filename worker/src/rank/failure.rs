@@ -25,7 +25,7 @@ pub struct RankFailure {
     /// Another try shall leave out this step, counted from 0.
     pub rollback_step: Option<u64>,
     /// Another try shall resume from an older checkpoint than this one.
-    pub damaged: Option<DamagedCheckpoint>,
+    pub damaged: Option<Box<DamagedCheckpoint>>,
 }
 
 impl RankFailure {
@@ -71,7 +71,7 @@ impl RankFailure {
         });
         let failure = Self {
             permanent: matches!(error, CheckpointError::Version { .. }),
-            damaged,
+            damaged: damaged.map(Box::new),
             ..Self::transient(format!("resume from step {}: {error}", manifest.step))
         };
         match &failure.damaged {
@@ -96,7 +96,7 @@ impl RankFailure {
             permanent: self.permanent,
             peer: self.peer,
             rollback_step: self.rollback_step,
-            damaged: self.damaged.clone(),
+            damaged: self.damaged.as_deref().cloned(),
         }
     }
 }

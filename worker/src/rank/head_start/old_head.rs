@@ -28,7 +28,7 @@ pub(super) struct OldHead {
 
 enum Place {
     /// Parts are compared with their digests when they are used.
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
     Files(Vec<MappedRows>),
 }
 
@@ -38,7 +38,10 @@ impl OldHead {
         let (classes, place) = match path.is_dir() {
             true if path.join(crate::checkpoint::manifest::FILE).exists() => {
                 let checkpoint = Checkpoint::open_dir(path).map_err(refuse)?;
-                (checkpoint.manifest().num_classes, Place::Checkpoint(checkpoint))
+                (
+                    checkpoint.manifest().num_classes,
+                    Place::Checkpoint(Box::new(checkpoint)),
+                )
             }
             true => {
                 let mut files = Vec::new();

@@ -3,7 +3,7 @@
 use super::*;
 use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 /// Takes the metrics of a rank as they come.
@@ -92,7 +92,7 @@ fn a_disk_that_hangs_holds_up_no_step_and_all_ranks_leave_out_the_same_checkpoin
         wire.checkpoint.get_or_insert_default().every_steps = Some(1);
     });
     let commits: Commits = Arc::new(Mutex::new(vec![vec![]; 2]));
-    let (release, released): (Sender<()>, Receiver<()>) = channel();
+    let (release, released): (SyncSender<()>, Receiver<()>) = sync_channel(1);
     let (release, released) = (Mutex::new(release), Arc::new(Mutex::new(released)));
     on_ranks(&spec, 2, |rank, trainer, job| {
         let (commits, released) = (commits.clone(), released.clone());
@@ -162,7 +162,7 @@ fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
     let output = scratch.path();
     let spec = job(1, |wire| wire.train.get_or_insert_default().max_steps = Some(1));
     on_ranks(&spec, 1, |_, trainer, job| {
-        let (committed, parts) = channel();
+        let (committed, parts) = sync_channel(8);
         let writer = Writer::start(output.to_owned(), 1, move |request| {
             committed.send(request).expect("taken");
         });
@@ -238,7 +238,7 @@ fn nothing_is_forgotten_in_a_checkpoint() {
         let taken: Mutex<Vec<CommitCheckpointRequest>> = Mutex::default();
         on_ranks(&first, 2, |rank, trainer, job| {
             scaler(trainer);
-            let (sender, parts) = channel();
+            let (sender, parts) = sync_channel(8);
             let requests = requests.clone();
             let commit = move |request: CommitCheckpointRequest| {
                 record(&requests, rank, &request);
