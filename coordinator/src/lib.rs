@@ -12,6 +12,8 @@ pub mod exporter;
 pub mod job;
 pub mod membership;
 pub mod plan;
+#[doc(hidden)]
+pub mod planted;
 pub mod recipe;
 pub mod server;
 pub mod spec;

@@ -2,6 +2,7 @@
 //! here is whole: one backbone, and every class in exactly one part.
 
 use super::ControlError;
+use crate::planted::{Bug, planted};
 use arcface_proto::v1::{CheckpointManifest, CheckpointPart, CommitCheckpointRequest, LossScaler, RankId};
 use std::collections::BTreeMap;
 
@@ -81,7 +82,8 @@ impl Prepared {
             ));
         }
         step.parts.insert(id.rank, request.parts.clone());
-        let complete = step.parts.len() as u32 == world_size;
+        let enough = world_size - u32::from(world_size > 1 && planted(Bug::CommitBeforeLastPart));
+        let complete = step.parts.len() as u32 >= enough;
         let manifest = match complete {
             true => Some(manifest(id, request.step, step, world_size)?),
             false => None,
@@ -162,7 +164,7 @@ fn manifest(
         }
         next_class = part.class_hi;
     }
-    if next_class != step.num_classes {
+    if next_class != step.num_classes && !planted(Bug::CommitBeforeLastPart) {
         let problem = format!("they hold {next_class} of {} classes", step.num_classes);
         return Err(ControlError::invalid("parts", problem));
     }

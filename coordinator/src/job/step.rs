@@ -4,7 +4,10 @@ use super::{
     Effect, Event, Exit, FailureKind, Job, Limits, Now, Phase, Process, Progress, RankState, Recovery,
     Refused,
 };
-use crate::plan::Placement;
+use crate::{
+    plan::Placement,
+    planted::{Bug, planted},
+};
 use arcface_proto::types::{Generation, NodeId, Rank};
 
 /// Lists of an agent without a rank that it should run, until the rank counts as gone: its exit may be on its way.
@@ -133,7 +136,7 @@ impl Transition<'_> {
     /// Accepts a message only from a rank of the newest generation while that stands.
     fn fence(&self, generation: Generation, rank: Rank) -> Result<(), Refused> {
         let job = &self.job;
-        if generation != job.generation {
+        if generation != job.generation && !planted(Bug::NoGenerationCompare) {
             return Err(Refused::Stale {
                 job: job.id.clone(),
                 got: generation,
@@ -563,6 +566,9 @@ impl Transition<'_> {
 
     fn cancel(&mut self, reason: &str) {
         if self.job.phase.is_terminal() || self.job.phase == Phase::Cancelling {
+            return;
+        }
+        if planted(Bug::CancelLostToRestart) && self.job.phase == Phase::Recovering {
             return;
         }
         let reason = match reason.is_empty() {
