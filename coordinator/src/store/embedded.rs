@@ -37,13 +37,19 @@ impl EmbeddedStore {
             StoreError::Failed(format!("make directory {}: {error}", directory.display()))
         })?;
         let database = Database::create(&path).map_err(|error| opening(error, &path))?;
-        let epoch = take_epoch(&database, &path)?;
+        let store = Self::on(database, &path)?;
         // A file that was just made is not there after a crash unless its directory was written too.
         fs::File::open(directory)
             .and_then(|directory| directory.sync_all())
             .map_err(|error| {
                 StoreError::Failed(format!("sync directory {}: {error}", directory.display()))
             })?;
+        Ok(store)
+    }
+
+    /// Takes the next epoch of a database.
+    pub(super) fn on(database: Database, path: &Path) -> Result<Self, StoreError> {
+        let epoch = take_epoch(&database, path)?;
         Ok(Self {
             database: Arc::new(database),
             epoch,

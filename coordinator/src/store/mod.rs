@@ -15,6 +15,8 @@
 //! rank processes from what the agents list; rendezvous and prepared checkpoint parts from the ranks' repeated calls.
 //! Metrics samples are not stored.
 
+#[cfg(test)]
+mod crashes;
 mod embedded;
 mod etcd;
 #[cfg(test)]
