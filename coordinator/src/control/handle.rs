@@ -66,13 +66,16 @@ impl ReportSession {
     }
 }
 
+/// A job to be.
+pub(super) struct Submit {
+    pub spec: Box<JobSpec>,
+    pub request_id: String,
+    pub validate_only: bool,
+    pub answer: Answer<Job>,
+}
+
 pub(super) enum Command {
-    Submit {
-        spec: Box<JobSpec>,
-        request_id: String,
-        validate_only: bool,
-        answer: Answer<Job>,
-    },
+    Submit(Submit),
     GetJob {
         id: String,
         answer: Answer<Job>,
@@ -192,11 +195,13 @@ impl Handle {
         request_id: String,
         validate_only: bool,
     ) -> Result<Job, ControlError> {
-        self.ask(|answer| Command::Submit {
-            spec: Box::new(spec),
-            request_id,
-            validate_only,
-            answer,
+        self.ask(|answer| {
+            Command::Submit(Submit {
+                spec: Box::new(spec),
+                request_id,
+                validate_only,
+                answer,
+            })
         })
         .await
     }

@@ -2,13 +2,14 @@
 
 use super::{
     Control, ControlError, Entry, MAX_LIVE_JOBS, MAX_RETRIES, Watch,
-    handle::{Command, JobFilter},
+    handle::{Command, JobFilter, Submit},
     keys, measure, not_done, records,
 };
 use crate::{
     job::{self, Effect, Event, Job, Process},
     membership::RankKey,
     plan::{self, PlanNode},
+    planted::{Bug, planted},
     store::{StoreError, Transaction},
 };
 use arcface_proto::{
@@ -30,6 +31,19 @@ const MAX_WATCHERS: usize = 1000;
 /// Commands that wait for rank 0 to open its stream.
 const MAX_OUTBOX: usize = 16;
 
+/// Jobs that one transaction takes in: etcd's default limit is 128 writes, and each job is two.
+pub(super) const MAX_BATCH: usize = 50;
+/// Their records end a batch at this; the largest record is smaller than what the store has room for beyond it.
+const MAX_BATCH_BYTES: usize = 512 << 10;
+
+/// A submit that will be a job once the store has it.
+struct Accepted {
+    job: Job,
+    record: Vec<u8>,
+    request_id: String,
+    answer: oneshot::Sender<Result<v1::Job, ControlError>>,
+}
+
 /// Gives an answer to a caller; one that has gone away needs none.
 pub(super) fn reply<T>(answer: oneshot::Sender<T>, value: T) {
     let _ = answer.send(value);
@@ -38,12 +52,7 @@ pub(super) fn reply<T>(answer: oneshot::Sender<T>, value: T) {
 impl Control {
     pub(super) async fn command(&mut self, command: Command) {
         match command {
-            Command::Submit {
-                spec,
-                request_id,
-                validate_only,
-                answer,
-            } => reply(answer, self.submit(*spec, request_id, validate_only).await),
+            Command::Submit(submit) => self.submit_all(vec![submit]).await,
             Command::GetJob { id, answer } => reply(
                 answer,
                 self.find(&id)
@@ -119,66 +128,158 @@ impl Control {
         }
     }
 
-    async fn submit(
-        &mut self,
-        spec: JobSpec,
-        request_id: String,
-        validate_only: bool,
-    ) -> Result<v1::Job, ControlError> {
+    /// Takes in jobs that were submitted at about the same time: one transaction makes them all durable, since a disk
+    /// syncs one large write as fast as a small one. Each is answered for itself, and none before the store has it.
+    pub(super) async fn submit_all(&mut self, submits: Vec<Submit>) {
         let now = self.clock.now();
-        if let Some(job) = self.repeated(&request_id, &spec).await? {
-            return Ok(job);
+        let mut batch: Vec<Accepted> = Vec::new();
+        let mut transaction = Transaction::default();
+        for submit in submits {
+            let same = |accepted: &Accepted| {
+                !submit.request_id.is_empty() && accepted.request_id == submit.request_id
+            };
+            if batch.iter().any(same) {
+                // A repetition of one that is not stored yet: it is, before this one is looked at.
+                self.store_submits(std::mem::take(&mut batch), std::mem::take(&mut transaction)).await;
+            }
+            let job = match self.accept(&submit, batch.len(), now).await {
+                Ok(job) => job,
+                Err(answer) => {
+                    reply(submit.answer, answer);
+                    continue;
+                }
+            };
+            let record = records::encode(&job, 1);
+            let key = keys::job(&job.id);
+            transaction = transaction.expect_absent(&key).put(&key, record.clone());
+            if !submit.request_id.is_empty() {
+                let request = records::StoredRequest {
+                    job_id: job.id.to_string(),
+                };
+                let key = keys::request(&submit.request_id);
+                transaction = transaction.expect_absent(&key).put(key, request.encode_to_vec());
+            }
+            batch.push(Accepted {
+                job,
+                record,
+                request_id: submit.request_id,
+                answer: submit.answer,
+            });
+            let bytes: usize = batch.iter().map(|accepted| accepted.record.len()).sum();
+            if batch.len() == MAX_BATCH || bytes > MAX_BATCH_BYTES {
+                self.store_submits(std::mem::take(&mut batch), std::mem::take(&mut transaction)).await;
+            }
+        }
+        self.store_submits(batch, transaction).await;
+    }
+
+    /// The job that a submit makes, or its answer if it makes none. `before` are accepted and not yet stored.
+    async fn accept(
+        &mut self,
+        submit: &Submit,
+        before: usize,
+        now: job::Now,
+    ) -> Result<Job, Result<v1::Job, ControlError>> {
+        match self.repeated(&submit.request_id, &submit.spec).await {
+            Ok(None) => {}
+            Ok(Some(job)) => return Err(Ok(job)),
+            Err(error) => return Err(Err(error)),
         }
         let mut id = JobId::from_random(uuid::Uuid::new_v4().as_u64_pair().0);
         while self.jobs.contains_key(&id) {
             id = JobId::from_random(uuid::Uuid::new_v4().as_u64_pair().0);
         }
-        let job = Job::new(id.clone(), spec, now.unix_ms);
-        if validate_only {
-            return Ok(v1::Job {
+        let job = Job::new(id, (*submit.spec).clone(), now.unix_ms);
+        if submit.validate_only {
+            return Err(Ok(v1::Job {
                 id: String::new(),
                 submitted_at: None,
                 ..records::job_to_wire(&job, 0)
-            });
+            }));
         }
-        if self.live.len() >= MAX_LIVE_JOBS {
-            return Err(ControlError::Exhausted(format!(
+        if self.live.len() + before >= MAX_LIVE_JOBS {
+            return Err(Err(ControlError::Exhausted(format!(
                 "{MAX_LIVE_JOBS} jobs already wait or run"
-            )));
+            ))));
         }
-        let key = keys::job(&id);
-        let record = records::encode(&job, 1);
-        let mut transaction = Transaction::default()
-            .expect_absent(&key)
-            .put(&key, record.clone());
-        if !request_id.is_empty() {
-            let request = records::StoredRequest {
-                job_id: id.to_string(),
-            }
-            .encode_to_vec();
-            let key = keys::request(&request_id);
-            transaction = transaction.expect_absent(&key).put(key, request);
-        }
-        let store_revision = match self.store.commit(transaction).await {
-            Ok(revision) => revision,
-            Err(StoreError::Unknown(why)) => match self.find_out(&key, &record, why).await? {
-                Some(revision) => revision,
-                None => return Err(not_done()),
-            },
-            Err(error) => return Err(self.store_failed(error)),
-        };
-        tracing::info!(job = %id, name = %job.spec.name, world_size = job.spec.world_size, "job submitted");
-        measure::job_loaded(&job);
-        let entry = Entry::new(job, 1, store_revision);
-        let wire = records::job_to_wire(&entry.job, 1);
-        self.ages.insert(entry.age());
-        self.live.insert(entry.age());
-        self.jobs.insert(id, entry);
-        Ok(wire)
+        Ok(job)
     }
 
-    /// The job that a request id made before.
-    async fn repeated(&self, request_id: &str, spec: &JobSpec) -> Result<Option<v1::Job>, ControlError> {
+    async fn store_submits(&mut self, batch: Vec<Accepted>, transaction: Transaction) {
+        if batch.is_empty() {
+            return;
+        }
+        let outcome = self.store.commit(transaction).await;
+        for accepted in batch {
+            let Accepted { job, record, answer, .. } = accepted;
+            let stored = match &outcome {
+                Ok(revision) => Ok(*revision),
+                Err(StoreError::Unknown(why)) => {
+                    let key = keys::job(&job.id);
+                    let found = self.find_out(&key, &record, why.clone()).await;
+                    found.and_then(|revision| revision.ok_or_else(not_done))
+                }
+                Err(_) if planted(Bug::AckBeforeStore) => Ok(0),
+                Err(error) => Err(ControlError::Unavailable(error.to_string())),
+            };
+            match stored {
+                Err(error) => reply(answer, Err(error)),
+                Ok(revision) => {
+                    tracing::info!(job = %job.id, name = %job.spec.name, world_size = job.spec.world_size, "job submitted");
+                    let wire = records::job_to_wire(&job, 1);
+                    self.take_in(Entry::new(job, 1, revision));
+                    reply(answer, Ok(wire));
+                }
+            }
+        }
+        if let Err(error) = outcome {
+            // The callers have their answers; a store that has another owner ends this coordinator.
+            self.store_failed(error);
+        }
+    }
+
+    /// A job that the store has is ours from now on.
+    pub(super) fn take_in(&mut self, entry: Entry) {
+        measure::job_loaded(&entry.job);
+        self.ages.insert(entry.age());
+        let id = entry.job.id.clone();
+        self.jobs.insert(id.clone(), entry);
+        self.index(&id, &[]);
+    }
+
+    /// Keeps the sets of what needs attention, and where, after a job had `before` for its ranks.
+    fn index(&mut self, id: &JobId, before: &[job::RankState]) {
+        let Some(entry) = self.jobs.get(id) else { return };
+        let age = entry.age();
+        for rank in before {
+            if let Some(jobs) = self.placed.get_mut(&rank.node) {
+                jobs.remove(&age);
+                if jobs.is_empty() {
+                    self.placed.remove(&rank.node);
+                }
+            }
+        }
+        match entry.is_live() {
+            true => {
+                for rank in &entry.job.ranks {
+                    self.placed.entry(rank.node.clone()).or_default().insert(age.clone());
+                }
+                self.live.insert(age);
+            }
+            false => {
+                self.live.remove(&age);
+            }
+        }
+        self.unplanned = true;
+    }
+
+    /// The job that a request id made before. Its submit may have had an outcome that we did not learn: then the store
+    /// has it, and we do not.
+    async fn repeated(
+        &mut self,
+        request_id: &str,
+        spec: &JobSpec,
+    ) -> Result<Option<v1::Job>, ControlError> {
         if request_id.is_empty() {
             return Ok(None);
         }
@@ -187,6 +288,17 @@ impl Control {
         };
         let request = records::StoredRequest::decode(stored.value.as_slice())
             .map_err(|error| ControlError::Unavailable(format!("record of request {request_id}: {error}")))?;
+        let id = request.job_id.parse::<JobId>();
+        if let Ok(id) = id.as_ref()
+            && !self.jobs.contains_key(id)
+            && let Some(stored) = self.store.get(&keys::job(id)).await?
+        {
+            let (job, revision) = records::decode(&stored.value).map_err(|problem| {
+                ControlError::Unavailable(format!("record {} cannot be read: {problem}", stored.key))
+            })?;
+            tracing::info!(job = %id, "a submit whose outcome was not known had been stored");
+            self.take_in(Entry::new(job, revision, stored.revision));
+        }
         let entry = self.find(&request.job_id)?;
         match entry.job.spec == *spec {
             true => Ok(Some(records::job_to_wire(&entry.job, entry.revision))),
@@ -314,10 +426,10 @@ impl Control {
         if after.phase.is_terminal() && !before.phase.is_terminal() {
             self.retiring.push_back((now.mono_ms, id.clone()));
         }
-        match entry.is_live() {
-            true => self.live.insert(entry.age()),
-            false => self.live.remove(&entry.age()),
-        };
+        let moved = before.phase != after.phase || before.ranks != after.ranks;
+        if moved {
+            self.index(id, &before.ranks);
+        }
         for effect in effects {
             self.perform(id, effect, now);
         }
@@ -450,9 +562,11 @@ impl Control {
     }
 
     /// Plans every job that may be launched: those that recover first, then by age. A job that does not fit does not
-    /// hold up smaller ones behind it.
+    /// hold up smaller ones behind it. Jobs that wish for the same are refused for the same reason, which is worked out
+    /// once: thousands may wait.
     pub(super) async fn schedule(&mut self) {
         let now = self.clock.now();
+        self.unplanned = false;
         let mut waiting: Vec<(bool, JobId)> = Vec::new();
         for (_, id) in &self.live {
             let Some(entry) = self.jobs.get(id) else { continue };
@@ -461,19 +575,32 @@ impl Control {
             }
         }
         waiting.sort_by_key(|(queued, _)| *queued);
+        let mut nodes = None;
+        let mut refused: BTreeMap<(u32, u32), String> = BTreeMap::new();
         if waiting.is_empty() {
             self.offer_room().await;
         }
         for (_, id) in waiting {
             let Some(entry) = self.jobs.get(&id) else { continue };
-            let planned = match entry.job.may_launch(now) {
-                Err(None) => continue,
-                Err(Some(reason)) => Err(reason),
-                Ok(()) => plan::plan(&self.plan_nodes(), entry.job.wishes(), &entry.job.placement())
-                    .map_err(|reason| reason.to_string()),
+            let wishes = entry.job.wishes();
+            let planned = match (entry.job.may_launch(now), refused.get(&(wishes.least, wishes.most))) {
+                (Err(None), _) => continue,
+                (Err(Some(reason)), _) => Err(reason),
+                (Ok(()), Some(reason)) => Err(reason.clone()),
+                (Ok(()), None) => {
+                    let nodes = nodes.get_or_insert_with(|| self.plan_nodes());
+                    plan::plan(nodes, wishes, &entry.job.placement()).map_err(|reason| {
+                        let reason = reason.to_string();
+                        refused.insert((wishes.least, wishes.most), reason.clone());
+                        reason
+                    })
+                }
             };
-            if planned.as_ref().is_err_and(|reason| *reason == entry.job.reason) {
-                continue;
+            match &planned {
+                Err(reason) if *reason == entry.job.reason => continue,
+                Err(_) => {}
+                // Slots are taken from here on.
+                Ok(_) => (nodes, refused) = (None, BTreeMap::new()),
             }
             // Not tried again as an event: the next round plans anew.
             if let Err(error) = self

@@ -38,9 +38,13 @@ use rendezvous::Rendezvous;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use tokio::{sync::mpsc, task::JoinHandle, time::MissedTickBehavior};
+use tokio::{
+    sync::mpsc,
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior},
+};
 use tokio_util::sync::CancellationToken;
 
 /// Commands that may wait for the task; callers beyond it wait with a deadline.
@@ -56,19 +60,31 @@ const HELD_UP: Duration = Duration::from_millis(200);
 /// A lost node is shown for so long.
 const FORGET_MS: u64 = 600_000;
 
-/// The process's clocks. The monotonic one leaves out the time for which the store held up this task: messages that
-/// wait meanwhile are no silence of their senders.
-struct Clock {
+/// The clocks: the runtime's for durations, which a simulation moves by itself, and one that tells the time of day. The
+/// monotonic one leaves out the time for which the store held up this task: messages that wait meanwhile are no silence
+/// of their senders.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
     start: Instant,
+    wall: fn() -> SystemTime,
     held_up: Duration,
 }
 
 impl Clock {
+    /// Starts now; `wall` tells the time of day.
+    pub fn new(wall: fn() -> SystemTime) -> Self {
+        Self {
+            start: Instant::now(),
+            wall,
+            held_up: Duration::ZERO,
+        }
+    }
+
     fn now(&self) -> Now {
         Now {
             mono_ms: self.start.elapsed().saturating_sub(self.held_up).as_millis() as u64,
             // A clock before 1970 shows as 1970: times of day are shown, never compared.
-            unix_ms: SystemTime::now()
+            unix_ms: (self.wall)()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_millis() as u64),
         }
@@ -139,6 +155,10 @@ struct Control {
     ages: BTreeSet<(u64, JobId)>,
     /// Those that need attention.
     live: BTreeSet<(u64, JobId)>,
+    /// Those of them with ranks of their newest generation on a node.
+    placed: BTreeMap<NodeId, BTreeSet<(u64, JobId)>>,
+    /// Something has changed that the planner should see now; it looks at every tick anyway.
+    unplanned: bool,
     members: Membership,
     agents: HashMap<NodeId, nodes::Agent>,
     drains: BTreeSet<NodeId>,
@@ -162,7 +182,20 @@ pub async fn start(
     timers: Timers,
     stop: CancellationToken,
 ) -> Result<(Handle, JoinHandle<Result<(), StoreError>>), StoreError> {
-    let mut control = Control::load(store, timers).await?;
+    start_with(Clock::new(SystemTime::now), store, timers, stop).await
+}
+
+/// [`start()`] with other clocks than the system's.
+///
+/// # Errors
+/// A store that cannot be read.
+pub async fn start_with(
+    clock: Clock,
+    store: Arc<dyn StateStore>,
+    timers: Timers,
+    stop: CancellationToken,
+) -> Result<(Handle, JoinHandle<Result<(), StoreError>>), StoreError> {
+    let mut control = Control::load(clock, store, timers).await?;
     let (sender, receiver) = mpsc::channel(COMMANDS);
     let task = tokio::spawn(async move { control.run(receiver, stop).await });
     Ok((Handle::new(sender), task))
@@ -170,11 +203,7 @@ pub async fn start(
 
 impl Control {
     /// Everything that a restart rebuilds from the store; see `store` for the order.
-    async fn load(store: Arc<dyn StateStore>, timers: Timers) -> Result<Self, StoreError> {
-        let clock = Clock {
-            start: Instant::now(),
-            held_up: Duration::ZERO,
-        };
+    async fn load(clock: Clock, store: Arc<dyn StateStore>, timers: Timers) -> Result<Self, StoreError> {
         let now = clock.now();
         let mut control = Self {
             store,
@@ -189,6 +218,8 @@ impl Control {
             jobs: BTreeMap::new(),
             ages: BTreeSet::new(),
             live: BTreeSet::new(),
+            placed: BTreeMap::new(),
+            unplanned: true,
             members: Membership::new(membership::Limits {
                 suspect_ms: timers.suspect_ms,
                 lost_ms: timers.lost_ms,
@@ -220,12 +251,7 @@ impl Control {
                 entry.resume = control.newest_checkpoint(&id).await?;
                 tracing::info!(job = %id, state = %entry.job.phase, generation = %entry.job.generation, "job loaded");
             }
-            control.ages.insert(entry.age());
-            if entry.is_live() {
-                control.live.insert(entry.age());
-            }
-            measure::job_loaded(&entry.job);
-            control.jobs.insert(id, entry);
+            control.take_in(entry);
         }
         for record in control.list_all(keys::DRAINS).await? {
             if let Some(Ok(node)) = record.key.strip_prefix(keys::DRAINS).map(str::parse) {
@@ -277,21 +303,27 @@ impl Control {
         ));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(1.0);
+        let mut waiting = Vec::new();
         loop {
-            let command = tokio::select! {
+            let commanded = tokio::select! {
                 () = stop.cancelled() => break,
-                command = commands.recv() => match command {
-                    Some(command) => Some(command),
-                    None => break,
+                received = commands.recv_many(&mut waiting, jobs::MAX_BATCH) => match received {
+                    0 => break,
+                    _ => true,
                 },
-                _ = ticks.tick() => None,
+                _ = ticks.tick() => false,
             };
             let begun = Instant::now();
-            match command {
-                Some(command) => self.command(command).await,
-                None => self.tick().await,
+            match commanded {
+                true => self.commands(&mut waiting).await,
+                false => {
+                    self.tick().await;
+                    self.unplanned = true;
+                }
             }
-            self.schedule().await;
+            if self.unplanned {
+                self.schedule().await;
+            }
             let took = begun.elapsed();
             if took > HELD_UP {
                 self.clock.held_up += took;
@@ -304,6 +336,26 @@ impl Control {
         }
         metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(0.0);
         Ok(())
+    }
+
+    /// What has come since the last time, in its order; submits that follow each other are taken in together.
+    async fn commands(&mut self, waiting: &mut Vec<Command>) {
+        let mut submits = Vec::new();
+        for command in waiting.drain(..) {
+            match command {
+                Command::Submit(submit) => submits.push(submit),
+                other => {
+                    if !submits.is_empty() {
+                        self.submit_all(std::mem::take(&mut submits)).await;
+                    }
+                    self.command(other).await;
+                }
+            }
+            if self.fatal.is_some() {
+                return; // What is left is answered when the task ends: this coordinator may not act any more.
+            }
+        }
+        self.submit_all(submits).await;
     }
 
     async fn tick(&mut self) {
@@ -321,15 +373,19 @@ impl Control {
         for change in self.members.tick(now.mono_ms) {
             self.node_changed(change).await;
         }
-        for (_, id) in self.live.clone() {
-            let Some(entry) = self.jobs.get_mut(&id) else {
+        let mut late = BTreeSet::new();
+        for (_, id) in self.placed.values().flatten() {
+            let Some(entry) = self.jobs.get_mut(id) else {
                 continue;
             };
             entry.rendezvous.tick(now.mono_ms, self.timers.rendezvous_ms);
             let waited_ms = now.mono_ms.saturating_sub(entry.job.launched_ms);
             if entry.job.phase == job::Phase::Starting && waited_ms >= self.limits.spawn_ms {
-                self.happened(&id, job::Event::Tick).await;
+                late.insert(id.clone());
             }
+        }
+        for id in late {
+            self.happened(&id, job::Event::Tick).await;
         }
         self.settle_exits(now, None).await;
         self.measure(now);

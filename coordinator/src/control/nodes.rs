@@ -88,6 +88,7 @@ impl Control {
             .members
             .hello(hello, stream, now.mono_ms, now.unix_ms)
             .map_err(|duplicate| ControlError::AlreadyExists(duplicate.to_string()))?;
+        self.unplanned = true;
         self.members.drain(&node, self.drains.contains(&node));
         let (commands, receiver) = mpsc::channel(AGENT_BUFFER);
         // The old stream's sender is dropped: that stream ends.
@@ -116,17 +117,8 @@ impl Control {
 
     /// Live jobs with ranks on a node.
     fn jobs_on(&self, node: &NodeId) -> Vec<JobId> {
-        let runs_there = |id: &JobId| {
-            self.jobs
-                .get(id)
-                .is_some_and(|entry| entry.job.ranks.iter().any(|rank| &rank.node == node))
-        };
-        self.live
-            .iter()
-            .map(|(_, id)| id)
-            .filter(|id| runs_there(id))
-            .cloned()
-            .collect()
+        let jobs = self.placed.get(node);
+        jobs.into_iter().flatten().map(|(_, id)| id.clone()).collect()
     }
 
     /// What an agent's newest list says of a job, if that differs from what we know.
@@ -399,6 +391,7 @@ impl Control {
             false => self.drains.remove(&node),
         };
         self.members.drain(&node, draining);
+        self.unplanned = true;
         tracing::info!(%node, draining, "drain changed");
         if draining {
             self.leave(&node).await;

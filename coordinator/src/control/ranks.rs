@@ -3,6 +3,7 @@
 use super::{Control, ControlError, ReportSession, keys, measure, nodes::tame, rendezvous};
 use crate::{
     job::{self, Event, Progress, Refused},
+    planted::{Bug, planted},
     store::{Transaction, Write},
 };
 use arcface_proto::{
@@ -48,7 +49,13 @@ impl Control {
             .ok_or_else(|| ControlError::not_found("job", id.as_str()))?;
         let job = &entry.job;
         let generation = Generation(rank.generation);
-        if generation != job.generation {
+        if generation > job.generation && !planted(Bug::NoGenerationCompare) {
+            // Its rank is to ask on: a refusal would end a generation that stands.
+            return Err(ControlError::Unavailable(format!(
+                "generation {generation} of {id} was opened by a coordinator that replaced this one"
+            )));
+        }
+        if generation != job.generation && !planted(Bug::NoGenerationCompare) {
             return Err(Refused::Stale {
                 job: id,
                 got: generation,
@@ -360,6 +367,14 @@ impl Control {
         let keep = entry.job.spec.checkpoint.kept() as usize;
         manifest.committed_at = Some(from_unix_ms(now.unix_ms));
         let retention = self.retention(&id, keep, &manifest).await?;
+        if planted(Bug::ExpireBeforeCommit) {
+            let too_early = CheckpointCommitted {
+                manifest: Some(manifest.clone()),
+                expired_directories: retention.expired.clone(),
+                kept_directories: retention.kept.clone(),
+            };
+            self.committed(&id, manifest.clone(), too_early, now);
+        }
         let mut transaction =
             Transaction::default().put(keys::checkpoint(&id, manifest.step), manifest.encode_to_vec());
         transaction.writes.extend(retention.deletions);
