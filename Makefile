@@ -30,6 +30,9 @@ test: setup ## Run all tests: unit, property, golden and cluster
 	@# The cluster tests start the binaries of this profile, so these come first.
 	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
 	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)
+	@# Shows that the proofs of the control plane find the faults that they are for (docs/testing.md).
+	@$(ENV) $(CARGO) test --package arcface-coordinator --features planted-bugs --locked $(CARGO_FLAGS) \
+		--test simulation --test properties planted -- --nocapture
 
 chaos: setup ## Faults again and again, times held against their bars (half an hour on a machine that does nothing else)
 	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
