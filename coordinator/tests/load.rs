@@ -94,7 +94,11 @@ impl Server {
 
     async fn channel(&self) -> Channel {
         let address = format!("http://{}", self.address);
-        Channel::from_shared(address).expect("address").connect().await.expect("connect")
+        Channel::from_shared(address)
+            .expect("address")
+            .connect()
+            .await
+            .expect("connect")
     }
 
     /// Seconds of processor time so far.
@@ -103,14 +107,25 @@ impl Server {
         let after_name = stat.rsplit_once(')').expect("a name").1;
         let words: Vec<&str> = after_name.split_whitespace().collect();
         // Fields 14 and 15, in hundredths of a second.
-        let ticks: u64 = [words[11], words[12]].iter().map(|word| word.parse::<u64>().expect("ticks")).sum();
+        let ticks: u64 = [words[11], words[12]]
+            .iter()
+            .map(|word| word.parse::<u64>().expect("ticks"))
+            .sum();
         ticks as f64 / 100.0
     }
 
     fn rss_mib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
-        line.split_whitespace().next().expect("a number").parse::<u64>().expect("kB") / 1024
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .expect("VmRSS");
+        line.split_whitespace()
+            .next()
+            .expect("a number")
+            .parse::<u64>()
+            .expect("kB")
+            / 1024
     }
 }
 
@@ -132,7 +147,14 @@ struct Acks {
 /// An agent without ranks; its end is the end of its stream.
 async fn agent(channel: Channel, number: usize, agents: usize, acks: Arc<Acks>) {
     let (outgoing, receiver) = mpsc::channel(16);
-    let say = async |message| outgoing.send(JoinRequest { message: Some(message) }).await.expect("the stream is open");
+    let say = async |message| {
+        outgoing
+            .send(JoinRequest {
+                message: Some(message),
+            })
+            .await
+            .expect("the stream is open")
+    };
     say(Request::Hello(Hello {
         node_id: format!("node-{number}"),
         boot_id: "boot".into(),
@@ -144,7 +166,11 @@ async fn agent(channel: Channel, number: usize, agents: usize, acks: Arc<Acks>) 
     }))
     .await;
     let mut client = WorkerServiceClient::new(channel);
-    let mut incoming = client.join(ReceiverStream::new(receiver)).await.expect("join").into_inner();
+    let mut incoming = client
+        .join(ReceiverStream::new(receiver))
+        .await
+        .expect("join")
+        .into_inner();
     incoming.message().await.expect("welcome").expect("welcome");
     acks.joined.fetch_add(1, Ordering::Relaxed);
     // Spread over the period, as agents that started at any time are.
@@ -161,7 +187,10 @@ async fn agent(channel: Channel, number: usize, agents: usize, acks: Arc<Acks>) 
         let answer = incoming.message().await.expect("ack").expect("ack");
         assert!(matches!(answer.message, Some(Response::HeartbeatAck(ack)) if ack.sequence == sequence));
         if acks.measuring.load(Ordering::Relaxed) {
-            acks.latencies_us.lock().expect("latencies").push(sent.elapsed().as_micros() as u64);
+            acks.latencies_us
+                .lock()
+                .expect("latencies")
+                .push(sent.elapsed().as_micros() as u64);
         }
     }
 }
@@ -280,16 +309,27 @@ async fn a_thousand_agents_and_ten_thousand_jobs() {
     tasks.drain(..gone).for_each(|task| task.abort());
     let mut cluster = ClusterServiceClient::new(clients[1].clone());
     let (lost_s, lost) = loop {
-        let nodes = cluster.list_nodes(ListNodesRequest::default()).await.expect("list").into_inner().nodes;
-        let lost: Vec<String> =
-            nodes.into_iter().filter(|node| node.state() == NodeState::Lost).map(|node| node.id).collect();
+        let nodes = cluster
+            .list_nodes(ListNodesRequest::default())
+            .await
+            .expect("list")
+            .into_inner()
+            .nodes;
+        let lost: Vec<String> = nodes
+            .into_iter()
+            .filter(|node| node.state() == NodeState::Lost)
+            .map(|node| node.id)
+            .collect();
         let waited_s = vanished.elapsed().as_secs_f64();
         if lost.len() >= gone || waited_s > 30.0 {
             break (waited_s, lost);
         }
         sleep(Duration::from_millis(50)).await;
     };
-    let wrong = lost.iter().filter(|id| id["node-".len()..].parse::<usize>().expect("a number") >= gone).count();
+    let wrong = lost
+        .iter()
+        .filter(|id| id["node-".len()..].parse::<usize>().expect("a number") >= gone)
+        .count();
     println!(
         "{agents} agents, {jobs} jobs: heartbeats acknowledged in p50 {p50_ms:.2} ms, p99 {p99_ms:.2} ms ({} acks); \
          {cores:.2} cores, {} MiB; {submits_per_s:.0} submits/s; list page p99 {page_p99_ms:.2} ms; \
@@ -297,7 +337,11 @@ async fn a_thousand_agents_and_ten_thousand_jobs() {
         latencies.len(),
         server.rss_mib()
     );
-    assert_eq!((lost.len(), wrong), (gone, 0), "lost agents, and others called lost");
+    assert_eq!(
+        (lost.len(), wrong),
+        (gone, 0),
+        "lost agents, and others called lost"
+    );
     assert!(latencies.len() >= agents, "every agent was answered");
     if full {
         assert!(p99_ms <= 20.0, "p99 of a heartbeat's answer");

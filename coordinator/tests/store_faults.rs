@@ -83,7 +83,9 @@ async fn start() -> (Arc<Mute>, Handle, tempfile::TempDir, CancellationToken) {
         mute: AtomicBool::new(false),
     });
     let stop = CancellationToken::new();
-    let (handle, _) = control::start(store.clone(), Timers::default(), stop.clone()).await.expect("start");
+    let (handle, _) = control::start(store.clone(), Timers::default(), stop.clone())
+        .await
+        .expect("start");
     (store, handle, directory, stop)
 }
 
@@ -95,8 +97,14 @@ async fn a_submit_whose_answer_was_lost_gives_its_job_when_it_is_repeated() {
     let lost = control.submit(spec(), "once".into(), false).await;
     assert!(matches!(lost, Err(ControlError::Unavailable(_))), "{lost:?}");
     store.mute.store(false, Ordering::SeqCst);
-    let first = control.submit(spec(), "once".into(), false).await.expect("the job");
-    let again = control.submit(spec(), "once".into(), false).await.expect("the job");
+    let first = control
+        .submit(spec(), "once".into(), false)
+        .await
+        .expect("the job");
+    let again = control
+        .submit(spec(), "once".into(), false)
+        .await
+        .expect("the job");
     assert_eq!(first.id, again.id);
     let jobs = store.list("job/", None, 10).await.expect("list");
     assert_eq!(jobs.len(), 1, "one request, one job");
@@ -111,14 +119,21 @@ async fn submits_at_the_same_time_are_all_there_once() {
         .map(|number| {
             let control = control.clone();
             // Every request comes twice.
-            tokio::spawn(async move { control.submit(spec(), format!("request-{}", number / 2), false).await })
+            tokio::spawn(async move {
+                control
+                    .submit(spec(), format!("request-{}", number / 2), false)
+                    .await
+            })
         })
         .collect();
     let mut ids = Vec::new();
     for submit in submits {
         ids.push(submit.await.expect("no panic").expect("accepted").id);
     }
-    assert!(ids.chunks(2).all(|twice| twice[0] == twice[1]), "the same request is the same job");
+    assert!(
+        ids.chunks(2).all(|twice| twice[0] == twice[1]),
+        "the same request is the same job"
+    );
     ids.sort();
     ids.dedup();
     assert_eq!(ids.len(), 100);
@@ -130,12 +145,17 @@ async fn submits_at_the_same_time_are_all_there_once() {
 #[tokio::test]
 async fn a_rank_of_a_newer_generation_is_asked_to_try_another_coordinator() {
     let (_store, control, _directory, _stop) = start().await;
-    let job = control.submit(spec(), String::new(), false).await.expect("accepted");
+    let job = control
+        .submit(spec(), String::new(), false)
+        .await
+        .expect("accepted");
     let rank = RankId {
         job_id: job.id,
         generation: 7,
         rank: 0,
     };
-    let answer = control.commit_checkpoint(rank, CommitCheckpointRequest::default()).await;
+    let answer = control
+        .commit_checkpoint(rank, CommitCheckpointRequest::default())
+        .await;
     assert!(matches!(answer, Err(ControlError::Unavailable(_))), "{answer:?}");
 }

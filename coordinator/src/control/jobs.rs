@@ -140,7 +140,8 @@ impl Control {
             };
             if batch.iter().any(same) {
                 // A repetition of one that is not stored yet: it is, before this one is looked at.
-                self.store_submits(std::mem::take(&mut batch), std::mem::take(&mut transaction)).await;
+                self.store_submits(std::mem::take(&mut batch), std::mem::take(&mut transaction))
+                    .await;
             }
             let job = match self.accept(&submit, batch.len(), now).await {
                 Ok(job) => job,
@@ -167,7 +168,8 @@ impl Control {
             });
             let bytes: usize = batch.iter().map(|accepted| accepted.record.len()).sum();
             if batch.len() == MAX_BATCH || bytes > MAX_BATCH_BYTES {
-                self.store_submits(std::mem::take(&mut batch), std::mem::take(&mut transaction)).await;
+                self.store_submits(std::mem::take(&mut batch), std::mem::take(&mut transaction))
+                    .await;
             }
         }
         self.store_submits(batch, transaction).await;
@@ -211,7 +213,9 @@ impl Control {
         }
         let outcome = self.store.commit(transaction).await;
         for accepted in batch {
-            let Accepted { job, record, answer, .. } = accepted;
+            let Accepted {
+                job, record, answer, ..
+            } = accepted;
             let stored = match &outcome {
                 Ok(revision) => Ok(*revision),
                 Err(StoreError::Unknown(why)) => {
@@ -262,7 +266,10 @@ impl Control {
         match entry.is_live() {
             true => {
                 for rank in &entry.job.ranks {
-                    self.placed.entry(rank.node.clone()).or_default().insert(age.clone());
+                    self.placed
+                        .entry(rank.node.clone())
+                        .or_default()
+                        .insert(age.clone());
                 }
                 self.live.insert(age);
             }
@@ -275,11 +282,7 @@ impl Control {
 
     /// The job that a request id made before. Its submit may have had an outcome that we did not learn: then the store
     /// has it, and we do not.
-    async fn repeated(
-        &mut self,
-        request_id: &str,
-        spec: &JobSpec,
-    ) -> Result<Option<v1::Job>, ControlError> {
+    async fn repeated(&mut self, request_id: &str, spec: &JobSpec) -> Result<Option<v1::Job>, ControlError> {
         if request_id.is_empty() {
             return Ok(None);
         }
@@ -583,7 +586,10 @@ impl Control {
         for (_, id) in waiting {
             let Some(entry) = self.jobs.get(&id) else { continue };
             let wishes = entry.job.wishes();
-            let planned = match (entry.job.may_launch(now), refused.get(&(wishes.least, wishes.most))) {
+            let planned = match (
+                entry.job.may_launch(now),
+                refused.get(&(wishes.least, wishes.most)),
+            ) {
                 (Err(None), _) => continue,
                 (Err(Some(reason)), _) => Err(reason),
                 (Ok(()), Some(reason)) => Err(reason.clone()),

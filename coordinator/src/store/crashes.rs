@@ -85,7 +85,9 @@ enum Fate {
 
 fn fates() -> impl Iterator<Item = Fate> {
     let reordered = (0..4).map(Fate::Reordered);
-    [Fate::Lost, Fate::Kept, Fate::Torn, Fate::TornFirst].into_iter().chain(reordered)
+    [Fate::Lost, Fate::Kept, Fate::Torn, Fate::TornFirst]
+        .into_iter()
+        .chain(reordered)
 }
 
 fn half(change: &Change, first: bool) -> Change {
@@ -110,7 +112,9 @@ fn crashed(mut bytes: Vec<u8>, unsynced: &[Change], fate: Fate) -> Vec<u8> {
     };
     for (index, change) in unsynced.iter().enumerate() {
         let is_last = index + 1 == unsynced.len();
-        bits = bits.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        bits = bits
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         match (fate, bits >> 62) {
             (Fate::Lost, _) => {}
             (Fate::Torn, _) if is_last => apply(&mut bytes, &half(change, true)),
@@ -146,7 +150,10 @@ type State = BTreeMap<String, Vec<u8>>;
 
 async fn state(store: &EmbeddedStore) -> State {
     let entries = store.list("", None, 1000).await.expect("list");
-    entries.into_iter().map(|entry| (entry.key, entry.value)).collect()
+    entries
+        .into_iter()
+        .map(|entry| (entry.key, entry.value))
+        .collect()
 }
 
 #[tokio::test]
@@ -169,8 +176,13 @@ async fn no_crash_loses_what_was_acknowledged() {
     let (mut points, mut states) = (0, 0);
     let mut synced = (0, Vec::new());
     for point in opened..=log.len() {
-        let last_sync = log[..point].iter().rposition(|change| matches!(change, Change::Sync)).map_or(0, |at| at + 1);
-        log[synced.0..last_sync].iter().for_each(|change| apply(&mut synced.1, change));
+        let last_sync = log[..point]
+            .iter()
+            .rposition(|change| matches!(change, Change::Sync))
+            .map_or(0, |at| at + 1);
+        log[synced.0..last_sync]
+            .iter()
+            .for_each(|change| apply(&mut synced.1, change));
         synced.0 = last_sync;
         let unsynced = &log[last_sync..point];
         let known = acknowledged.partition_point(|(at, _)| *at <= point) - 1;
@@ -178,7 +190,8 @@ async fn no_crash_loses_what_was_acknowledged() {
         for fate in fates() {
             let left = Disk::default();
             left.0.lock().expect("disk").0 = crashed(synced.1.clone(), unsynced, fate);
-            let store = open(left).unwrap_or_else(|error| panic!("crash after write {point}, {fate:?}: {error}"));
+            let store =
+                open(left).unwrap_or_else(|error| panic!("crash after write {point}, {fate:?}: {error}"));
             let found = state(&store).await;
             // A transaction that was under way may have happened or not.
             let possible = &acknowledged[known..(known + 2).min(acknowledged.len())];

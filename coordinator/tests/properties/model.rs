@@ -1,9 +1,14 @@
 //! A naive cluster around the pure modules: what really runs on its nodes, and a coordinator that only does what `job`,
 //! `plan` and `membership` say. Messages wait until they are delivered, or are lost with their stream.
 
+mod machines;
+mod op;
+
+pub use op::Op;
+
 use arcface_coordinator::{
     job::{self, Effect, Event, Exit, Job, Limits, Now, Phase, Process, Progress},
-    membership::{self, Change, Hello, Joined, Liveness, Membership, RankKey, RankList},
+    membership::{self, Change, Liveness, Membership, RankKey},
     plan::{self, PlanNode},
 };
 use arcface_proto::{
@@ -29,75 +34,6 @@ const LIVENESS: membership::Limits = membership::Limits {
     forget_ms: 600_000,
 };
 
-/// What can happen. Numbers choose among what is there.
-#[derive(Clone, Copy, Debug)]
-pub enum Op {
-    /// Time passes, and the coordinator looks at its clock.
-    Wait(u64),
-    /// The planner is asked for every job that waits.
-    Schedule,
-    /// An agent reads its next command.
-    Deliver(usize),
-    /// An agent tells of the exits that it has not told yet.
-    TellExits(usize),
-    /// A heartbeat arrives.
-    Beat(usize),
-    /// A stream breaks; what was on its way is lost.
-    Disconnect(usize),
-    /// An agent joins.
-    Join(usize),
-    /// A node loses its power and gets it back.
-    PowerCycle(usize),
-    /// A process dies.
-    Die(usize),
-    /// A process asks for its peers, and says that its set-up is done if they have all come.
-    Started(usize),
-    /// All generations that can finish a step do.
-    Train,
-    /// A rank reports a checkpoint complete, of this many steps more than the last.
-    Commit(usize, u64),
-    /// The same, late: the generation is older by so many.
-    LateCommit(usize, u64, u64),
-    /// A process trained to its end.
-    Finish(usize),
-    /// A process fails and says why.
-    Error(usize, bool),
-    /// Somebody cancels.
-    Cancel(usize),
-    /// A node is drained, or not any more.
-    Drain(usize, bool),
-    /// The coordinator starts again from what it stored.
-    Restart,
-}
-
-impl Op {
-    /// Three bytes are an operation: cheap to make, and to shrink.
-    pub fn of([kind, a, b]: [u8; 3]) -> Self {
-        let (index, number) = (a as usize, u64::from(b));
-        match kind {
-            0..=39 => Self::Deliver(index),
-            40..=64 => Self::Started(index),
-            65..=89 => Self::Schedule,
-            90..=119 => Self::Beat(index),
-            120..=139 => Self::Train,
-            140..=154 => Self::TellExits(index),
-            155..=169 => Self::Join(index),
-            170..=184 => Self::Wait(number * 40),
-            185..=196 => Self::Commit(index, number % 8),
-            197..=203 => Self::LateCommit(index, number % 8, 1 + number % 3),
-            204..=211 => Self::Disconnect(index),
-            212..=219 => Self::Die(index),
-            220..=225 => Self::Wait(number * 400),
-            226..=231 => Self::PowerCycle(index),
-            232..=237 => Self::Finish(index),
-            238..=242 => Self::Error(index, b < 20),
-            243..=246 => Self::Restart,
-            247..=250 => Self::Drain(index, b < 128),
-            _ => Self::Cancel(index),
-        }
-    }
-}
-
 #[derive(Clone, Copy, Debug)]
 enum Command {
     Launch(usize, u64, u32),
@@ -116,6 +52,8 @@ struct Machine {
     answered_ms: u64,
     commands: VecDeque<Command>,
     untold: Vec<(Key, Exit)>,
+    /// Launched, without a slot so far.
+    waiting: Vec<Key>,
     newest: [u64; JOBS],
     killed: [u64; JOBS],
 }
@@ -179,7 +117,10 @@ fn allowed(from: Phase, to: Phase) -> bool {
     from == to
         || match from {
             Queued => matches!(to, Starting | Cancelling | Cancelled),
-            Starting => matches!(to, Running | Recovering | Succeeded | Failed | Cancelling | Cancelled),
+            Starting => matches!(
+                to,
+                Running | Recovering | Succeeded | Failed | Cancelling | Cancelled
+            ),
             Running => matches!(to, Recovering | Succeeded | Failed | Cancelling | Cancelled),
             Recovering => matches!(to, Starting | Failed | Cancelling | Cancelled),
             Cancelling => to == Cancelled,
@@ -197,7 +138,10 @@ pub fn is_partition(
     for rank in 0..world_size {
         let range = split(num_classes, rank, world_size);
         if range.lo != next || range.hi < range.lo || !(share..=share + 1).contains(&(range.hi - range.lo)) {
-            return Err(format!("I7: rank {rank} of {world_size} has {}..{}", range.lo, range.hi));
+            return Err(format!(
+                "I7: rank {rank} of {world_size} has {}..{}",
+                range.lo, range.hi
+            ));
         }
         next = range.hi;
     }
@@ -292,7 +236,12 @@ impl Cluster {
             Op::Cancel(job) => {
                 let job = job % JOBS;
                 let ended = self.jobs[job].phase.is_terminal();
-                self.happens(job, &Event::Cancel { reason: String::new() })?;
+                self.happens(
+                    job,
+                    &Event::Cancel {
+                        reason: String::new(),
+                    },
+                )?;
                 self.past[job].cancelled |= !ended;
                 self.cancel_holds(job)?;
             }
@@ -309,6 +258,7 @@ impl Cluster {
             }
             Op::Restart => self.restart(),
         }
+        (0..NODES).try_for_each(|node| self.start_waiting(node))?;
         self.one_process_a_slot()
     }
 
@@ -318,7 +268,9 @@ impl Cluster {
     }
 
     fn from_rank(&mut self, index: usize, event: impl Fn(Key, &Job) -> Event) -> Result<(), String> {
-        let Some(key) = self.process(index) else { return Ok(()) };
+        let Some(key) = self.process(index) else {
+            return Ok(());
+        };
         let event = event(key, &self.jobs[key.0]);
         self.happens(key.0, &event)
     }
@@ -353,7 +305,10 @@ impl Cluster {
         }
         let opened = after.generation != before.generation;
         if opened && after.generation != before.generation.next() {
-            return Err(format!("I3: generation {} after {}", after.generation, before.generation));
+            return Err(format!(
+                "I3: generation {} after {}",
+                after.generation, before.generation
+            ));
         }
         if opened != effects.contains(&Effect::Launch(None)) {
             return Err("I3: a generation without its launch, or the other way round".into());
@@ -386,7 +341,10 @@ impl Cluster {
     fn generation_opened(&self, index: usize, before: &Job) -> Result<(), String> {
         let (old, world_size) = (before.generation.0, before.ranks.len() as u32);
         if world_size > 0 && self.can_train(index, old, world_size) {
-            return Err(format!("I5: generation {} opened while {old} could train", old + 1));
+            return Err(format!(
+                "I5: generation {} opened while {old} could train",
+                old + 1
+            ));
         }
         let job = &self.jobs[index];
         let mut placed: BTreeMap<usize, u32> = BTreeMap::new();
@@ -395,7 +353,11 @@ impl Cluster {
         }
         for (node, ranks) in placed {
             // Older generations of the job itself end before the new rank starts.
-            let others = self.running.iter().filter(|(key, at)| **at == node && key.0 != index).count() as u32;
+            let others = self
+                .running
+                .iter()
+                .filter(|(key, at)| **at == node && key.0 != index)
+                .count() as u32;
             if ranks + others > self.machines[node].slots {
                 return Err(format!("I18: {ranks} ranks placed on n{node} beside {others}"));
             }
@@ -404,9 +366,9 @@ impl Cluster {
             }
         }
         let world_size = job.ranks.len() as u32;
-        [1, 7, 93_431].into_iter().try_for_each(|classes| {
-            is_partition(world_size * 2 + classes, world_size, self.split)
-        })
+        [1, 7, 93_431]
+            .into_iter()
+            .try_for_each(|classes| is_partition(world_size * 2 + classes, world_size, self.split))
     }
 
     fn one_process_a_slot(&self) -> Result<(), String> {
@@ -456,8 +418,11 @@ impl Cluster {
         self.now_ms += ms;
         for node in 0..NODES {
             if self.now_ms - self.machines[node].answered_ms > LIVENESS.orphan_ms {
+                self.machines[node].waiting.clear();
                 let orphans: Vec<Key> = self.on(node);
-                orphans.into_iter().for_each(|key| self.exits(key, Some(9), None, false));
+                orphans
+                    .into_iter()
+                    .for_each(|key| self.exits(key, Some(9), None, false));
             }
         }
         for change in self.members.tick(self.now_ms) {
@@ -480,7 +445,11 @@ impl Cluster {
     }
 
     fn on(&self, node: usize) -> Vec<Key> {
-        self.running.iter().filter(|(_, at)| **at == node).map(|(key, _)| *key).collect()
+        self.running
+            .iter()
+            .filter(|(_, at)| **at == node)
+            .map(|(key, _)| *key)
+            .collect()
     }
 
     fn schedule(&mut self) -> Result<(), String> {
@@ -502,10 +471,17 @@ impl Cluster {
     fn plan_nodes(&self) -> Vec<PlanNode> {
         let mut used: BTreeMap<NodeId, BTreeSet<RankKey>> = BTreeMap::new();
         for (id, member) in self.members.members() {
-            used.entry(id.clone()).or_default().extend(member.hello.ranks.keys().cloned());
+            used.entry(id.clone())
+                .or_default()
+                .extend(member.hello.ranks.keys().cloned());
         }
         for job in &self.jobs {
-            for (rank, state) in job.ranks.iter().enumerate().filter(|(_, state)| state.process.occupies()) {
+            for (rank, state) in job
+                .ranks
+                .iter()
+                .enumerate()
+                .filter(|(_, state)| state.process.occupies())
+            {
                 used.entry(state.node.clone()).or_default().insert(RankKey {
                     job: job.id.clone(),
                     generation: job.generation,
@@ -516,178 +492,13 @@ impl Cluster {
         let node = |(id, member): (&NodeId, &membership::Member)| PlanNode {
             id: id.clone(),
             slots: member.hello.slots,
-            free: member.hello.slots.saturating_sub(used.get(id).map_or(0, |ranks| ranks.len() as u32)),
+            free: member
+                .hello
+                .slots
+                .saturating_sub(used.get(id).map_or(0, |ranks| ranks.len() as u32)),
             usable: member.usable(),
         };
         self.members.members().iter().map(node).collect()
-    }
-
-    fn deliver(&mut self, node: usize) -> Result<(), String> {
-        match self.machines[node].commands.pop_front() {
-            None => Ok(()),
-            Some(Command::Kill(job, generation)) => {
-                let killed = &mut self.machines[node].killed[job];
-                *killed = (*killed).max(generation);
-                self.stop(node, job, generation);
-                Ok(())
-            }
-            Some(Command::Launch(job, generation, rank)) => {
-                let key = (job, generation, rank);
-                let machine = &mut self.machines[node];
-                if generation < machine.newest[job] || generation <= machine.killed[job] {
-                    return Ok(());
-                }
-                machine.newest[job] = generation;
-                if self.running.contains_key(&key) || self.machines[node].untold.iter().any(|(told, _)| *told == key) {
-                    return Ok(());
-                }
-                self.stop(node, job, generation - 1);
-                self.running.insert(key, node);
-                self.members.rank_changed(&node_id(node), self.rank_key(key), Some(1));
-                self.happens(job, &Event::Spawned {
-                    generation: Generation(generation),
-                    rank: Rank(rank),
-                    pid: 1,
-                })
-            }
-        }
-    }
-
-    fn rank_key(&self, key: Key) -> RankKey {
-        RankKey {
-            job: self.jobs[key.0].id.clone(),
-            generation: Generation(key.1),
-            rank: Rank(key.2),
-        }
-    }
-
-    fn stop(&mut self, node: usize, job: usize, generation: u64) {
-        for key in self.on(node).into_iter().filter(|key| key.0 == job && key.1 <= generation) {
-            self.exits(key, Some(9), None, true);
-        }
-    }
-
-    /// A process ends; its agent knows, and tells when it can.
-    fn exits(&mut self, key: Key, signal: Option<i32>, code: Option<i32>, requested: bool) {
-        self.met.remove(&key);
-        if let Some(node) = self.running.remove(&key) {
-            let exit = Exit {
-                code,
-                signal,
-                last_error: String::new(),
-                requested,
-            };
-            self.machines[node].untold.push((key, exit));
-        }
-    }
-
-    fn tell_exits(&mut self, node: usize) -> Result<(), String> {
-        if self.machines[node].stream.is_none() {
-            return Ok(());
-        }
-        for (key, exit) in std::mem::take(&mut self.machines[node].untold) {
-            self.members.rank_changed(&node_id(node), self.rank_key(key), None);
-            let placed = self.jobs[key.0].ranks.get(key.2 as usize).map(|rank| node_of(&rank.node));
-            if self.jobs[key.0].generation.0 != key.1 || placed != Some(node) {
-                continue;
-            }
-            self.happens(key.0, &Event::Exited {
-                generation: Generation(key.1),
-                rank: Rank(key.2),
-                exit,
-                silent_ms: 0,
-            })?;
-        }
-        Ok(())
-    }
-
-    fn list(&self, node: usize) -> RankList {
-        self.on(node).into_iter().map(|key| (self.rank_key(key), 1)).collect()
-    }
-
-    fn beat(&mut self, node: usize) -> Result<(), String> {
-        let Some(stream) = self.machines[node].stream else { return Ok(()) };
-        // One stream: exits come before the list that lacks them.
-        self.tell_exits(node)?;
-        let list = self.list(node);
-        if self.members.heard(&node_id(node), stream, Some(list), self.now_ms) {
-            self.machines[node].answered_ms = self.now_ms;
-            self.listed(node, false)?;
-            self.stop_strays(node);
-        }
-        Ok(())
-    }
-
-    fn listed(&mut self, node: usize, joined: bool) -> Result<(), String> {
-        for job in 0..JOBS {
-            let generation = self.jobs[job].generation.0;
-            if !self.jobs[job].ranks.iter().any(|rank| node_of(&rank.node) == node) {
-                continue;
-            }
-            let ranks = self.on(node).into_iter().filter(|key| key.0 == job && key.1 == generation);
-            let event = Event::Listed {
-                node: node_id(node),
-                ranks: ranks.map(|key| (Rank(key.2), 1)).collect(),
-                joined,
-            };
-            self.happens(job, &event)?;
-        }
-        Ok(())
-    }
-
-    fn stop_strays(&mut self, node: usize) {
-        for key in self.on(node) {
-            let job = &self.jobs[key.0];
-            if key.1 != job.generation.0 || !job.phase.wants_ranks() {
-                self.tell(node, Command::Kill(key.0, key.1));
-            }
-        }
-    }
-
-    fn disconnect(&mut self, node: usize) {
-        if let Some(stream) = self.machines[node].stream.take() {
-            self.machines[node].commands.clear();
-            self.members.disconnected(&node_id(node), stream);
-        }
-    }
-
-    fn join(&mut self, node: usize) -> Result<(), String> {
-        self.disconnect(node);
-        self.streams += 1;
-        let hello = Hello {
-            node: node_id(node),
-            boot_id: format!("boot-{}", self.machines[node].boot),
-            address: "a".into(),
-            slots: self.machines[node].slots,
-            device: "cpu".into(),
-            version: "0".into(),
-            ranks: self.list(node),
-        };
-        let Ok(joined) = self.members.hello(hello, self.streams, self.now_ms, self.now_ms) else {
-            return Ok(());
-        };
-        self.members.drain(&node_id(node), self.drains.contains(&node));
-        self.machines[node].stream = Some(self.streams);
-        self.machines[node].answered_ms = self.now_ms;
-        match joined {
-            Joined::Restarted => self.all_on(&Event::NodeRestarted { node: node_id(node) })?,
-            Joined::New | Joined::Reconnected => self.listed(node, true)?,
-        }
-        self.stop_strays(node);
-        Ok(())
-    }
-
-    fn power_cycle(&mut self, node: usize) {
-        self.disconnect(node);
-        for key in self.on(node) {
-            self.running.remove(&key);
-            self.met.remove(&key);
-        }
-        let machine = &mut self.machines[node];
-        machine.boot += 1;
-        machine.untold.clear();
-        machine.newest = [0; JOBS];
-        machine.killed = [0; JOBS];
     }
 
     /// A synchronous step: every rank of the generation runs.
@@ -696,12 +507,15 @@ impl Cluster {
         for (index, generation) in generations {
             let job = &self.jobs[index];
             // Only the newest world's size is known here; an older one that is complete broke I5 already.
-            let whole = generation == job.generation.0
-                && self.can_train(index, generation, job.ranks.len() as u32);
+            let whole =
+                generation == job.generation.0 && self.can_train(index, generation, job.ranks.len() as u32);
             if whole {
                 let past = &mut self.past[index];
                 if generation < past.stepped {
-                    return Err(format!("I4: generation {generation} trained after {}", past.stepped));
+                    return Err(format!(
+                        "I4: generation {generation} trained after {}",
+                        past.stepped
+                    ));
                 }
                 past.stepped = generation;
                 let event = Event::Metrics {
@@ -719,7 +533,9 @@ impl Cluster {
     }
 
     fn commit(&mut self, index: usize, steps: u64, age: u64) -> Result<(), String> {
-        let Some((job, generation, _)) = self.process(index) else { return Ok(()) };
+        let Some((job, generation, _)) = self.process(index) else {
+            return Ok(());
+        };
         let generation = Generation(generation.saturating_sub(age));
         let newest = self.jobs[job].checkpoint_step;
         let step = newest.unwrap_or(0) + steps;
@@ -731,10 +547,19 @@ impl Cluster {
             return Ok(());
         }
         if generation != self.jobs[job].generation {
-            return Err(format!("I4: generation {generation} committed in {}", self.jobs[job].generation));
+            return Err(format!(
+                "I4: generation {generation} committed in {}",
+                self.jobs[job].generation
+            ));
         }
-        if self.past[job].committed.is_some_and(|(old, at)| generation.0 < old || step <= at) {
-            return Err(format!("I15: step {step} of {generation} after {:?}", self.past[job].committed));
+        if self.past[job]
+            .committed
+            .is_some_and(|(old, at)| generation.0 < old || step <= at)
+        {
+            return Err(format!(
+                "I15: step {step} of {generation} after {:?}",
+                self.past[job].committed
+            ));
         }
         self.past[job].committed = Some((generation.0, step));
         self.happens(job, &event)
@@ -797,10 +622,18 @@ impl Cluster {
                 phase => phase.is_terminal(),
             };
             if !settled {
-                return Err(format!("L2: job {index} is {} for ever: {}", job.phase, job.reason));
+                return Err(format!(
+                    "L2: job {index} is {} for ever: {}",
+                    job.phase, job.reason
+                ));
             }
         }
-        match self.members.members().values().find(|member| member.liveness != Liveness::Healthy) {
+        match self
+            .members
+            .members()
+            .values()
+            .find(|member| member.liveness != Liveness::Healthy)
+        {
             Some(member) => Err(format!("L3: {} is {}", member.hello.node, member.liveness)),
             None => Ok(()),
         }

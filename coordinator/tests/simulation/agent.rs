@@ -131,7 +131,11 @@ async fn link(number: u64, host: String, hello: JoinRequest, links: mpsc::Sender
         let (outgoing, receiver) = mpsc::channel(256);
         outgoing.send(hello).await.ok()?;
         let mut client = WorkerServiceClient::new(channel);
-        let mut incoming = client.join(ReceiverStream::new(receiver)).await.ok()?.into_inner();
+        let mut incoming = client
+            .join(ReceiverStream::new(receiver))
+            .await
+            .ok()?
+            .into_inner();
         let welcome = incoming.message().await.ok()??;
         Some((outgoing, incoming, welcome.epoch))
     })
@@ -225,10 +229,15 @@ impl Agent {
         self.epoch = response.epoch;
         match response.message {
             Some(Response::HeartbeatAck(ack)) => {
-                while self.sent.front().is_some_and(|(sequence, _)| *sequence <= ack.sequence) {
+                while self
+                    .sent
+                    .front()
+                    .is_some_and(|(sequence, _)| *sequence <= ack.sequence)
+                {
                     self.heard = self.sent.pop_front().map_or(self.heard, |(_, at)| at);
                 }
-                self.untold.retain(|untold| untold.covered_by.is_none_or(|by| by > ack.sequence));
+                self.untold
+                    .retain(|untold| untold.covered_by.is_none_or(|by| by > ack.sequence));
             }
             Some(Response::Launch(launch)) => {
                 self.obeyed(response.epoch);
@@ -273,15 +282,17 @@ impl Agent {
 
     /// Ends a job's ranks up to a generation.
     fn stop(&mut self, job: &str, generation: u64, grace_ms: u64) {
-        let doomed = |assignment: &RankAssignment| assignment.job_id == job && assignment.generation <= generation;
+        let doomed =
+            |assignment: &RankAssignment| assignment.job_id == job && assignment.generation <= generation;
         let dropped: Vec<RankAssignment> = self.waiting.extract_if(.., |waiting| doomed(waiting)).collect();
         for assignment in dropped {
             let key = (assignment.job_id, assignment.generation, assignment.rank);
             self.exit_known(key, 0, Exit::Requested);
         }
-        let due = self.running.iter_mut().filter(|(key, running)| {
-            key.0 == job && key.1 <= generation && !running.stopping
-        });
+        let due = self
+            .running
+            .iter_mut()
+            .filter(|(key, running)| key.0 == job && key.1 <= generation && !running.stopping);
         for (_, running) in due {
             running.stopping = true;
             let stop = running.stop.clone();
@@ -313,18 +324,29 @@ impl Agent {
             stopping: false,
         };
         let spec = assignment.spec.clone().unwrap_or_default();
-        let every = spec.checkpoint.as_ref().and_then(|checkpoint| checkpoint.every_steps).unwrap_or(10);
+        let every = spec
+            .checkpoint
+            .as_ref()
+            .and_then(|checkpoint| checkpoint.every_steps)
+            .unwrap_or(10);
         let world_size = assignment.world_size;
         let rank = Rank {
             node: self.node.clone(),
             key: key.clone(),
-            total_steps: spec.train.as_ref().and_then(|train| train.num_epoch).map_or(40, u64::from),
+            total_steps: spec
+                .train
+                .as_ref()
+                .and_then(|train| train.num_epoch)
+                .map_or(40, u64::from),
             every: every.max(1),
             step_ms: 40,
             assignment: Arc::new(assignment),
         };
         let world = self.node.world.clone();
-        world.lock().expect("world").started(&key, &self.node.name, world_size, doom.clone());
+        world
+            .lock()
+            .expect("world")
+            .started(&key, &self.node.name, world_size, doom.clone());
         let exits = self.exits.clone();
         let (rng, process) = (Rng::new(self.rng.next()), key.clone());
         tokio::task::spawn_local(async move {
@@ -413,7 +435,11 @@ impl Agent {
         self.sent.push_back((self.sequence, Instant::now()));
         let (sequence, ranks) = (self.sequence, self.list());
         self.send(Request::Heartbeat(Heartbeat { sequence, ranks }));
-        for untold in self.untold.iter_mut().filter(|untold| untold.covered_by.is_none()) {
+        for untold in self
+            .untold
+            .iter_mut()
+            .filter(|untold| untold.covered_by.is_none())
+        {
             untold.covered_by = Some(sequence);
         }
     }

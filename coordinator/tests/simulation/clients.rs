@@ -68,13 +68,23 @@ pub fn plan(rng: &mut Rng, index: usize, slots: u64) -> Plan {
 }
 
 /// Asks every coordinator in turn until one answers.
-async fn ask<T>(hosts: &[String], call: impl AsyncFn(Channel) -> Result<Response<T>, Status>) -> Result<T, Status> {
+async fn ask<T>(
+    hosts: &[String],
+    call: impl AsyncFn(Channel) -> Result<Response<T>, Status>,
+) -> Result<T, Status> {
     loop {
         for host in hosts {
-            let Ok(channel) = net::connect(host).await else { continue };
+            let Ok(channel) = net::connect(host).await else {
+                continue;
+            };
             match timeout(Duration::from_secs(3), call(channel)).await {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
-                Ok(Err(status)) if matches!(status.code(), Code::NotFound | Code::InvalidArgument | Code::AlreadyExists) => {
+                Ok(Err(status))
+                    if matches!(
+                        status.code(),
+                        Code::NotFound | Code::InvalidArgument | Code::AlreadyExists
+                    ) =>
+                {
                     return Err(status);
                 }
                 Ok(Err(_)) | Err(_) => {}
@@ -125,7 +135,10 @@ pub async fn own(plan: Plan, hosts: Vec<String>, world: Shared, mut rng: Rng) {
         })
         .await;
         if let Ok(answer) = answer {
-            return world.lock().expect("world").cancel_acked(&plan.name, &answer.job.unwrap_or_default());
+            return world
+                .lock()
+                .expect("world")
+                .cancel_acked(&plan.name, &answer.job.unwrap_or_default());
         }
         sleep(Duration::from_millis(300)).await;
     }
@@ -142,7 +155,9 @@ pub async fn drain(drain: Drain, hosts: Vec<String>) {
             undo: !draining,
         };
         let _ = ask(&hosts, async |channel| {
-            ClusterServiceClient::new(channel).drain_node(request.clone()).await
+            ClusterServiceClient::new(channel)
+                .drain_node(request.clone())
+                .await
         })
         .await;
         sleep(Duration::from_millis(drain.for_ms)).await;

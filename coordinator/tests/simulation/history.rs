@@ -1,11 +1,11 @@
 //! What really happened: which processes ran where, which steps they finished, what the store accepted, what clients
 //! were answered. Every rule of safety is checked at the moment that it could break.
 
+use arcface_coordinator::store::Write;
 use arcface_proto::{
     types::ClassRange,
     v1::{CheckpointManifest, CheckpointPart, Job, JobState},
 };
-use arcface_coordinator::store::Write;
 use prost::Message;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -105,7 +105,10 @@ fn allowed(from: JobState, to: JobState) -> bool {
     from == to
         || match from {
             Queued => matches!(to, Starting | Cancelling | Cancelled),
-            Starting => matches!(to, Running | Recovering | Succeeded | Failed | Cancelling | Cancelled),
+            Starting => matches!(
+                to,
+                Running | Recovering | Succeeded | Failed | Cancelling | Cancelled
+            ),
             Running => matches!(to, Recovering | Succeeded | Failed | Cancelling | Cancelled),
             Recovering => matches!(to, Starting | Failed | Cancelling | Cancelled),
             Cancelling => to == Cancelled,
@@ -114,7 +117,10 @@ fn allowed(from: JobState, to: JobState) -> bool {
 }
 
 fn terminal(state: JobState) -> bool {
-    matches!(state, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
+    matches!(
+        state,
+        JobState::Succeeded | JobState::Failed | JobState::Cancelled
+    )
 }
 
 impl World {
@@ -193,9 +199,17 @@ impl World {
 
     fn job_stored(&mut self, job: Job, placement: Vec<String>) {
         let (id, name, to) = (job.id.clone(), name_of(&job), job.state());
-        self.event(format!("{name} is {} in generation {}", to.as_str_name(), job.generation));
+        self.event(format!(
+            "{name} is {} in generation {}",
+            to.as_str_name(),
+            job.generation
+        ));
         let Some(before) = self.jobs.get(&id) else {
-            let twins = self.jobs.values().filter(|other| name_of(&other.job) == name).count();
+            let twins = self
+                .jobs
+                .values()
+                .filter(|other| name_of(&other.job) == name)
+                .count();
             if twins > 0 {
                 self.broken("I12", format!("{name} was made twice"));
             }
@@ -219,13 +233,19 @@ impl World {
             self.broken("I14", format!("{name} went from {from:?} to {to:?}"));
         }
         if job.generation != old && job.generation != old + 1 {
-            self.broken("I3", format!("{name} went from generation {old} to {}", job.generation));
+            self.broken(
+                "I3",
+                format!("{name} went from generation {old} to {}", job.generation),
+            );
         }
         if shrank {
             self.broken("I10", format!("{name}: the checkpoint's step went back"));
         }
         if cancelled && (!matches!(to, JobState::Cancelling | JobState::Cancelled) || job.generation != old) {
-            self.broken("I13", format!("{name} went on after its cancel was answered: {to:?}"));
+            self.broken(
+                "I13",
+                format!("{name} went on after its cancel was answered: {to:?}"),
+            );
         }
         if job.generation == old + 1 {
             self.generation_opened(&id, &name, old, &placement);
@@ -247,9 +267,15 @@ impl World {
             .filter(|rank| self.processes.contains_key(&(id.to_owned(), old, *rank)))
             .count();
         // Ranks that have not met cannot train, and will not be let to.
-        let met = self.training.get(&(id.to_owned(), old)).map_or(0, |training| training.met.len());
+        let met = self
+            .training
+            .get(&(id.to_owned(), old))
+            .map_or(0, |training| training.met.len());
         if old > 0 && alive == world_size && met == world_size {
-            self.broken("I5", format!("{name}: generation {} opened while {old} could train", old + 1));
+            self.broken(
+                "I5",
+                format!("{name}: generation {} opened while {old} could train", old + 1),
+            );
         }
         if let Some(node) = placement.iter().find(|node| self.drained.contains(*node)) {
             self.broken("L5", format!("{name} was placed on {node}, which is drained"));
@@ -259,13 +285,18 @@ impl World {
     /// Ranks placed on a node, and those that run or are about to run there, are no more than its slots.
     fn slots_hold(&mut self, id: &str, placement: &[String]) {
         let mut used: BTreeMap<&str, u32> = BTreeMap::new();
-        placement.iter().for_each(|node| *used.entry(node).or_default() += 1);
+        placement
+            .iter()
+            .for_each(|node| *used.entry(node).or_default() += 1);
         for process in self.processes.values() {
             *used.entry(&process.node).or_default() += 1;
         }
         for stored in self.jobs.values().filter(|stored| stored.job.id != id) {
             let job = &stored.job;
-            let spawned = self.training.get(&(job.id.clone(), job.generation)).map(|training| &training.spawned);
+            let spawned = self
+                .training
+                .get(&(job.id.clone(), job.generation))
+                .map(|training| &training.spawned);
             let launched = matches!(job.state(), JobState::Starting | JobState::Running);
             for (rank, node) in stored.placement.iter().enumerate().filter(|_| launched) {
                 if !spawned.is_some_and(|spawned| spawned.contains(&(rank as u32))) {
@@ -274,7 +305,8 @@ impl World {
             }
         }
         let over = |(node, ranks): &(&str, u32)| {
-            placement.iter().any(|placed| placed == node) && self.slots.get(*node).is_none_or(|slots| ranks > slots)
+            placement.iter().any(|placed| placed == node)
+                && self.slots.get(*node).is_none_or(|slots| ranks > slots)
         };
         let found = used.into_iter().find(over);
         if let Some(how) = found.map(|(node, ranks)| format!("{ranks} ranks were placed on {node}")) {
@@ -292,11 +324,17 @@ impl World {
         let newest = stored.checkpoints.keys().next_back().copied();
         let step = manifest.step;
         if manifest.generation != generation {
-            let how = format!("{name}: generation {} committed in {generation}", manifest.generation);
+            let how = format!(
+                "{name}: generation {} committed in {generation}",
+                manifest.generation
+            );
             self.broken("I4", how);
         }
         if newest.is_some_and(|newest| step <= newest) {
-            self.broken("I15", format!("{name}: step {step} was committed after {newest:?}"));
+            self.broken(
+                "I15",
+                format!("{name}: step {step} was committed after {newest:?}"),
+            );
         }
         if let Err(problem) = self.is_whole(&manifest, world_size) {
             self.broken("I9", format!("{name}, step {step}: {problem}"));
@@ -327,9 +365,8 @@ impl World {
             return Err(format!("{next} of {} classes", manifest.num_classes));
         }
         let files = self.files.get(&(job.clone(), manifest.directory.clone()));
-        let missing = |part: &&CheckpointPart| {
-            files.is_none_or(|files| files.get(&part.file) != Some(&part.blake3))
-        };
+        let missing =
+            |part: &&CheckpointPart| files.is_none_or(|files| files.get(&part.file) != Some(&part.blake3));
         match manifest.parts.iter().find(missing) {
             Some(part) => Err(format!("{} is not on disk", part.file)),
             None => Ok(()),
@@ -341,7 +378,9 @@ impl World {
         let (Some(id), Some(Ok(step))) = (words.next(), words.next().map(str::parse::<u64>)) else {
             return;
         };
-        let Some(stored) = self.jobs.get_mut(id) else { return };
+        let Some(stored) = self.jobs.get_mut(id) else {
+            return;
+        };
         stored.checkpoints.remove(&step);
         if stored.checkpoints.is_empty() {
             let name = name_of(&stored.job);
@@ -371,7 +410,11 @@ impl World {
         if self.processes.insert(key.clone(), process).is_some() {
             self.broken("I6", format!("{name}: rank {} of {} runs twice", key.2, key.1));
         }
-        let here = self.processes.values().filter(|process| process.node == node).count() as u32;
+        let here = self
+            .processes
+            .values()
+            .filter(|process| process.node == node)
+            .count() as u32;
         if here > self.slots.get(node).copied().unwrap_or(0) {
             self.broken("I18", format!("{here} processes run on {node}"));
         }
@@ -393,27 +436,38 @@ impl World {
     }
 
     fn job_name(&self, id: &str) -> String {
-        self.jobs.get(id).map_or_else(|| "?".into(), |stored| name_of(&stored.job))
+        self.jobs
+            .get(id)
+            .map_or_else(|| "?".into(), |stored| name_of(&stored.job))
     }
 
     /// A rank read the checkpoint that it was told to resume from.
     pub fn resumed(&mut self, key: &Key, resume: Option<&CheckpointManifest>) {
         let name = self.job_name(&key.0);
         let Some(stored) = self.jobs.get(&key.0) else {
-            return self.broken("I12", format!("a rank of {}, which is not in the store, runs", key.0));
+            return self.broken(
+                "I12",
+                format!("a rank of {}, which is not in the store, runs", key.0),
+            );
         };
         let wanted = stored.resume.get(&key.1).copied().flatten();
         // A generation that was replaced meanwhile may find its checkpoint expired.
         let current = stored.job.generation == key.1;
         let step = resume.map(|manifest| manifest.step);
         if step != wanted {
-            let how = format!("{name}: generation {} resumed from {step:?}, not {wanted:?}", key.1);
+            let how = format!(
+                "{name}: generation {} resumed from {step:?}, not {wanted:?}",
+                key.1
+            );
             self.broken("I15", how);
         }
         if let Some(manifest) = resume.filter(|_| current)
             && let Err(problem) = self.is_whole(manifest, manifest.world_size)
         {
-            self.broken("I11", format!("{name} cannot resume from step {}: {problem}", manifest.step));
+            self.broken(
+                "I11",
+                format!("{name} cannot resume from step {}: {problem}", manifest.step),
+            );
         }
     }
 
@@ -432,7 +486,9 @@ impl World {
             return Barrier::Done;
         }
         let node = |rank: u32| {
-            self.processes.get(&(key.0.clone(), key.1, rank)).map(|process| process.node.as_str())
+            self.processes
+                .get(&(key.0.clone(), key.1, rank))
+                .map(|process| process.node.as_str())
         };
         let mut nodes = Vec::new();
         for rank in 0..training.world_size {
@@ -443,10 +499,16 @@ impl World {
             }
         }
         let together = nodes.iter().all(|a| {
-            nodes.iter().all(|b| !self.apart.contains(&((*a).to_owned(), (*b).to_owned())))
+            nodes
+                .iter()
+                .all(|b| !self.apart.contains(&((*a).to_owned(), (*b).to_owned())))
         });
-        let all_here = (0..training.world_size)
-            .all(|rank| training.arrived.get(&rank).is_some_and(|arrived| *arrived >= step));
+        let all_here = (0..training.world_size).all(|rank| {
+            training
+                .arrived
+                .get(&rank)
+                .is_some_and(|arrived| *arrived >= step)
+        });
         if !together || !all_here {
             return Barrier::Wait;
         }
@@ -458,12 +520,17 @@ impl World {
         if let Some(training) = self.training.get_mut(&(key.0.clone(), key.1)) {
             training.finished_step = step;
         }
-        let Some(stored) = self.jobs.get_mut(&key.0) else { return };
+        let Some(stored) = self.jobs.get_mut(&key.0) else {
+            return;
+        };
         let newest = stored.stepped;
         stored.stepped = newest.max(key.1);
         if key.1 < newest {
             let name = self.job_name(&key.0);
-            self.broken("I4", format!("{name}: generation {} trained after {newest}", key.1));
+            self.broken(
+                "I4",
+                format!("{name}: generation {} trained after {newest}", key.1),
+            );
         }
     }
 
@@ -479,7 +546,10 @@ impl World {
     }
 
     pub fn wrote(&mut self, key: &Key, directory: &str, parts: &[CheckpointPart]) {
-        let files = self.files.entry((key.0.clone(), directory.to_owned())).or_default();
+        let files = self
+            .files
+            .entry((key.0.clone(), directory.to_owned()))
+            .or_default();
         for part in parts {
             files.insert(part.file.clone(), part.blake3.clone());
         }
@@ -489,11 +559,17 @@ impl World {
     pub fn deleted(&mut self, key: &Key, directory: &str) {
         self.files.remove(&(key.0.clone(), directory.to_owned()));
         let kept = self.jobs.get(&key.0).is_some_and(|stored| {
-            stored.checkpoints.values().any(|manifest| manifest.directory == directory)
+            stored
+                .checkpoints
+                .values()
+                .any(|manifest| manifest.directory == directory)
         });
         if kept {
             let name = self.job_name(&key.0);
-            self.broken("I11", format!("{name}: {directory} was deleted while it counts as committed"));
+            self.broken(
+                "I11",
+                format!("{name}: {directory} was deleted while it counts as committed"),
+            );
         }
     }
 
@@ -520,7 +596,10 @@ impl World {
             stored.cancel_acked = true;
         }
         if !matches!(job.state(), JobState::Cancelling | JobState::Cancelled) {
-            self.broken("I13", format!("the cancel of {name} was answered with {:?}", job.state()));
+            self.broken(
+                "I13",
+                format!("the cancel of {name} was answered with {:?}", job.state()),
+            );
         }
     }
 
@@ -528,9 +607,20 @@ impl World {
     pub fn unfinished(&self) -> Vec<String> {
         let running = self.jobs.values().filter(|stored| !terminal(stored.job.state()));
         let mut unfinished: Vec<String> = running
-            .map(|stored| format!("{} is {:?} ({})", name_of(&stored.job), stored.job.state(), stored.job.reason))
+            .map(|stored| {
+                format!(
+                    "{} is {:?} ({})",
+                    name_of(&stored.job),
+                    stored.job.state(),
+                    stored.job.reason
+                )
+            })
             .collect();
-        unfinished.extend(self.processes.keys().map(|key| format!("{}/{} runs", key.1, key.2)));
+        unfinished.extend(
+            self.processes
+                .keys()
+                .map(|key| format!("{}/{} runs", key.1, key.2)),
+        );
         unfinished
     }
 
@@ -546,7 +636,10 @@ impl World {
                 broken.push(("L2", format!("{name} failed: {}", stored.job.reason)));
             }
             if state == JobState::Succeeded && stored.checkpoints.is_empty() {
-                broken.push(("L4", format!("{name} trained to its end and committed no checkpoint")));
+                broken.push((
+                    "L4",
+                    format!("{name} trained to its end and committed no checkpoint"),
+                ));
             }
         }
         for (name, id) in &self.acked {

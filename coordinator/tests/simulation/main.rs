@@ -36,9 +36,10 @@ const SEARCH: &str = "ARCFACE_SIM_SEARCH";
 const MARK: &str = "outcome ";
 
 fn variable(name: &str) -> Option<u64> {
-    std::env::var(name)
-        .ok()
-        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
+    std::env::var(name).ok().map(|text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is no number: {text}"))
+    })
 }
 
 /// Runs a seed in a process of its own: tokio seeds the fairness of its `select!` from a counter of the process.
@@ -50,11 +51,16 @@ fn run_alone(seed: u64, fault: &str) -> Outcome {
         .output()
         .expect("start a process for a seed");
     let text = String::from_utf8_lossy(&child.stdout);
-    let line = text.lines().find_map(|line| line.split_once(MARK).map(|(_, outcome)| outcome));
+    let line = text
+        .lines()
+        .find_map(|line| line.split_once(MARK).map(|(_, outcome)| outcome));
     match line {
         Some(line) => line.parse().expect("an outcome"),
         None => Outcome {
-            violations: vec![format!("the simulation ended: {}", String::from_utf8_lossy(&child.stderr))],
+            violations: vec![format!(
+                "the simulation ended: {}",
+                String::from_utf8_lossy(&child.stderr)
+            )],
             ..Outcome::default()
         },
     }
@@ -101,7 +107,10 @@ fn no_rule_is_broken_under_random_faults() {
     match search(seeds, "") {
         Ok(ran) => {
             let seconds = started.elapsed().as_secs_f64();
-            println!("{ran} seeds in {seconds:.1} s: {:.1} a second", ran as f64 / seconds);
+            println!(
+                "{ran} seeds in {seconds:.1} s: {:.1} a second",
+                ran as f64 / seconds
+            );
         }
         Err((seed, outcome)) => complain(seed, &outcome),
     }

@@ -63,8 +63,14 @@ impl Rank {
     ) -> Result<T, Status> {
         loop {
             for host in &self.node.coordinators {
-                let Ok(channel) = net::connect(host).await else { continue };
-                let answer = timeout(Duration::from_millis(limit_ms), call(RankServiceClient::new(channel))).await;
+                let Ok(channel) = net::connect(host).await else {
+                    continue;
+                };
+                let answer = timeout(
+                    Duration::from_millis(limit_ms),
+                    call(RankServiceClient::new(channel)),
+                )
+                .await;
                 match answer {
                     Ok(Ok(answer)) => return Ok(answer),
                     Ok(Err(status)) if !transient(&status) => return Err(status),
@@ -78,7 +84,11 @@ impl Rank {
     /// Runs to its end: the exit status.
     pub async fn run(self, mut rng: Rng) -> i32 {
         sleep(Duration::from_millis(rng.between(20, 150))).await;
-        let start = self.assignment.resume.as_ref().map_or(0, |manifest| manifest.step);
+        let start = self
+            .assignment
+            .resume
+            .as_ref()
+            .map_or(0, |manifest| manifest.step);
         self.world().resumed(&self.key, self.assignment.resume.as_ref());
         let met = self
             .call(6_000, async |mut client| {
@@ -178,7 +188,11 @@ impl Rank {
             class_lo,
             class_hi,
         };
-        let mut parts = vec![part(format!("head-{}-{}.safetensors", range.lo, range.hi), range.lo, range.hi)];
+        let mut parts = vec![part(
+            format!("head-{}-{}.safetensors", range.lo, range.hi),
+            range.lo,
+            range.hi,
+        )];
         if rank == 0 {
             parts.push(part("backbone.safetensors".into(), 0, 0));
         }
@@ -196,7 +210,9 @@ impl Rank {
         };
         loop {
             let answer = self
-                .call(3_000, async |mut client| client.commit_checkpoint(request.clone()).await)
+                .call(3_000, async |mut client| {
+                    client.commit_checkpoint(request.clone()).await
+                })
                 .await;
             match answer {
                 Ok(answer) if answer.get_ref().committed => return,
@@ -221,7 +237,9 @@ impl Rank {
     ) {
         loop {
             for host in &self.node.coordinators {
-                let Ok(channel) = net::connect(host).await else { continue };
+                let Ok(channel) = net::connect(host).await else {
+                    continue;
+                };
                 let ended = self.report_to(channel, start, &mut changes, &commands).await;
                 if ended.is_err_and(|status| !transient(&status)) {
                     over.send_replace(true);
@@ -246,7 +264,10 @@ impl Rank {
                 rank: Some(self.id()),
                 report: Some(report),
             };
-            sender.send(request).await.map_err(|_| Status::unavailable("the stream ended"))
+            sender
+                .send(request)
+                .await
+                .map_err(|_| Status::unavailable("the stream ended"))
         };
         say(Report::Started(TrainingStarted {
             step: start,
@@ -256,8 +277,14 @@ impl Rank {
         }))
         .await?;
         changes.mark_changed();
-        let answer = timeout(Duration::from_secs(2), client.report(ReceiverStream::new(receiver))).await;
-        let mut incoming = answer.map_err(|_| Status::unavailable("no answer"))??.into_inner();
+        let answer = timeout(
+            Duration::from_secs(2),
+            client.report(ReceiverStream::new(receiver)),
+        )
+        .await;
+        let mut incoming = answer
+            .map_err(|_| Status::unavailable("no answer"))??
+            .into_inner();
         loop {
             tokio::select! {
                 biased;
@@ -295,6 +322,11 @@ impl Rank {
 fn transient(status: &Status) -> bool {
     matches!(
         status.code(),
-        Code::Unavailable | Code::Unknown | Code::DeadlineExceeded | Code::Internal | Code::Cancelled | Code::Aborted
+        Code::Unavailable
+            | Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::Internal
+            | Code::Cancelled
+            | Code::Aborted
     )
 }

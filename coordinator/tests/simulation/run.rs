@@ -56,12 +56,17 @@ pub struct Options {
 impl Options {
     /// A fault by its name; the empty name is none.
     pub fn with_fault(name: &str) -> Self {
-        let double = Double::ALL.into_iter().find(|double| format!("{double:?}") == name);
+        let double = Double::ALL
+            .into_iter()
+            .find(|double| format!("{double:?}") == name);
         #[cfg(feature = "planted-bugs")]
         let bug = Bug::ALL.into_iter().find(|bug| format!("{bug:?}") == name);
         #[cfg(not(feature = "planted-bugs"))]
         let bug = None::<()>;
-        assert!(name.is_empty() || double.is_some() || bug.is_some(), "there is no fault {name}");
+        assert!(
+            name.is_empty() || double.is_some() || bug.is_some(),
+            "there is no fault {name}"
+        );
         Self {
             double,
             #[cfg(feature = "planted-bugs")]
@@ -85,7 +90,9 @@ pub struct Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {} {}", self.hash, self.events, self.simulated_ms)?;
-        self.violations.iter().try_for_each(|violation| write!(f, "|{}", violation.replace(['|', '\n'], " ")))
+        self.violations
+            .iter()
+            .try_for_each(|violation| write!(f, "|{}", violation.replace(['|', '\n'], " ")))
     }
 }
 
@@ -159,7 +166,9 @@ impl Run {
         world.lock().expect("world").leader = COORDINATORS[0];
         for name in COORDINATORS {
             let (world, disk) = (world.clone(), disk.clone());
-            sim.host(name, move || coordinator::run(name, world.clone(), disk.clone(), TIMERS));
+            sim.host(name, move || {
+                coordinator::run(name, world.clone(), disk.clone(), TIMERS)
+            });
         }
         let hosts: Vec<String> = COORDINATORS.map(str::to_owned).to_vec();
         let mut slots = 0;
@@ -348,7 +357,11 @@ impl Run {
     /// Another coordinator takes over; the old one does not know yet.
     fn replace(&mut self) {
         let old = self.world.lock().expect("world").leader;
-        let new = if old == COORDINATORS[0] { COORDINATORS[1] } else { COORDINATORS[0] };
+        let new = if old == COORDINATORS[0] {
+            COORDINATORS[1]
+        } else {
+            COORDINATORS[0]
+        };
         self.world.lock().expect("world").leader = new;
         self.event(format!("{new} replaces {old}"));
         self.bounce(new);

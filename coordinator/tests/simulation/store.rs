@@ -134,7 +134,10 @@ impl Inner {
             }
         }
         self.revision += 1;
-        self.world.lock().expect("world").stored(epoch, &transaction.writes);
+        self.world
+            .lock()
+            .expect("world")
+            .stored(epoch, &transaction.writes);
         for write in transaction.writes {
             match write {
                 Write::Put(key, value) => {
