@@ -203,6 +203,6 @@ mod tests {
             dial.next_address();
             assert!(dial.failed(standby(None), 1.0) <= LONGEST_ELECTION);
         }
-        assert_eq!(super::Dial::new(Vec::new()).next_address(), None);
+        assert_eq!(Dial::new(Vec::new()).next_address(), None);
     }
 }

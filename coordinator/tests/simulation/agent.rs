@@ -392,6 +392,7 @@ impl Agent {
             signal,
             last_error: String::new(),
             requested,
+            stalled_ms: None,
         };
         self.exited.insert(key, told.clone());
         self.tell_exit(told);

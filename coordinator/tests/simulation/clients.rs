@@ -56,6 +56,7 @@ pub fn plan(rng: &mut Rng, index: usize, slots: u64) -> Plan {
         checkpoint: Some(v1::CheckpointSection {
             every_steps: Some(rng.between(4, 20)),
             keep: Some(rng.between(1, 3) as u32),
+            ..Default::default()
         }),
         ..Default::default()
     };

@@ -121,6 +121,7 @@ impl Rank {
                     permanent: false,
                     peer,
                     rollback_step: None,
+                    ..RankError::default()
                 };
                 progress.send_modify(|progress| progress.error = Some(error));
                 sleep(Duration::from_millis(60)).await;

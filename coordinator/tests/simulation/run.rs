@@ -33,6 +33,7 @@ pub const TIMERS: Timers = Timers {
     backoff_ms: 100,
     backoff_max_ms: 800,
     grace_ms: 300,
+    leader_ms: 2_000,
 };
 
 const COORDINATORS: [&str; 2] = ["c0", "c1"];

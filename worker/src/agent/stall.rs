@@ -74,7 +74,11 @@ impl Watchdog {
         }
         let progress = self.last.unwrap_or_default();
         self.silent += passed;
-        self.stopped = if stopped { self.stopped + passed } else { Duration::ZERO };
+        self.stopped = if stopped {
+            self.stopped + passed
+        } else {
+            Duration::ZERO
+        };
         let limit = match progress.in_operation {
             true => WAITING,
             false => limit(&progress, floor),
@@ -213,7 +217,10 @@ mod tests {
     fn a_rank_that_never_wrote_has_the_time_of_a_start() {
         let start = Instant::now();
         let mut dog = Watchdog::new(start);
-        let hangs = |s: &u64| dog.look(None, false, FLOOR, start + Duration::from_secs(*s)).is_some();
+        let hangs = |s: &u64| {
+            dog.look(None, false, FLOOR, start + Duration::from_secs(*s))
+                .is_some()
+        };
         assert_eq!((0..1000).find(hangs), Some(STARTING.as_secs() + 1));
     }
 
@@ -225,7 +232,13 @@ mod tests {
         assert_eq!(dog.look(progress, false, FLOOR, start), None);
         let woken = start + Duration::from_secs(3600);
         assert_eq!(dog.look(progress, true, FLOOR, woken), None);
-        assert_eq!(dog.look(progress, false, FLOOR, woken + Duration::from_secs(2)), None);
-        assert!(dog.look(progress, false, FLOOR, woken + Duration::from_secs(4)).is_some());
+        assert_eq!(
+            dog.look(progress, false, FLOOR, woken + Duration::from_secs(2)),
+            None
+        );
+        assert!(
+            dog.look(progress, false, FLOOR, woken + Duration::from_secs(4))
+                .is_some()
+        );
     }
 }

@@ -16,8 +16,8 @@ use std::path::Path;
 use std::time::Duration;
 use tch::Tensor;
 
-mod elastic;
 mod checkpointing;
+mod elastic;
 mod fine_tuning;
 mod losses;
 mod nonfinite;

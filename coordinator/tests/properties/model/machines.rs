@@ -95,6 +95,7 @@ impl Cluster {
                 signal,
                 last_error: String::new(),
                 requested,
+                stalled_ms: None,
             };
             self.machines[node].untold.push((key, exit));
         }
