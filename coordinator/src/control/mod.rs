@@ -9,6 +9,7 @@ mod handle;
 mod jobs;
 mod measure;
 mod nodes;
+mod planning;
 mod prepared;
 mod ranks;
 mod records;
@@ -143,6 +144,27 @@ impl Entry {
     }
 }
 
+/// Whom the planner should look at now. Jobs that were refused stay so until slots become free: among thousands that wait, it
+/// looks at the new ones alone. At every tick it looks at everybody.
+#[derive(Default)]
+struct Unplanned {
+    everybody: bool,
+    jobs: BTreeSet<(u64, JobId)>,
+}
+
+impl Unplanned {
+    fn everybody() -> Self {
+        Self {
+            everybody: true,
+            jobs: BTreeSet::new(),
+        }
+    }
+
+    fn any(&self) -> bool {
+        self.everybody || !self.jobs.is_empty()
+    }
+}
+
 /// The state of the cluster.
 struct Control {
     store: Arc<dyn StateStore>,
@@ -157,8 +179,7 @@ struct Control {
     live: BTreeSet<(u64, JobId)>,
     /// Those of them with ranks of their newest generation on a node.
     placed: BTreeMap<NodeId, BTreeSet<(u64, JobId)>>,
-    /// Something has changed that the planner should see now; it looks at every tick anyway.
-    unplanned: bool,
+    unplanned: Unplanned,
     members: Membership,
     agents: HashMap<NodeId, nodes::Agent>,
     drains: BTreeSet<NodeId>,
@@ -219,7 +240,7 @@ impl Control {
             ages: BTreeSet::new(),
             live: BTreeSet::new(),
             placed: BTreeMap::new(),
-            unplanned: true,
+            unplanned: Unplanned::everybody(),
             members: Membership::new(membership::Limits {
                 suspect_ms: timers.suspect_ms,
                 lost_ms: timers.lost_ms,
@@ -318,10 +339,10 @@ impl Control {
                 true => self.commands(&mut waiting).await,
                 false => {
                     self.tick().await;
-                    self.unplanned = true;
+                    self.unplanned.everybody = true;
                 }
             }
-            if self.unplanned {
+            if self.unplanned.any() {
                 self.schedule().await;
             }
             let took = begun.elapsed();

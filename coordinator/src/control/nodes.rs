@@ -88,7 +88,7 @@ impl Control {
             .members
             .hello(hello, stream, now.mono_ms, now.unix_ms)
             .map_err(|duplicate| ControlError::AlreadyExists(duplicate.to_string()))?;
-        self.unplanned = true;
+        self.unplanned.everybody = true;
         self.members.drain(&node, self.drains.contains(&node));
         let (commands, receiver) = mpsc::channel(AGENT_BUFFER);
         // The old stream's sender is dropped: that stream ends.
@@ -391,7 +391,7 @@ impl Control {
             false => self.drains.remove(&node),
         };
         self.members.drain(&node, draining);
-        self.unplanned = true;
+        self.unplanned.everybody = true;
         tracing::info!(%node, draining, "drain changed");
         if draining {
             self.leave(&node).await;

@@ -16,6 +16,7 @@
 mod step;
 #[cfg(test)]
 mod tests;
+mod words;
 
 pub use step::step;
 
