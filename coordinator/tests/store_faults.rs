@@ -89,14 +89,20 @@ async fn start() -> (Arc<Mute>, Handle, tempfile::TempDir, CancellationToken) {
     (store, handle, directory, stop)
 }
 
-/// Found by seed 97 of the simulation: the repetition was answered with "there is no job", until a restart.
+/// Found by seed 97 of the simulation: the repetition was answered with "there is no job". A coordinator that cannot find out what
+/// the store has does not go on: it loads its state anew.
 #[tokio::test]
 async fn a_submit_whose_answer_was_lost_gives_its_job_when_it_is_repeated() {
-    let (store, control, _directory, _stop) = start().await;
+    let (store, control, _directory, stop) = start().await;
     store.mute.store(true, Ordering::SeqCst);
     let lost = control.submit(spec(), "once".into(), false).await;
     assert!(matches!(lost, Err(ControlError::Unavailable(_))), "{lost:?}");
     store.mute.store(false, Ordering::SeqCst);
+    let ended = control.submit(spec(), "once".into(), false).await;
+    assert!(matches!(ended, Err(ControlError::Unavailable(_))), "{ended:?}");
+    let (control, _) = control::start(store.clone(), Timers::default(), stop)
+        .await
+        .expect("start again");
     let first = control
         .submit(spec(), "once".into(), false)
         .await

@@ -447,7 +447,10 @@ impl Transition<'_> {
             state.started = true;
             state.done = true;
         }
-        self.job.progress.step = self.job.progress.step.max(step);
+        // Rank 0's last metrics come before its word; another rank's word may come before them.
+        if rank == Rank(0) {
+            self.job.progress.step = self.job.progress.step.max(step);
+        }
     }
 
     fn error(

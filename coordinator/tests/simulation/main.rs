@@ -27,7 +27,7 @@ use std::{
 };
 
 /// Seeds of one run of the tests.
-const SEEDS: u64 = 300;
+const SEEDS: u64 = 2000;
 /// Names a seed to replay.
 const SEED: &str = "ARCFACE_SIM_SEED";
 /// Set for the processes that run one seed for a search: a planted fault's name, or nothing.
