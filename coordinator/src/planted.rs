@@ -1,5 +1,5 @@
 //! Faults of the control plane that tests switch on, to show that they would be found (`docs/testing.md`). Without the
-//! feature `planted-bugs`, which no release has, [`planted`] is a constant and nothing of this is compiled in.
+//! feature `planted-bugs`, which no release has, `planted` is a constant and nothing of this is compiled in.
 
 /// A fault that such systems have had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

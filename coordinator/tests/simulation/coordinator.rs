@@ -28,11 +28,13 @@ pub async fn run(name: &'static str, world: Shared, disk: Disk, timers: Timers) 
             std::future::pending::<()>().await;
         }
         let ended = serve(disk.clone(), timers).await;
-        let mut world_now = world.lock().expect("world");
-        world_now.event(format!("coordinator {name} ended: {ended}"));
-        drop(world_now);
+        note(&world, format!("coordinator {name} ended: {ended}"));
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
+}
+
+fn note(world: &Shared, event: String) {
+    world.lock().expect("world").event(event);
 }
 
 /// Why it ended.

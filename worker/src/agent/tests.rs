@@ -495,11 +495,11 @@ async fn a_standby_leads_to_the_leader() {
     let mut leader = Coordinator::start(None, 1, 60_000).await;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let standby = listener.local_addr().unwrap();
-    let server = tokio::spawn(
-        tonic::transport::Server::builder()
-            .add_service(WorkerServiceServer::new(Standby(leader.address)))
-            .serve_with_incoming(TcpListenerStream::new(listener)),
-    );
+    let server = tokio::spawn(tonic::transport::Server::builder().serve_with_incoming_shutdown(
+        WorkerServiceServer::new(Standby(leader.address)),
+        TcpListenerStream::new(listener),
+        std::future::pending(),
+    ));
     let agent = Running::start(&[standby], FOREVER);
     leader.hello().await;
     agent.stop().await;
