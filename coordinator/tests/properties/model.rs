@@ -200,7 +200,7 @@ impl Cluster {
                 if let Some(key) = self.process(index) {
                     self.meet(key);
                 }
-                self.from_rank(index, |(_, generation, rank), _| Event::Started {
+                self.rank_says(index, |(_, generation, rank), _| Event::Started {
                     generation: Generation(generation),
                     rank: Rank(rank),
                     step: 0,
@@ -211,7 +211,7 @@ impl Cluster {
             Op::Commit(index, steps) => self.commit(index, steps, 0)?,
             Op::LateCommit(index, steps, age) => self.commit(index, steps, age)?,
             Op::Finish(index) => {
-                self.from_rank(index, |(_, generation, rank), _| Event::Finished {
+                self.rank_says(index, |(_, generation, rank), _| Event::Finished {
                     generation: Generation(generation),
                     rank: Rank(rank),
                     step: 1_000,
@@ -221,7 +221,7 @@ impl Cluster {
                 }
             }
             Op::Error(index, permanent) => {
-                self.from_rank(index, |(_, generation, rank), _| Event::Error {
+                self.rank_says(index, |(_, generation, rank), _| Event::Error {
                     generation: Generation(generation),
                     rank: Rank(rank),
                     message: "no".into(),
@@ -267,7 +267,7 @@ impl Cluster {
         self.running.keys().nth(index % count.max(1)).copied()
     }
 
-    fn from_rank(&mut self, index: usize, event: impl Fn(Key, &Job) -> Event) -> Result<(), String> {
+    fn rank_says(&mut self, index: usize, event: impl Fn(Key, &Job) -> Event) -> Result<(), String> {
         let Some(key) = self.process(index) else {
             return Ok(());
         };
