@@ -28,8 +28,9 @@ const JOB_FILE: [&str; 12] = [
 ];
 
 /// Messages written as JSON, by us and for us.
-const JSON: [&str; 5] = [
+const JSON: [&str; 6] = [
     "RankAssignment",
+    "PartCopies",
     "CheckpointManifest",
     "CheckpointDamage",
     "CheckpointPart",

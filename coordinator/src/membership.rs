@@ -77,6 +77,8 @@ pub struct Hello {
     pub version: String,
     /// Ranks that run.
     pub ranks: RankList,
+    /// Jobs of which it has copies in memory.
+    pub copies_of: Vec<JobId>,
 }
 
 /// A node.
@@ -179,6 +181,7 @@ impl Membership {
         let hello = Hello {
             node: node.clone(),
             boot_id: String::new(),
+            copies_of: Vec::new(),
             address: String::new(),
             slots: 0,
             device: String::new(),
@@ -344,6 +347,7 @@ mod tests {
         Hello {
             node: node.parse().expect("node id"),
             boot_id: boot.into(),
+            copies_of: Vec::new(),
             address: format!("{node}.example"),
             slots: 1,
             device: "cpu".into(),

@@ -214,6 +214,9 @@ metrics! {
     CHECKPOINT_LAST_COMMITTED_STEP =
         "arcface_checkpoint_last_committed_step", MetricKind::Gauge, ["job_id"],
         "Step of the newest committed checkpoint.";
+    CHECKPOINT_LAST_COPIED_STEP =
+        "arcface_checkpoint_last_copied_step", MetricKind::Gauge, ["job_id"],
+        "Step of the newest set of copies in the memory of nodes.";
     EVAL_ACCURACY_RATIO =
         "arcface_eval_accuracy_ratio", MetricKind::Gauge, ["job_id", "dataset"],
         "Newest verification accuracy of a data set, 0 to 1.";

@@ -158,6 +158,7 @@ async fn agent(channel: Channel, number: usize, agents: usize, acks: Arc<Acks>) 
     say(Request::Hello(Hello {
         node_id: format!("node-{number}"),
         boot_id: "boot".into(),
+        copies_of: Vec::new(),
         address: "127.0.0.1".into(),
         slots: 1,
         device: "cpu".into(),

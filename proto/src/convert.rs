@@ -198,6 +198,7 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
             every_seconds: Some(every_seconds).filter(|seconds| *seconds > 0.0),
             keep,
             rank_mttf_hours,
+            buddy_steps: Some(checkpoint.buddy_steps.unwrap_or(100)).filter(|steps| *steps > 0),
         },
     })
 }
@@ -508,6 +509,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             keep: Some(spec.checkpoint.keep),
             every_seconds: Some(spec.checkpoint.every_seconds.unwrap_or(0.0)),
             rank_mttf_hours: Some(spec.checkpoint.rank_mttf_hours),
+            buddy_steps: Some(spec.checkpoint.buddy_steps.unwrap_or(0)),
         }),
     }
 }

@@ -189,6 +189,8 @@ pub struct CheckpointSpec {
     pub keep: u32,
     /// Mean hours until a rank fails.
     pub rank_mttf_hours: f64,
+    /// Most steps that the loss of one node costs, by copies in memory; `None` without them.
+    pub buddy_steps: Option<u64>,
 }
 
 impl CheckpointSpec {

@@ -4,7 +4,7 @@
 use anyhow::Context;
 use arcface_proto::failure::{self, ExitCode, Failure};
 use arcface_proto::types::NodeId;
-use arcface_worker::agent::{self, AgentOptions, RankCommand};
+use arcface_worker::agent::{self, AgentOptions, MemoryRoot, RankCommand};
 use arcface_worker::device::{self, Device, DeviceChoice};
 use arcface_worker::telemetry::{self, LogFormat};
 use arcface_worker::tools;
@@ -67,6 +67,10 @@ struct AgentArgs {
     /// Folder that jobs write to [default: the current directory, absolute paths anywhere].
     #[arg(long, value_name = "DIR", env = "ARCFACE_OUTPUT_ROOT")]
     output_root: Option<PathBuf>,
+    /// Folder in this node's memory (a tmpfs) for copies of the state of jobs on several nodes; "none": it keeps no copies
+    /// [default: /dev/shm where that is].
+    #[arg(long, value_name = "DIR", env = "ARCFACE_MEMORY_ROOT")]
+    memory_root: Option<PathBuf>,
     /// A training rank that makes no progress for so many seconds, and for five of its longest recent steps, is killed as hung; 0
     /// never. Waiting for data, evaluations, checkpoints and the start have limits of their own, of minutes.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, env = "ARCFACE_HANG_AFTER")]
@@ -144,6 +148,18 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
+/// Memory for copies. What was asked for must be there; without the usual one, a node does without copies.
+fn memory_root(asked: Option<&Path>, node: &NodeId) -> anyhow::Result<Option<MemoryRoot>> {
+    const USUAL: &str = "/dev/shm";
+    match asked {
+        Some(none) if none == Path::new("none") => Ok(None),
+        Some(root) => MemoryRoot::open(root, node).map(Some),
+        None => Ok(MemoryRoot::open(Path::new(USUAL), node)
+            .inspect_err(|error| warn!("this node keeps no copies in memory: {error:#}"))
+            .ok()),
+    }
+}
+
 /// The reader of our output left (`| head`): it has what it wanted.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
@@ -181,12 +197,14 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         .iter()
         .map(|root| existing_directory("--data-root", root))
         .collect::<Result<_, _>>()?;
+    let node_id = match args.node_id {
+        Some(id) => id,
+        None => default_node_id()?,
+    };
     let options = AgentOptions {
         coordinators: args.join,
-        node_id: match args.node_id {
-            Some(id) => id,
-            None => default_node_id()?,
-        },
+        memory_root: memory_root(args.memory_root.as_deref(), &node_id)?,
+        node_id,
         advertise: args.advertise,
         slots: args.slots.unwrap_or(device.default_slots()),
         device: device.as_str().into(),

@@ -17,6 +17,8 @@ use tonic::{Request, Response, Status, Streaming};
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Most slots of one node.
 const MAX_SLOTS: u32 = 1024;
+/// Jobs that a node may say it has copies of; what is beyond it is forgotten at a later join.
+const MAX_COPIES: usize = 1000;
 /// Longest address, boot id and the like.
 const MAX_TEXT_CHARS: usize = 256;
 
@@ -127,8 +129,16 @@ fn checked(hello: Hello) -> Result<membership::Hello, Status> {
             format!("{} is not in 1..={MAX_SLOTS}", hello.slots),
         ));
     }
+    let mut copies_of = Vec::new();
+    for id in hello.copies_of.iter().take(MAX_COPIES) {
+        let id = id.parse().map_err(|error: arcface_proto::types::InvalidId| {
+            status::invalid("hello.copies_of", error.to_string())
+        })?;
+        copies_of.push(id);
+    }
     Ok(membership::Hello {
         node,
+        copies_of,
         ranks: rank_list(&hello.ranks),
         boot_id: hello.boot_id,
         address: hello.address,

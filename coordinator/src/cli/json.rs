@@ -46,6 +46,7 @@ pub fn recovery(recovery: &v1::Recovery) -> Value {
         "generation": recovery.from_generation,
         "detected_s": recovery.detected_s,
         "resumed_step": recovery.resumed_step,
+        "from_memory": recovery.from_memory,
         "lost_steps": recovery.lost_steps,
         "total_s": recovery.total_s,
         "detected_at": recovery.detected_at.as_ref().map(timestamp),

@@ -158,6 +158,7 @@ pub fn recovery(recovery: &v1::Recovery) -> String {
         recovery.detected_s
     );
     match recovery.resumed_step {
+        Some(step) if recovery.from_memory => line.push_str(&format!(", resumed from memory at step {step}")),
         Some(step) => line.push_str(&format!(", resumed from step {step}")),
         None => line.push_str(", recovering"),
     }

@@ -16,7 +16,7 @@ use arcface_proto::{
     timestamp::from_unix_ms,
     types::{JobId, NodeId},
     v1::{
-        self, CheckpointManifest, CheckpointNow, Evaluation, KillRanks, LaunchRanks, RankAssignment,
+        self, CheckpointManifest, CheckpointNow, Evaluation, ForgetCopies, KillRanks, LaunchRanks, RankAssignment,
         ReportResponse, join_response, report_response, watch_job_response,
     },
 };
@@ -430,6 +430,9 @@ impl Control {
         measure::job_changed(&before, after);
         if after.phase.is_terminal() && !before.phase.is_terminal() {
             self.retiring.push_back((now.mono_ms, id.clone()));
+            for node in entry.copies.forget() {
+                self.forget_copies(&node, id);
+            }
         }
         let moved = before.phase != after.phase || before.ranks != after.ranks;
         if moved {
@@ -451,7 +454,14 @@ impl Control {
                 if node.is_none() {
                     entry.rendezvous.open(entry.job.ranks.len());
                     entry.prepared.clear();
+                    entry.copies.end_generation();
                     entry.reports.clear();
+                    let members = self.members.members();
+                    entry
+                        .copies
+                        .choose(entry.job.checkpoint_step, &entry.job.placement(), |node| {
+                            members.get(node).map(|member| member.hello.boot_id.as_str())
+                        });
                 }
                 self.launch(id, node.as_ref());
             }
@@ -468,6 +478,7 @@ impl Control {
                     .rendezvous
                     .end(&format!("generation {} has ended", entry.job.generation));
                 entry.prepared.clear();
+                entry.copies.end_generation();
                 entry.reports.clear();
             }
             Effect::CheckpointNow => {
@@ -502,6 +513,11 @@ impl Control {
         let Some(entry) = self.jobs.get(id) else { return };
         let job = &entry.job;
         let spec = convert::job_spec_to_wire(&job.spec);
+        let (resume, resume_copies) = match entry.copies.chosen() {
+            Some((manifest, copies)) => (Some(manifest.clone()), copies.clone()),
+            None => (entry.resume.clone(), Vec::new()),
+        };
+        let nodes: Vec<String> = job.ranks.iter().map(|rank| rank.node.to_string()).collect();
         let mut by_node: BTreeMap<NodeId, Vec<RankAssignment>> = BTreeMap::new();
         let mut first_rank = 0;
         for run in job.ranks.chunk_by(|a, b| a.node == b.node) {
@@ -524,7 +540,9 @@ impl Control {
                         node_id: node.to_string(),
                         address: address.to_owned(),
                         spec: Some(spec.clone()),
-                        resume: entry.resume.clone(),
+                        resume: resume.clone(),
+                        resume_copies: resume_copies.clone(),
+                        nodes: nodes.clone(),
                         left_out_steps: job.left_out_steps.clone(),
                         ..RankAssignment::default()
                     });
@@ -547,6 +565,15 @@ impl Control {
             grace_ms: grace_ms.min(u32::MAX.into()) as u32,
         };
         self.tell_agent(node, join_response::Message::Kill(kill));
+    }
+
+    /// Tells an agent that what it keeps in memory of a job has no use any more. One that does not hear it lists the job when
+    /// it joins again.
+    pub(super) fn forget_copies(&mut self, node: &NodeId, id: &JobId) {
+        let forget = ForgetCopies {
+            job_id: id.to_string(),
+        };
+        self.tell_agent(node, join_response::Message::Forget(forget));
     }
 
     /// Sends to rank 0, or keeps it until rank 0 has a stream.

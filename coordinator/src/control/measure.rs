@@ -186,6 +186,11 @@ pub(super) fn checkpointed(id: &JobId, manifest: &CheckpointManifest, now: Now) 
     gauge!(t::CHECKPOINT_LAST_COMMITTED_TIMESTAMP_SECONDS, "job_id" => id).set(now.unix_ms as f64 / 1000.0);
 }
 
+/// A set of copies in memory is whole.
+pub(super) fn copied(id: &JobId, step: u64) {
+    gauge!(t::CHECKPOINT_LAST_COPIED_STEP, "job_id" => id.to_string()).set(step as f64);
+}
+
 /// A committed checkpoint that does not verify.
 pub(super) fn damaged(id: &JobId) {
     counter!(t::CHECKPOINT_DAMAGED_TOTAL, "job_id" => id.to_string()).increment(1);

@@ -4,6 +4,7 @@
 //! A coordinator that restarts finds its jobs in the store. Their ranks train on; when their agents join again and
 //! list them, they are taken over as they are. Ranks that are not listed are gone, and their jobs recover.
 
+mod copies;
 mod error;
 mod handle;
 mod jobs;
@@ -103,6 +104,7 @@ struct Entry {
     resume: Option<CheckpointManifest>,
     rendezvous: Rendezvous,
     prepared: Prepared,
+    copies: copies::Copies,
     /// Open report streams by rank, with the stream's number.
     reports: HashMap<u32, (u64, mpsc::Sender<ReportResponse>)>,
     /// Commands for rank 0 that came while it had no stream.
@@ -124,6 +126,7 @@ impl Entry {
             resume: None,
             rendezvous: Rendezvous::default(),
             prepared: Prepared::default(),
+            copies: copies::Copies::default(),
             reports: HashMap::new(),
             outbox: VecDeque::new(),
             watchers: watch::Hub::default(),

@@ -82,6 +82,7 @@ impl Control {
             )));
         }
         let slots = hello.slots;
+        let copies_of = hello.copies_of.clone();
         self.next_stream += 1;
         let stream = self.next_stream;
         let joined = self
@@ -108,6 +109,12 @@ impl Control {
             }
         }
         self.stop_strays(&node, now);
+        for id in copies_of {
+            match self.jobs.get_mut(&id) {
+                Some(entry) if !entry.job.phase.is_terminal() => entry.copies.kept_on(node.clone()),
+                _ => self.forget_copies(&node, &id),
+            }
+        }
         Ok(AgentSession {
             node,
             stream,

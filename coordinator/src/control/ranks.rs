@@ -1,6 +1,6 @@
 //! Messages of rank processes: rendezvous, reports, checkpoints. Each is fenced by its generation.
 
-use super::{Control, ControlError, ReportSession, keys, measure, nodes::tame, rendezvous};
+use super::{Control, ControlError, ReportSession, copies::Holder, keys, measure, nodes::tame, rendezvous};
 use crate::{
     job::{self, Event, Progress, Refused},
     planted::{Bug, planted},
@@ -8,10 +8,10 @@ use crate::{
 };
 use arcface_proto::{
     timestamp::from_unix_ms,
-    types::{Generation, JobId, Rank},
+    types::{Generation, JobId, NodeId, Rank},
     v1::{
         CheckpointCommitted, CheckpointDamage, CheckpointManifest, CommitCheckpointRequest,
-        DamagedCheckpoint, Evaluation, RankError, RankId, RendezvousRequest, ReportResponse, StepMetrics,
+        DamagedCheckpoint, Evaluation, PartsCopied, RankError, RankId, RendezvousRequest, ReportResponse, StepMetrics,
         report_request::Report, report_response, watch_job_response,
     },
 };
@@ -164,11 +164,16 @@ impl Control {
                     rank,
                     step: started.step,
                     total_steps: started.total_steps,
+                    from_memory: started.from_memory,
                 };
                 self.apply(&id, &event, none).await
             }
             Report::Metrics(metrics) => self.metrics(&id, generation, metrics).await,
             Report::Evaluation(evaluation) => self.evaluation(&id, generation, evaluation).await,
+            Report::Copied(copied) => self.copied(&id, generation, rank, copied),
+            Report::Error(RankError {
+                damaged: Some(found), ..
+            }) if found.in_memory => self.copies_lost(&id, generation, rank, &found).await,
             Report::Error(RankError {
                 damaged: Some(found), ..
             }) => self.damaged(&id, generation, rank, found).await,
@@ -261,6 +266,66 @@ impl Control {
             );
         }
         Ok(())
+    }
+
+    /// A rank's parts are in the memory of some nodes.
+    fn copied(
+        &mut self,
+        id: &JobId,
+        generation: Generation,
+        rank: Rank,
+        copied: PartsCopied,
+    ) -> Result<(), ControlError> {
+        let members = self.members.members();
+        let holders = copied.nodes.iter().filter_map(|node| {
+            let (node, member) = members.get_key_value(&node.parse::<NodeId>().ok()?)?;
+            Some(Holder {
+                node: node.clone(),
+                boot_id: member.hello.boot_id.clone(),
+            })
+        });
+        let holders: Vec<Holder> = holders.collect();
+        let parts = copied.parts.unwrap_or_default();
+        let Some(entry) = self.jobs.get_mut(id) else {
+            return Ok(());
+        };
+        let speaker = RankId {
+            job_id: id.to_string(),
+            generation: generation.0,
+            rank: rank.0,
+        };
+        let world_size = entry.job.ranks.len() as u32;
+        if let Some(step) = entry.copies.add(&speaker, &parts, holders, world_size)? {
+            tracing::debug!(job = %id, step, "copies in memory are whole");
+            measure::copied(id, step);
+        }
+        Ok(())
+    }
+
+    /// The set of copies that a generation was to resume from cannot be used: the next one does without.
+    async fn copies_lost(
+        &mut self,
+        id: &JobId,
+        generation: Generation,
+        rank: Rank,
+        found: &DamagedCheckpoint,
+    ) -> Result<(), ControlError> {
+        let detail = tame(&found.detail);
+        tracing::warn!(job = %id, step = found.step, detail, "copies in memory cannot be used");
+        if let Some(entry) = self.jobs.get_mut(id)
+            && entry.job.generation == generation
+        {
+            entry.copies.lose_newest();
+        }
+        let event = Event::Error {
+            generation,
+            rank,
+            message: format!("the copies of step {} in memory cannot be used: {detail}", found.step),
+            permanent: false,
+            peer: None,
+            rollback_step: None,
+        };
+        self.apply(id, &event, Transaction::default()).await
     }
 
     /// Sets aside the checkpoint that a generation could not resume from: it is listed among the damaged ones from then

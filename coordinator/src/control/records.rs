@@ -114,6 +114,7 @@ pub fn recovery_to_wire(recovery: &Recovery) -> v1::Recovery {
         lost_steps: recovery.lost_steps,
         total_s: recovery.total_s,
         detected_at: Some(from_unix_ms(recovery.detected_unix_ms)),
+        from_memory: recovery.from_memory,
     }
 }
 
@@ -128,6 +129,7 @@ fn recovery_from_wire(wire: v1::Recovery) -> Recovery {
         lost_steps: wire.lost_steps,
         total_s: wire.total_s,
         detected_mono_ms: None,
+        from_memory: wire.from_memory,
     }
 }
 

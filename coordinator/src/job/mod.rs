@@ -231,6 +231,8 @@ pub struct Recovery {
     pub total_s: Option<f64>,
     /// Monotonic time of the detection; unknown after a restart of the coordinator.
     pub detected_mono_ms: Option<u64>,
+    /// Training resumed from copies in the memory of nodes.
+    pub from_memory: bool,
 }
 
 /// How far training is, as last reported.
@@ -463,6 +465,8 @@ pub enum Event {
         step: u64,
         /// Steps of the whole job.
         total_steps: u64,
+        /// It resumes from copies in memory.
+        from_memory: bool,
     },
     /// Rank 0 reported a log interval.
     Metrics {

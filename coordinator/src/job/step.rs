@@ -48,9 +48,10 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
             rank,
             step,
             total_steps,
+            from_memory,
         } => {
             next.fence(*generation, *rank)?;
-            next.started(*rank, *step, *total_steps);
+            next.started(*rank, *step, *total_steps, *from_memory);
         }
         Event::Metrics {
             generation,
@@ -369,18 +370,18 @@ impl Transition<'_> {
         }
     }
 
-    fn started(&mut self, rank: Rank, step: u64, total_steps: u64) {
+    fn started(&mut self, rank: Rank, step: u64, total_steps: u64, from_memory: bool) {
         if let Some(state) = self.rank(rank) {
             state.started = true;
         }
         if total_steps > 0 {
             self.job.progress.total_steps = total_steps;
         }
-        self.resumed(step);
+        self.resumed(step, from_memory);
     }
 
     /// Training goes on from `step`: says so in the recoveries that wait for it.
-    fn resumed(&mut self, step: u64) {
+    fn resumed(&mut self, step: u64, from_memory: bool) {
         // Steps lost are counted once, in the first of several failures in a row.
         let mut lost = self.job.progress.step.saturating_sub(step);
         let mut first = true;
@@ -388,6 +389,7 @@ impl Transition<'_> {
             let recovery = &mut self.job.recoveries[index];
             if recovery.resumed_step.is_none() {
                 recovery.resumed_step = Some(step);
+                recovery.from_memory = from_memory;
                 recovery.lost_steps = Some(std::mem::take(&mut lost));
                 if std::mem::take(&mut first) {
                     self.job.progress.step = step;
@@ -640,6 +642,7 @@ impl Transition<'_> {
             lost_steps: None,
             total_s: None,
             detected_mono_ms: Some(self.now.mono_ms),
+            from_memory: false,
         });
         self.job.hearsay = hearsay;
         self.job.leaving = None;

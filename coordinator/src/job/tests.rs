@@ -122,6 +122,7 @@ fn parse(line: &str, job: &Job) -> (Event, Now) {
             rank,
             step: words.number("step", 0),
             total_steps: 100,
+            from_memory: false,
         },
         "metrics" => Event::Metrics {
             generation,
@@ -280,7 +281,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => node().prop_map(|node| Event::NodeRestarted { node }),
         1 => node().prop_map(|node| Event::NodeOrphaned { node }),
         4 => (generation(), rank()).prop_map(|(generation, rank)|
-            Event::Started { generation, rank, step: 0, total_steps: 9 }),
+            Event::Started { generation, rank, step: 0, total_steps: 9, from_memory: false }),
         2 => generation().prop_map(|generation|
             Event::Metrics { generation, progress: Progress { step: 5, ..Default::default() }, step_seconds: 0.1 }),
         2 => (generation(), rank()).prop_map(|(generation, rank)| Event::Finished { generation, rank, step: 9 }),

@@ -233,6 +233,7 @@ impl Agent {
         cluster: &Cluster,
         node: &str,
         boot_id: &str,
+        copies_of: Vec::new(),
         slots: u32,
         ranks: Ranks,
     ) -> Result<Self, Status> {
@@ -240,6 +241,7 @@ impl Agent {
         let hello = Hello {
             node_id: node.into(),
             boot_id: boot_id.into(),
+            copies_of: Vec::new(),
             address: "127.0.0.1".into(),
             slots,
             device: "cpu".into(),

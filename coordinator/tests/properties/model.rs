@@ -205,6 +205,7 @@ impl Cluster {
                     rank: Rank(rank),
                     step: 0,
                     total_steps: 1_000,
+                    from_memory: false,
                 })?;
             }
             Op::Train => self.train()?,

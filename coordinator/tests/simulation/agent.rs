@@ -166,6 +166,7 @@ impl Agent {
         let hello = Hello {
             node_id: self.node.name.clone(),
             boot_id: self.boot.clone(),
+            copies_of: Vec::new(),
             address: self.node.name.clone(),
             slots: self.node.slots,
             device: "cpu".into(),

@@ -6,6 +6,7 @@
 
 mod link;
 mod liveness;
+mod memory;
 mod outbox;
 mod process;
 mod route;
@@ -14,6 +15,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub use memory::MemoryRoot;
 pub use process::RankCommand;
 
 use crate::telemetry as names;
@@ -41,7 +43,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const FIRST_HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// What an agent is started with.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct AgentOptions {
     /// Coordinators, `host:port`, in the order of trying; at least one.
     pub coordinators: Vec<String>,
@@ -57,6 +59,8 @@ pub struct AgentOptions {
     pub output_root: String,
     /// Folders that training data may be read from; empty: any.
     pub data_roots: Vec<String>,
+    /// Memory for copies of the ranks' state; `None`: this node keeps none.
+    pub memory_root: Option<MemoryRoot>,
     /// Shortest time without progress after which a training rank counts as hung; `None`: none ever does.
     pub hang_after: Option<Duration>,
     /// What a rank process is.
@@ -279,6 +283,11 @@ impl Agent {
                 }
             }
             Some(Response::Kill(kill)) => self.on_kill(&kill),
+            Some(Response::Forget(forget)) => match (forget.job_id.parse(), &self.options.memory_root) {
+                (Ok(job), Some(memory)) => memory.forget(&job),
+                (Ok(_), None) => {}
+                (Err(invalid), _) => warn!("refused to forget a job's copies: {invalid}"),
+            },
             Some(Response::Welcome(_)) | None => {}
         }
     }
@@ -301,6 +310,8 @@ impl Agent {
         assignment.output_root = self.options.output_root.clone();
         assignment.data_roots = self.options.data_roots.clone();
         assignment.device = self.options.device.clone();
+        let memory = self.options.memory_root.as_ref();
+        assignment.memory_root = memory.map_or(String::new(), |memory| memory.path().display().to_string());
         if assignment.address.is_empty() {
             assignment.address = self.advertise.clone();
         }
@@ -431,6 +442,12 @@ impl Agent {
         }
     }
 
+    /// Jobs of which this node has copies.
+    fn copies_of(&self) -> Vec<String> {
+        let jobs = self.options.memory_root.iter().flat_map(MemoryRoot::jobs);
+        jobs.map(|job| job.to_string()).collect()
+    }
+
     fn hello(&mut self) -> JoinRequest {
         let address = match &self.options.advertise {
             Some(address) => address.clone(),
@@ -452,6 +469,7 @@ impl Agent {
                 device: self.options.device.clone(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 ranks: self.table.running(),
+                copies_of: self.copies_of(),
             })),
         }
     }

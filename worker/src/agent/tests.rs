@@ -222,6 +222,7 @@ impl Running {
             device: "cpu".into(),
             output_root: scratch.path().to_str().unwrap().into(),
             data_roots: vec!["/data".into()],
+            memory_root: None,
             hang_after: None,
             rank_command: RankCommand {
                 program: "/bin/sh".into(),

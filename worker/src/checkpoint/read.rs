@@ -39,16 +39,22 @@ impl Checkpoint {
     /// The checkpoint in `dir` that `manifest`, as committed, describes. Checks the manifest, and that every part is
     /// there in its full size.
     pub fn open(dir: &Path, manifest: CheckpointManifest) -> Result<Self, CheckpointError> {
-        manifest::validate(dir, &manifest)?;
-        let checkpoint = Self {
-            dir: dir.to_owned(),
-            manifest,
-            proven: Mutex::default(),
-        };
+        let checkpoint = Self::described(dir, manifest)?;
         for part in &checkpoint.manifest.parts {
             checkpoint.open_part(part)?;
         }
         Ok(checkpoint)
+    }
+
+    /// The same where not all parts need be in `dir`: those that are read must be ([`Checkpoint::needed`]). Checks the
+    /// manifest.
+    pub fn described(dir: &Path, manifest: CheckpointManifest) -> Result<Self, CheckpointError> {
+        manifest::validate(dir, &manifest)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+            proven: Mutex::default(),
+        })
     }
 
     /// The checkpoint in `dir` by its own `manifest.json`.
@@ -77,16 +83,23 @@ impl Checkpoint {
     /// Checks size and digest of what a rank with these classes will read. The parts stay open and are not hashed again:
     /// a file that is replaced meanwhile changes nothing.
     pub fn verify_for(&self, classes: ClassRange) -> Result<(), CheckpointError> {
-        self.verified(self.backbone_part()?)?;
+        for part in self.needed(classes)? {
+            self.verified(part)?;
+        }
+        Ok(())
+    }
+
+    /// The parts that a rank with these classes reads.
+    pub fn needed(&self, classes: ClassRange) -> Result<Vec<&CheckpointPart>, CheckpointError> {
         let heads = self.head_parts();
         let pieces = self.pieces(classes, &heads)?;
         // A rank without classes reads the names of the tensors in the first.
         let first = heads.first().filter(|_| pieces.is_empty());
         let wanted = pieces.iter().map(|piece| &heads[piece.part]).chain(first);
-        for (part, _) in wanted {
-            self.verified(part)?;
-        }
-        Ok(())
+        let backbone = self.backbone_part()?;
+        Ok(std::iter::once(backbone)
+            .chain(wanted.map(|(part, _)| *part))
+            .collect())
     }
 
     /// The backbone part's tensors, on the CPU, in the order of the file.

@@ -30,7 +30,7 @@ pub struct Session {
 }
 
 impl Session {
-    fn digest(&self) -> [u8; 32] {
+    pub(super) fn digest(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_derive_key("arcface ring session 1");
         hasher.update(&self.generation.to_le_bytes());
         hasher.update(self.job.as_bytes());

@@ -2,12 +2,14 @@
 //! knows neither head nor model.
 //!
 //! `tcp.rs` has the ring's algorithms, `links.rs` its connections and who is to blame for their end, `connect.rs`
-//! how they come up, `wire.rs` what they carry, `reduce.rs` and `memory.rs` the arithmetic on a tensor's bytes.
+//! how they come up, `wire.rs` what they carry, `reduce.rs` and `memory.rs` the arithmetic on a tensor's bytes. `parts.rs`
+//! moves whole files, beside the ring.
 
 mod connect;
 mod links;
 pub mod local;
 mod memory;
+pub mod parts;
 mod reduce;
 #[cfg(test)]
 mod suite;

@@ -32,7 +32,12 @@ pub struct Snapshot {
 
 /// Directory of a checkpoint, relative to the job's output.
 pub fn directory(step: u64, generation: u64) -> String {
-    format!("checkpoints/step-{step:010}-g{generation}")
+    format!("checkpoints/{}", name(step, generation))
+}
+
+/// Name of what a generation kept of a step.
+pub fn name(step: u64, generation: u64) -> String {
+    format!("step-{step:010}-g{generation}")
 }
 
 /// Copies what this rank keeps in a checkpoint.

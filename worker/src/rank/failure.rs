@@ -68,6 +68,7 @@ impl RankFailure {
                 .unwrap_or_default()
                 .to_owned(),
             detail: error.to_string(),
+            in_memory: false,
         });
         let failure = Self {
             permanent: matches!(error, CheckpointError::Version { .. }),
@@ -77,6 +78,23 @@ impl RankFailure {
         match &failure.damaged {
             Some(_) => failure,
             None => failure.hint("every node must see the output directory of the job"),
+        }
+    }
+
+    /// The copies in memory to resume from cannot be used, or not be had: another try does without.
+    pub fn copies(manifest: &CheckpointManifest, file: &str, error: &dyn std::fmt::Display) -> Self {
+        let damaged = DamagedCheckpoint {
+            step: manifest.step,
+            file: file.to_owned(),
+            detail: format!("{file}: {error}"),
+            in_memory: true,
+        };
+        Self {
+            damaged: Some(Box::new(damaged)),
+            ..Self::transient(format!(
+                "resume from copies of step {} in memory: {file}: {error}",
+                manifest.step
+            ))
         }
     }
 

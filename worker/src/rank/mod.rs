@@ -5,10 +5,12 @@
 //! none, `report` its only gRPC, `watched` what its agent sees of it. It imports everything below it and nothing imports it.
 
 pub mod checkpoints;
+pub mod copies;
 pub mod evaluate;
 pub mod failure;
 pub mod head_start;
 pub mod log;
+mod meeting;
 pub mod nonfinite;
 mod outbox;
 pub mod outputs;

@@ -1,10 +1,11 @@
 //! What a rank still has to say, in what order, and what is said again after a broken stream. Pure.
 //!
 //! Nothing on the stream is acknowledged one by one. Set-up and evaluations are kept and repeated on a new stream
-//! (the coordinator keeps one of each); of the metrics only the latest counts; the last word ends the stream.
+//! (the coordinator keeps one of each), and so is where the latest copies are; of the metrics only the latest counts; the last
+//! word ends the stream.
 
 use arcface_proto::v1::report_request::Report;
-use arcface_proto::v1::{Evaluation, StepMetrics, TrainingStarted};
+use arcface_proto::v1::{Evaluation, PartsCopied, StepMetrics, TrainingStarted};
 use std::collections::VecDeque;
 
 /// Evaluations kept for a coordinator that is away.
@@ -16,6 +17,7 @@ pub struct Outbox {
     started: Option<(TrainingStarted, bool)>,
     metrics: Option<StepMetrics>,
     evaluations: VecDeque<(Evaluation, bool)>,
+    copied: Option<(PartsCopied, bool)>,
     last: Option<(Report, bool)>,
 }
 
@@ -25,6 +27,7 @@ impl Outbox {
         match report {
             Report::Started(started) => self.started = Some((started, false)),
             Report::Metrics(metrics) => self.metrics = Some(metrics),
+            Report::Copied(copied) => self.copied = Some((copied, false)),
             Report::Evaluation(evaluation) => {
                 if self.evaluations.len() == EVALUATIONS {
                     self.evaluations.pop_front();
@@ -45,6 +48,10 @@ impl Outbox {
             *sent = true;
             return Some(Report::Evaluation(evaluation.clone()));
         }
+        if let Some((copied, sent @ false)) = &mut self.copied {
+            *sent = true;
+            return Some(Report::Copied(copied.clone()));
+        }
         if let Some(metrics) = self.metrics.take() {
             return Some(Report::Metrics(metrics));
         }
@@ -61,8 +68,9 @@ impl Outbox {
     pub fn is_empty(&self) -> bool {
         let unsent_start = self.started.as_ref().is_some_and(|(_, sent)| !sent);
         let unsent_evaluation = self.evaluations.iter().any(|(_, sent)| !sent);
+        let unsent_copies = self.copied.as_ref().is_some_and(|(_, sent)| !sent);
         let unsent_end = self.last.as_ref().is_some_and(|(_, sent)| !sent);
-        !(unsent_start || unsent_evaluation || unsent_end || self.metrics.is_some())
+        !(unsent_start || unsent_evaluation || unsent_copies || unsent_end || self.metrics.is_some())
     }
 
     /// The stream broke: what it carried may be lost, and is sent again.
@@ -71,6 +79,9 @@ impl Outbox {
             *sent = false;
         }
         for (_, sent) in &mut self.evaluations {
+            *sent = false;
+        }
+        if let Some((_, sent)) = &mut self.copied {
             *sent = false;
         }
         if let Some((_, sent)) = &mut self.last {

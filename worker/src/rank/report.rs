@@ -9,7 +9,7 @@ use arcface_proto::redirect;
 use arcface_proto::v1::rank_service_client::RankServiceClient;
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
-use arcface_proto::v1::{CommitCheckpointRequest, RankId, RendezvousRequest, ReportRequest};
+use arcface_proto::v1::{CommitCheckpointRequest, RankId, RendezvousRequest, RendezvousResponse, ReportRequest};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -52,6 +52,11 @@ struct Shared {
 }
 
 impl Shared {
+    fn say(&self, report: Report) {
+        self.outbox().push(report);
+        self.news.notify_one();
+    }
+
     fn outbox(&self) -> MutexGuard<'_, Outbox> {
         // The outbox is changed by single assignments: a panic elsewhere leaves it whole.
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
@@ -99,15 +104,21 @@ impl Reporter {
         })
     }
 
-    /// Meets the other ranks: gives `endpoint` and gets everyone's, by rank.
+    /// Meets the other ranks: gives the endpoints of its ring and of its parts (empty for none), and gets everyone's, by
+    /// rank.
     ///
     /// # Errors
     /// If the generation ended, or the ranks did not all come.
-    pub fn rendezvous(&self, endpoint: String) -> Result<Vec<String>, RankFailure> {
+    pub fn rendezvous(
+        &self,
+        endpoint: String,
+        parts_endpoint: String,
+    ) -> Result<RendezvousResponse, RankFailure> {
         let request = RendezvousRequest {
             rank: Some(self.shared.rank.clone()),
             endpoint,
             nccl_unique_id: Vec::new(),
+            parts_endpoint,
         };
         let meet = async {
             let mut dial = self.shared.dial.clone();
@@ -117,7 +128,7 @@ impl Reporter {
                     client.rendezvous(request.clone()).await
                 };
                 match tried.await {
-                    Ok(answer) => return Ok(answer.into_inner().endpoints),
+                    Ok(answer) => return Ok(answer.into_inner()),
                     Err(status) if is_away(&status) => pause(&mut dial, &status).await,
                     Err(status) => return Err(refusal("rendezvous", &status)),
                 }
@@ -135,8 +146,13 @@ impl Reporter {
 
     /// Queues a report; metrics replace older metrics that were not sent.
     pub fn say(&self, report: Report) {
-        self.shared.outbox().push(report);
-        self.shared.news.notify_one();
+        self.shared.say(report);
+    }
+
+    /// The same from another thread.
+    pub fn teller(&self) -> impl Fn(Report) + Send + 'static {
+        let shared = self.shared.clone();
+        move |report| shared.say(report)
     }
 
     /// The next command that has arrived.

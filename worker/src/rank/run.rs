@@ -4,13 +4,13 @@
 use super::checkpoints::{self, Writer};
 use super::failure::RankFailure;
 use super::log::TrainingLog;
+use super::meeting::{agree, meet};
 use super::outputs;
 use super::report::Reporter;
 use super::setup::Prepared;
 use super::train::{Outside, Sinks, train};
 use super::watched::Watched;
 use crate::checkpoint::Checkpoint;
-use crate::collective::{Collective, Listener, Session, Timeouts};
 use crate::progress::{Activity, Board};
 use crate::{device, paths};
 use arcface_proto::convert::job_spec;
@@ -23,10 +23,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
-/// Time to connect all ranks, once all have met.
-const CONNECT_LIMIT: Duration = Duration::from_secs(60);
-/// Longest time that a rank may be slower than its peers: an evaluation set being read, a slow disk.
-const OPERATION_LIMIT: Duration = Duration::from_secs(600);
 /// How long a failing rank tries to say why: the process ends within two seconds of a peer's death.
 const LAST_WORD_OF_FAILURE: Duration = Duration::from_millis(1500);
 /// How long a rank that trained to the end waits for a coordinator that is away, to commit and to say so.
@@ -94,8 +90,20 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
     let checkpoint = resumable(assignment, &output)?;
     board.enter(Activity::Starting);
-    let comm = Box::new(Watched::new(meet(assignment, reporter)?, board.clone()));
+    let met = meet(assignment, reporter, prepared.spec.checkpoint.buddy_steps)?;
+    let comm = Box::new(Watched::new(met.comm, board.clone()));
     let (mut trainer, job) = prepared.into_trainer(comm)?;
+    let checkpoint = match (&assignment.resume, &met.memory) {
+        (Some(manifest), Some(memory)) if !assignment.resume_copies.is_empty() => {
+            Some(memory.gather(manifest, assignment)?)
+        }
+        (Some(manifest), None) if !assignment.resume_copies.is_empty() => {
+            let error = "a node keeps no copies in memory";
+            return Err(RankFailure::copies(manifest, "", &error));
+        }
+        _ => checkpoint,
+    };
+    agree(trainer.comm.as_mut(), assignment.resume.as_ref())?;
     trainer.phases.show_on(board.clone());
     trainer.settings.left_out.clone_from(&assignment.left_out_steps);
     let start = match &checkpoint {
@@ -118,6 +126,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         total_steps: job.end_step,
         num_classes: job.num_classes,
         num_image: job.dataset.len(),
+        from_memory: !assignment.resume_copies.is_empty(),
     }));
 
     let log = match rank {
@@ -131,6 +140,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         output,
         log,
         writer: Some(&writer),
+        copier: met.memory.and_then(|memory| memory.copier(&job.spec, assignment, reporter)),
         outside: &mut Told {
             reporter,
             writer: &writer,
@@ -139,6 +149,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     };
     let finished = train(&mut trainer, &job, start, &mut sinks);
     let log = sinks.log.take();
+    drop(sinks.copier.take());
     let finished = finished?;
     board.enter(Activity::Finishing);
     conclude(reporter, writer, rank, finished);
@@ -166,7 +177,7 @@ fn begin_log(
 /// done before the ranks meet: where one of them finds damage, none has used a byte, and the next generation goes back to
 /// the checkpoint before.
 fn resumable(assignment: &RankAssignment, output: &Path) -> Result<Option<Checkpoint>, RankFailure> {
-    let Some(manifest) = &assignment.resume else {
+    let Some(manifest) = assignment.resume.as_ref().filter(|_| assignment.resume_copies.is_empty()) else {
         return Ok(None);
     };
     let classes = ClassRange::of_rank(manifest.num_classes, assignment.rank, assignment.world_size);
@@ -178,44 +189,6 @@ fn resumable(assignment: &RankAssignment, output: &Path) -> Result<Option<Checkp
     verified
         .map(Some)
         .map_err(|error| RankFailure::checkpoint(manifest, &error))
-}
-
-/// Rendezvous and communicator.
-fn meet(assignment: &RankAssignment, reporter: &Reporter) -> Result<Box<dyn Collective>, RankFailure> {
-    let address = assignment.address.as_str();
-    let bound = Listener::bind(address).or_else(|error| {
-        // Behind address translation the advertised address is not one of this machine's.
-        warn!("cannot listen at {address} ({error}): listening at every address");
-        Listener::bind("0.0.0.0")
-    });
-    let (listener, port) =
-        bound.map_err(|error| RankFailure::transient(format!("listen for peers at {address}: {error}")))?;
-    let endpoint = match address.contains(':') {
-        true => format!("[{address}]:{port}"),
-        false => format!("{address}:{port}"),
-    };
-    let endpoints = reporter.rendezvous(endpoint)?;
-    if endpoints.len() != assignment.world_size as usize {
-        return Err(RankFailure::transient(format!(
-            "rendezvous: {} endpoints for {} ranks",
-            endpoints.len(),
-            assignment.world_size
-        )));
-    }
-    let session = Session {
-        job: assignment.job_id.clone(),
-        generation: assignment.generation,
-    };
-    let timeouts = Timeouts {
-        connect: CONNECT_LIMIT,
-        operation: OPERATION_LIMIT,
-    };
-    Ok(Box::new(listener.connect(
-        &session,
-        assignment.rank,
-        &endpoints,
-        timeouts,
-    )?))
 }
 
 /// Waits until the last checkpoint is durable, committed and described.

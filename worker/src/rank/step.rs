@@ -86,6 +86,10 @@ pub struct Says {
     pub wish: bool,
     /// It has no room for one more: its older copies are not on the disk yet.
     pub busy: bool,
+    /// Its last copies for another node's memory are still on their way.
+    pub copying: bool,
+    /// Its last copies did not get where they belong.
+    pub uncopied: bool,
 }
 
 /// What a step gave; the same on every rank.
@@ -332,7 +336,7 @@ fn forget_gradients(params: &mut [Tensor]) {
 }
 
 /// Mean of the gradients over the ranks, divided by the loss `scale`: one flat tensor, its views by parameter, and
-/// what any rank said (it travels as two more elements). Parameters without gradient count as zero.
+/// what any rank said (it travels as a few more elements). Parameters without gradient count as zero.
 fn sum_gradients(
     params: &[Tensor],
     comm: &mut dyn Collective,
@@ -351,15 +355,17 @@ fn sum_gradients(
             }
         })
         .collect();
-    let said = [says.wish, says.busy].map(|said| f32::from(u8::from(said)));
+    let said = [says.wish, says.busy, says.copying, says.uncopied].map(|said| f32::from(u8::from(said)));
     parts.push(Tensor::from_slice(&said));
     let mut all = Tensor::cat(&parts, 0);
     comm.all_reduce(&mut all, ReduceOp::Sum)?;
-    let elements = all.size()[0] - 2;
+    let elements = all.size()[0] - said.len() as i64;
     let any = |which| all.double_value(&[elements + which]) > 0.0;
     let said = Says {
         wish: any(0),
         busy: any(1),
+        copying: any(2),
+        uncopied: any(3),
     };
     let mut flat = all.narrow(0, 0, elements);
     flat /= divisor;

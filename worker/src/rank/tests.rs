@@ -132,6 +132,7 @@ fn losses(rank: u32, trainer: &mut Trainer, job: &Job, start: u64, output: &Path
         output: output.to_owned(),
         log,
         writer: None::<&Writer>,
+        copier: None,
         outside: &mut recorder,
     };
     train(trainer, job, start, &mut sinks).expect("trained");
@@ -351,7 +352,7 @@ fn what_any_rank_says_is_heard_by_all_at_the_same_step() {
     let heard = on_ranks(&spec, 2, |rank, trainer, job| {
         let mut loader = loader(trainer, job, 0..2);
         let mut said = |step, wish, busy| {
-            let outcome = trainer.step(step, &mut loader, Says { wish, busy });
+            let outcome = trainer.step(step, &mut loader, Says { wish, busy, ..Says::default() });
             let said = outcome.expect("a step").said.expect("an update");
             (said.wish, said.busy)
         };

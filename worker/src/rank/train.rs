@@ -1,6 +1,7 @@
 //! The training loop around the step: log, evaluation, model file and checkpoints at their times.
 
 use super::checkpoints::{self, Writer};
+use super::copies::Copier;
 use super::failure::RankFailure;
 use super::log::{Meter, TrainingLog};
 use super::pace::Pace;
@@ -36,6 +37,8 @@ pub struct Sinks<'a> {
     pub log: Option<TrainingLog>,
     /// Checkpoints, unless none are wanted.
     pub writer: Option<&'a Writer>,
+    /// Copies in memory, unless none are wanted.
+    pub copier: Option<Copier>,
     /// Reports and wishes.
     pub outside: &'a mut dyn Outside,
 }
@@ -99,12 +102,15 @@ pub fn train(
     let mut owed = false;
     let mut wish = false;
     let mut waits = false;
+    let mut copy_owed = false;
     for step in start..job.end_step {
         wish |= sinks.outside.checkpoint_wanted();
         let says = Says {
             // One clock decides.
             wish: wish || rank == 0 && pace.is_due(begin.elapsed()),
             busy: sinks.writer.is_some_and(Writer::is_busy),
+            copying: sinks.copier.as_mut().is_some_and(Copier::is_busy),
+            uncopied: sinks.copier.as_ref().is_some_and(Copier::has_failed),
         };
         let batches: &mut dyn Iterator<Item = Result<Batch, DataError>> = &mut loader;
         let step_begin = Instant::now();
@@ -126,6 +132,8 @@ pub fn train(
         let said = outcome.said.unwrap_or(Says {
             wish: false,
             busy: true,
+            copying: true,
+            uncopied: true,
         });
         owed |= due.checkpoint || said.wish;
         // A wish that was not heard, because the update was left out, is told again.
@@ -141,6 +149,15 @@ pub fn train(
                 step = done,
                 "the checkpoint waits: a rank is still writing the two before it"
             );
+        }
+        if let Some(copier) = &mut sinks.copier {
+            copy_owed |= copier.is_due(done);
+            if copy_owed && !said.copying && !last {
+                copy_owed = false;
+                copy(trainer, job, done, copier, !said.uncopied);
+            } else if copy_owed && outcome.said.is_some() && !last {
+                copier.waits(done);
+            }
         }
         meter.aside(aside);
     }
@@ -167,6 +184,15 @@ fn checkpoint(
     if let (Some(news), Some(log)) = (pace.news(), sinks.log.as_mut()) {
         log.line(&news);
     }
+}
+
+/// Copies this rank's state for the memory of its node and of its buddy's.
+fn copy(trainer: &mut Trainer, job: &Job, done: u64, copier: &mut Copier, last_is_whole: bool) {
+    let state = position(trainer, job, done);
+    let stop = trainer.phases.begin("checkpoint");
+    let snapshot = checkpoints::snapshot_into(trainer, state, job.num_classes, copier.room());
+    copier.copy(snapshot, last_is_whole);
+    trainer.phases.add("checkpoint", stop.elapsed());
 }
 
 /// Where training stands after `done` steps.

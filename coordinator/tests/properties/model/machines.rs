@@ -199,6 +199,7 @@ impl Cluster {
         let hello = Hello {
             node: node_id(node),
             boot_id: format!("boot-{}", self.machines[node].boot),
+            copies_of: Vec::new(),
             address: "a".into(),
             slots: self.machines[node].slots,
             device: "cpu".into(),

@@ -36,6 +36,7 @@ fn train_with(
         output: output.to_owned(),
         log: (rank == 0).then(|| crate::rank::log::TrainingLog::open(output).expect("a log")),
         writer: Some(&writer),
+        copier: None,
         outside: &mut Listener(listen),
     };
     assert_eq!(train(trainer, job, 0, &mut sinks).expect("trained"), job.end_step);

@@ -315,6 +315,7 @@ fn the_log_tells_of_skipped_steps() {
             output: scratch.path().to_owned(),
             log,
             writer: None,
+            copier: None,
             outside: &mut recorder,
         };
         train(trainer, job, 0, &mut sinks).expect("skips pass");
