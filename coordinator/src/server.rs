@@ -119,7 +119,7 @@ impl Default for Timers {
             heartbeat_ms: 500,
             suspect_ms: 1_500,
             lost_ms: 3_000,
-            orphan_ms: 120_000,
+            orphan_ms: 180_000,
             rejoin_ms: 10_000,
             rendezvous_ms: 60_000,
             backoff_ms: 500,

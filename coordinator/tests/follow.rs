@@ -182,6 +182,7 @@ fn recovery(done: bool) -> v1::Recovery {
         lost_steps: done.then_some(4),
         total_s: done.then_some(8.31),
         detected_at: None,
+        from_memory: false,
     }
 }
 

@@ -172,6 +172,14 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
         "above 0",
         "",
     );
+    let buddy_steps = checkpoint.buddy_steps.unwrap_or(100);
+    c.check(
+        "checkpoint.buddy_steps",
+        buddy_steps,
+        buddy_steps != 1,
+        "0, or at least 2",
+        "a copy takes a step to get to the other node",
+    );
 
     if !c.violations.is_empty() {
         return Err(c.violations);
@@ -198,7 +206,7 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
             every_seconds: Some(every_seconds).filter(|seconds| *seconds > 0.0),
             keep,
             rank_mttf_hours,
-            buddy_steps: Some(checkpoint.buddy_steps.unwrap_or(100)).filter(|steps| *steps > 0),
+            buddy_steps: Some(buddy_steps).filter(|steps| *steps > 0),
         },
     })
 }

@@ -1,7 +1,7 @@
 //! Coordinators and their workers on this machine, for the time of one test.
 
 use crate::{
-    Etcd, Finished, JobFile, Process, command, process,
+    Etcd, Finished, JobFile, Network, Process, command, process,
     wait::{self, Seen},
 };
 use anyhow::{Context, Result, ensure};
@@ -55,6 +55,7 @@ pub struct Cluster {
     past: Vec<Process>,
     slots: usize,
     etcd: Option<Etcd>,
+    network: Option<Network>,
 }
 
 impl Cluster {
@@ -65,7 +66,20 @@ impl Cluster {
     /// What the test or the start failed with.
     pub fn run(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        Self::run_with(options, 1, None, test)
+        Self::run_with(options, 1, None, None, test)
+    }
+
+    /// The same with every worker in a network namespace of its own. Where there are none the test is skipped, see
+    /// [`Network::start`].
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_in_network(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        match Network::start()? {
+            Some(network) => Self::run_with(options, 1, None, Some(network), test),
+            None => Ok(()),
+        }
     }
 
     /// The same with several coordinators that keep their state in an etcd of this test. Where no etcd is installed
@@ -80,7 +94,7 @@ impl Cluster {
     ) -> Result<()> {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         match Etcd::start()? {
-            Some(etcd) => Self::run_with(options, coordinators, Some(etcd), test),
+            Some(etcd) => Self::run_with(options, coordinators, Some(etcd), None, test),
             None => Ok(()),
         }
     }
@@ -89,11 +103,13 @@ impl Cluster {
         options: Options,
         coordinators: usize,
         etcd: Option<Etcd>,
+        network: Option<Network>,
         test: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
+        let host = network.as_ref().map_or("127.0.0.1".to_owned(), |network| network.host().to_string());
         let seat = || Seat {
             process: None,
-            address: "127.0.0.1:0".into(),
+            address: format!("{host}:0"),
         };
         let mut cluster = Self {
             scratch: tempfile::tempdir()?,
@@ -102,6 +118,7 @@ impl Cluster {
             past: Vec::new(),
             slots: options.slots,
             etcd,
+            network,
         };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             for index in 0..coordinators {
@@ -118,6 +135,14 @@ impl Cluster {
             cluster.print_logs();
         }
         outcome.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// The network that the workers are in, by number in the order of their start.
+    ///
+    /// # Errors
+    /// If the cluster was not started in one.
+    pub fn network(&self) -> Result<&Network> {
+        self.network.as_ref().context("a cluster in a network")
     }
 
     /// Where everything lies: the working directory of all processes.
@@ -256,9 +281,16 @@ impl Cluster {
     pub fn start_worker(&mut self) -> Result<()> {
         let name = format!("worker-{}", self.workers.len() + self.past.len());
         let mut command = command("arcface-worker", self.scratch())?;
+        if let Some(network) = &mut self.network {
+            let namespace = network.add()?;
+            let worker = command.get_program().to_owned();
+            command = process::with_program(command, network.inside(namespace));
+            command.arg(worker);
+        }
         command
             .args(["--join", &self.addresses(), "--device", "cpu"])
-            .args(["--slots", &self.slots.to_string()]);
+            .args(["--slots", &self.slots.to_string()])
+            .args(["--memory-root", "memory"]);
         self.workers.push(Process::start(&name, &self.logs(), command)?);
         Ok(())
     }

@@ -8,12 +8,14 @@
 
 mod cluster;
 mod etcd;
+mod network;
 mod process;
 mod synthetic;
 pub mod wait;
 
 pub use cluster::{Cluster, Options};
 pub use etcd::Etcd;
+pub use network::Network;
 pub use process::{Finished, Process, binary, command, living_in};
 pub use synthetic::{JobFile, write_identities};
 

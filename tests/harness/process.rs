@@ -53,6 +53,21 @@ pub fn command(name: &str, scratch: &Path) -> Result<Command> {
     Ok(command)
 }
 
+/// The settings of one command with the program and the arguments of another.
+pub fn with_program(settings: Command, mut program: Command) -> Command {
+    for (name, value) in settings.get_envs() {
+        match value {
+            Some(value) => program.env(name, value),
+            None => program.env_remove(name),
+        };
+    }
+    if let Some(directory) = settings.get_current_dir() {
+        program.current_dir(directory);
+    }
+    program.stdin(Stdio::null());
+    program
+}
+
 /// A process in the background.
 pub struct Process {
     /// What the test calls it.

@@ -4,10 +4,17 @@
 //! times against their bars. The faults of a mix are drawn from `ARCFACE_SEED`, which every run prints.
 
 use anyhow::{Context, Result, ensure};
-use arcface_tests::{Cluster, JobFile, Options};
+use arcface_tests::{
+    Cluster, JobFile, Options,
+    wait::{self, Seen},
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::{env, fs, time::Duration};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 const TRAINED: Duration = Duration::from_secs(240);
 const SOON: Duration = Duration::from_secs(60);
@@ -197,6 +204,102 @@ fn a_silent_node_is_left_and_taken_back_when_it_wakes() -> Result<()> {
     })
 }
 
+/// Twice as many threads as there are cores want them, and the ranks too: heartbeats still come in time.
+#[test]
+fn a_busy_machine_is_not_a_lost_one() -> Result<()> {
+    let soak = Duration::from_secs(number("ARCFACE_SOAK_S")?.unwrap_or(15));
+    Cluster::run(Options::default(), |cluster| {
+        let id = cluster.submit(&endless("busy"))?;
+        goes_on(cluster, &id)?;
+        let begun = Instant::now();
+        let threads = 2 * std::thread::available_parallelism()?.get();
+        let job = std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    let mut draw = Draw(1);
+                    while begun.elapsed() < soak {
+                        std::hint::black_box((0..100_000).map(|_| draw.below(7)).sum::<u64>());
+                    }
+                });
+            }
+            cluster.wait_for_job(&id, "to train on a busy machine", soak + TRAINED, |job| {
+                begun.elapsed() >= soak || !recoveries(job).is_empty()
+            })
+        })?;
+        let nodes = cluster.json(&["nodes"])?;
+        let healthy = nodes.as_array().into_iter().flatten().filter(|node| node["state"] == "healthy");
+        ensure!(
+            recoveries(&job).is_empty() && healthy.count() == 2,
+            "nobody was lost: {job} {nodes}"
+        );
+        println!("| both cores busy for {} s -> nodes called lost, ranks called hung | 1 | 0 | 0 | 0 |", soak.as_secs());
+        cancel(cluster, &id)
+    })
+}
+
+/// All folders so many levels below one.
+fn folders(below: &Path, levels: usize) -> Vec<PathBuf> {
+    let entries = fs::read_dir(below).into_iter().flatten().flatten();
+    let here: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    match levels {
+        1 => here,
+        _ => here.iter().flat_map(|folder| folders(folder, levels - 1)).collect(),
+    }
+}
+
+/// Nothing of the job is ever in storage: what a generation resumes from can only have come from memory.
+#[test]
+fn a_lost_node_costs_a_few_steps_and_no_read_from_storage() -> Result<()> {
+    const BUDDY_STEPS: u64 = 6;
+    Cluster::run(Options::default(), |cluster| {
+        let id = cluster.submit(&JobFile {
+            // One epoch: no checkpoint before the end.
+            num_image: 10_000_000,
+            checkpoint_steps: 0,
+            more: format!("buddy_steps = {BUDDY_STEPS}"),
+            ..JobFile::tiny("buddies")
+        })?;
+        let checkpoints = cluster.scratch().join("out/buddies/checkpoints");
+        let mut back = Figures::new("node lost, replaced by another -> first new step, from memory", 10.0, 12.0);
+        let mut lost = Vec::new();
+        for trial in 0..trials()? {
+            let begun = step(&cluster.job(&id)?);
+            cluster.wait_for_job(&id, "to make copies", TRAINED, |job| {
+                job["state"] == "running" && step(job) >= begun + 2 * BUDDY_STEPS
+            })?;
+            cluster.kill_worker()?;
+            cluster.start_worker()?;
+            let recovery = recovered(cluster, &id, trial)?;
+            let steps = recovery["lost_steps"].as_u64().context("lost steps")?;
+            ensure!(
+                recovery["from_memory"] == true && steps <= BUDDY_STEPS,
+                "at most {BUDDY_STEPS} steps, from memory: {recovery}"
+            );
+            ensure!(!checkpoints.exists(), "a checkpoint was written");
+            lost.push(steps);
+            back.add(&recovery, "total_s")?;
+        }
+        lost.sort_unstable();
+        println!(
+            "| node lost -> steps lost with buddy_steps = {BUDDY_STEPS} | {} | {} | {} | {BUDDY_STEPS} |",
+            lost.len(),
+            lost[lost.len() / 2],
+            lost[lost.len() - 1]
+        );
+        back.conclude()?;
+        cancel(cluster, &id)?;
+        let memory = cluster.scratch().join("memory");
+        wait::until("the end of the copies", SOON, || {
+            let left = folders(&memory, 3).into_iter().filter(|folder| folder.ends_with(&id));
+            let left: Vec<PathBuf> = left.collect();
+            Ok(match left.is_empty() {
+                true => Seen::Yes(()),
+                false => Seen::NotYet(format!("{left:?}")),
+            })
+        })
+    })
+}
+
 /// SplitMix64: the same faults for the same seed.
 struct Draw(u64);
 
@@ -211,11 +314,12 @@ impl Draw {
 }
 
 /// 12 epochs of 4 steps, trained with whatever `disturb` does meanwhile; the weights at the end.
-fn weights(name: &str, mut disturb: impl FnMut(&mut Cluster, &str) -> Result<()>) -> Result<Vec<u8>> {
+fn weights(name: &str, more: &str, mut disturb: impl FnMut(&mut Cluster, &str) -> Result<()>) -> Result<Vec<u8>> {
     let mut model = Vec::new();
     Cluster::run(Options::default(), |cluster| {
         let id = cluster.submit(&JobFile {
             checkpoint_steps: 3,
+            more: more.to_owned(),
             ..JobFile::tiny(name).epochs(12)
         })?;
         cluster.wait_for_job(&id, "to train", TRAINED, |job| step(job) >= 1)?;
@@ -231,12 +335,14 @@ fn weights(name: &str, mut disturb: impl FnMut(&mut Cluster, &str) -> Result<()>
 fn any_mix_of_faults_ends_in_the_same_weights_bit_for_bit() -> Result<()> {
     let seed = number("ARCFACE_SEED")?.unwrap_or(1);
     let trials = trials()?;
-    let expected = weights("undisturbed", |_, _| Ok(()))?;
+    let expected = weights("undisturbed", "", |_, _| Ok(()))?;
     for trial in 0..trials {
         let mut draw = Draw(seed + trial as u64);
         let mut told = Vec::new();
         let name = format!("mix-{trial}");
-        let got = weights(&name, |cluster, id| {
+        // With copies at almost every step, or with checkpoints alone.
+        let more = ["buddy_steps = 2", "buddy_steps = 0"][trial % 2];
+        let got = weights(&name, more, |cluster, id| {
             for _ in 0..2 + draw.below(2) {
                 // At whatever step of whatever phase it is now.
                 let wait = step(&cluster.job(id)?) + draw.below(6);

@@ -54,6 +54,15 @@ fn end(cluster: &mut Cluster, id: &str) -> Result<()> {
     Ok(())
 }
 
+/// How long there is no control plane, at least: `ARCFACE_OUTAGE_S`, or no longer than it takes to see training go on.
+fn outage() -> Result<Duration> {
+    let seconds = match env::var("ARCFACE_OUTAGE_S") {
+        Ok(text) => text.parse().context("ARCFACE_OUTAGE_S is a number")?,
+        Err(_) => 0,
+    };
+    Ok(Duration::from_secs(seconds))
+}
+
 #[test]
 fn a_standby_takes_over_from_a_killed_leader_and_training_does_not_notice() -> Result<()> {
     let trials: usize = match env::var("ARCFACE_TRIALS") {
@@ -177,13 +186,19 @@ fn training_goes_on_without_coordinators_and_etcd_and_commits_afterwards() -> Re
         let log = cluster.scratch().join("out/alone/training.log");
         let lines = || std::fs::read_to_string(&log).map(|text| text.lines().count());
         let written = lines()?;
-        wait::until("ranks to train by themselves", TRAINED, || {
+        let (gone, outage) = (Instant::now(), outage()?);
+        wait::until("ranks to train by themselves", outage + TRAINED, || {
             let now = lines()?;
-            Ok(match now >= written + 20 {
+            Ok(match now >= written + 20 && gone.elapsed() >= outage {
                 true => Seen::Yes(()),
                 false => Seen::NotYet(format!("{now} lines after {written}")),
             })
         })?;
+        println!(
+            "without coordinators and etcd for {:.0} s: {} steps meanwhile",
+            gone.elapsed().as_secs_f64(),
+            lines()? - written
+        );
         cluster.etcd()?.resume()?;
         for index in 0..2 {
             cluster.start_coordinator_at(index)?;

@@ -354,6 +354,7 @@ mod tests {
                 detected_s: 0.84,
                 resumed_step: Some(100),
                 lost_steps: Some(12),
+                from_memory: false,
                 total_s: Some(8.31),
                 detected_at: Some(from_unix_ms(1_795_000_100_000)),
             }],

@@ -300,6 +300,11 @@ mod tests {
             recovery(&happened),
             "rank 1 on node-2 was killed by signal 9: detected after 0.8 s, resumed from step 400, 12 steps lost, back after 8.3 s"
         );
+        happened.from_memory = true;
+        assert_eq!(
+            recovery(&happened),
+            "rank 1 on node-2 was killed by signal 9: detected after 0.8 s, resumed from memory at step 400, 12 steps lost, back after 8.3 s"
+        );
     }
 
     #[test]

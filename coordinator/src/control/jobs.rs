@@ -428,11 +428,10 @@ impl Control {
                 reason = %after.reason, "job changed");
         }
         measure::job_changed(&before, after);
+        let mut keepers = BTreeSet::new();
         if after.phase.is_terminal() && !before.phase.is_terminal() {
             self.retiring.push_back((now.mono_ms, id.clone()));
-            for node in entry.copies.forget() {
-                self.forget_copies(&node, id);
-            }
+            keepers = entry.copies.forget();
         }
         let moved = before.phase != after.phase || before.ranks != after.ranks;
         if moved {
@@ -440,6 +439,9 @@ impl Control {
         }
         for effect in effects {
             self.perform(id, effect, now);
+        }
+        for node in keepers {
+            self.forget_copies(&node, id);
         }
         Ok(())
     }

@@ -92,7 +92,10 @@ impl Control {
                 let complete = entry.rendezvous.join(
                     rank.rank,
                     world_size,
-                    request.endpoint,
+                    rendezvous::Endpoints {
+                        ring: request.endpoint,
+                        parts: request.parts_endpoint,
+                    },
                     request.nccl_unique_id,
                     reply,
                     now.mono_ms,

@@ -12,10 +12,19 @@ const MAX_ENDPOINT_BYTES: usize = 300;
 /// NCCL's unique id has 128.
 const MAX_NCCL_ID_BYTES: usize = 1024;
 
+/// Where a rank is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoints {
+    /// For its peers.
+    pub ring: String,
+    /// For parts of checkpoints; empty for none.
+    pub parts: String,
+}
+
 /// The meeting of one generation.
 #[derive(Default)]
 pub struct Rendezvous {
-    endpoints: Vec<Option<String>>,
+    came: Vec<Option<Endpoints>>,
     nccl_unique_id: Vec<u8>,
     waiting: Vec<Reply>,
     first_came_ms: Option<u64>,
@@ -25,7 +34,7 @@ impl Rendezvous {
     /// A new meeting; whoever waits for the old one is told that it is over.
     pub fn open(&mut self, world_size: usize) {
         self.end("the next generation was opened");
-        self.endpoints = vec![None; world_size];
+        self.came = vec![None; world_size];
     }
 
     /// Ends the meeting.
@@ -34,7 +43,7 @@ impl Rendezvous {
             // A rank that no longer waits needs no answer.
             let _ = reply.send(Err(ControlError::Aborted(reason.to_owned())));
         }
-        self.endpoints.clear();
+        self.came.clear();
         self.nccl_unique_id.clear();
         self.first_came_ms = None;
     }
@@ -44,23 +53,23 @@ impl Rendezvous {
         &mut self,
         rank: u32,
         world_size: usize,
-        endpoint: String,
+        endpoints: Endpoints,
         nccl_unique_id: Vec<u8>,
         reply: Reply,
         now_ms: u64,
     ) -> bool {
         // Empty after a restart of the coordinator: ranks that were waiting come again.
-        self.endpoints.resize(world_size, None);
-        let refusal = check(&endpoint, &nccl_unique_id);
+        self.came.resize(world_size, None);
+        let refusal = check(&endpoints, &nccl_unique_id);
         let complete = self.is_complete();
-        let Some(slot) = self.endpoints.get_mut(rank as usize) else {
+        let Some(slot) = self.came.get_mut(rank as usize) else {
             let _ = reply.send(Err(ControlError::invalid(
                 "rank.rank",
                 format!("{rank} is not below {world_size}"),
             )));
             return false;
         };
-        let moved = complete && slot.as_deref() != Some(&endpoint);
+        let moved = complete && slot.as_ref() != Some(&endpoints);
         let refusal = refusal.or_else(|| {
             moved.then(|| {
                 ControlError::Refused(format!(
@@ -72,7 +81,7 @@ impl Rendezvous {
             let _ = reply.send(Err(refusal));
             return false;
         }
-        *slot = Some(endpoint);
+        *slot = Some(endpoints);
         if rank == 0 {
             self.nccl_unique_id = nccl_unique_id;
         }
@@ -82,7 +91,8 @@ impl Rendezvous {
             return false;
         }
         let response = RendezvousResponse {
-            endpoints: self.endpoints.iter().flatten().cloned().collect(),
+            endpoints: self.came.iter().flatten().map(|came| came.ring.clone()).collect(),
+            parts_endpoints: self.came.iter().flatten().map(|came| came.parts.clone()).collect(),
             nccl_unique_id: self.nccl_unique_id.clone(),
         };
         for reply in self.waiting.drain(..) {
@@ -92,7 +102,7 @@ impl Rendezvous {
     }
 
     fn is_complete(&self) -> bool {
-        !self.endpoints.is_empty() && self.endpoints.iter().all(Option::is_some)
+        !self.came.is_empty() && self.came.iter().all(Option::is_some)
     }
 
     /// Tells those who wait longer than `limit_ms` who is missing.
@@ -102,7 +112,7 @@ impl Rendezvous {
             return;
         }
         let missing: Vec<String> = self
-            .endpoints
+            .came
             .iter()
             .enumerate()
             .filter(|(_, endpoint)| endpoint.is_none())
@@ -116,21 +126,22 @@ impl Rendezvous {
         for reply in self.waiting.drain(..) {
             let _ = reply.send(Err(ControlError::Deadline(reason.clone())));
         }
-        self.endpoints.iter_mut().for_each(|endpoint| *endpoint = None);
+        self.came.iter_mut().for_each(|came| *came = None);
         self.first_came_ms = None;
     }
 }
 
-fn check(endpoint: &str, nccl_unique_id: &[u8]) -> Option<ControlError> {
-    let port = endpoint
-        .rsplit_once(':')
-        .map(|(host, port)| (!host.is_empty(), port.parse::<u16>()));
-    if endpoint.len() > MAX_ENDPOINT_BYTES || !matches!(port, Some((true, Ok(1..)))) {
-        let shown: String = endpoint.chars().take(64).collect();
-        return Some(ControlError::invalid(
-            "endpoint",
-            format!("{shown:?} is not HOST:PORT"),
-        ));
+fn check(endpoints: &Endpoints, nccl_unique_id: &[u8]) -> Option<ControlError> {
+    let parts = Some(&endpoints.parts).filter(|parts| !parts.is_empty());
+    let named = [("endpoint", Some(&endpoints.ring)), ("parts_endpoint", parts)];
+    for (name, endpoint) in named.into_iter().filter_map(|(name, endpoint)| Some((name, endpoint?))) {
+        let port = endpoint
+            .rsplit_once(':')
+            .map(|(host, port)| (!host.is_empty(), port.parse::<u16>()));
+        if endpoint.len() > MAX_ENDPOINT_BYTES || !matches!(port, Some((true, Ok(1..)))) {
+            let shown: String = endpoint.chars().take(64).collect();
+            return Some(ControlError::invalid(name, format!("{shown:?} is not HOST:PORT")));
+        }
     }
     (nccl_unique_id.len() > MAX_NCCL_ID_BYTES).then(|| {
         ControlError::invalid(
@@ -150,7 +161,11 @@ mod tests {
         endpoint: &str,
     ) -> oneshot::Receiver<Result<RendezvousResponse, ControlError>> {
         let (reply, answer) = oneshot::channel();
-        meeting.join(rank, 2, endpoint.into(), vec![rank as u8], reply, 0);
+        let endpoints = Endpoints {
+            ring: endpoint.into(),
+            parts: if rank == 0 { endpoint.into() } else { String::new() },
+        };
+        meeting.join(rank, 2, endpoints, vec![rank as u8], reply, 0);
         answer
     }
 
@@ -164,6 +179,7 @@ mod tests {
         for answer in [&mut zero, &mut one] {
             let response = answer.try_recv().expect("answered").expect("met");
             assert_eq!(response.endpoints, ["a:1", "b:2"]);
+            assert_eq!(response.parts_endpoints, ["a:1", ""]);
             assert_eq!(response.nccl_unique_id, [0]);
         }
         let mut again = call(&mut meeting, 1, "b:2");

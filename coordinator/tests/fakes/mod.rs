@@ -218,6 +218,7 @@ pub struct Agent {
     outgoing: mpsc::Sender<JoinRequest>,
     launched: mpsc::Receiver<RankAssignment>,
     killed: mpsc::Receiver<KillRanks>,
+    forgotten: mpsc::Receiver<String>,
     task: JoinHandle<()>,
 }
 
@@ -233,7 +234,6 @@ impl Agent {
         cluster: &Cluster,
         node: &str,
         boot_id: &str,
-        copies_of: Vec::new(),
         slots: u32,
         ranks: Ranks,
     ) -> Result<Self, Status> {
@@ -258,12 +258,15 @@ impl Agent {
         );
         let (launches, launched) = mpsc::channel(64);
         let (kills, killed) = mpsc::channel(64);
-        let task = tokio::spawn(obey(incoming, outgoing.clone(), ranks.clone(), launches, kills));
+        let (forgets, forgotten) = mpsc::channel(64);
+        let orders = Orders { launches, kills, forgets };
+        let task = tokio::spawn(obey(incoming, outgoing.clone(), ranks.clone(), orders));
         Ok(Self {
             ranks,
             outgoing,
             launched,
             killed,
+            forgotten,
             task,
         })
     }
@@ -278,6 +281,13 @@ impl Agent {
     /// The next order to stop.
     pub async fn killed(&mut self) -> KillRanks {
         within("kill", self.killed.recv())
+            .await
+            .expect("the agent's stream has ended")
+    }
+
+    /// The next job whose copies it was told to forget.
+    pub async fn forgot(&mut self) -> String {
+        within("forget", self.forgotten.recv())
             .await
             .expect("the agent's stream has ended")
     }
@@ -316,13 +326,24 @@ async fn say(outgoing: &mpsc::Sender<JoinRequest>, message: join_request::Messag
         .await;
 }
 
+/// What an agent was told, for the test.
+struct Orders {
+    launches: mpsc::Sender<RankAssignment>,
+    kills: mpsc::Sender<KillRanks>,
+    forgets: mpsc::Sender<String>,
+}
+
 async fn obey(
     mut incoming: Streaming<JoinResponse>,
     outgoing: mpsc::Sender<JoinRequest>,
     ranks: Ranks,
-    launches: mpsc::Sender<RankAssignment>,
-    kills: mpsc::Sender<KillRanks>,
+    orders: Orders,
 ) {
+    let Orders {
+        launches,
+        kills,
+        forgets,
+    } = orders;
     let mut beats = tokio::time::interval(Duration::from_millis(TIMERS.heartbeat_ms));
     let mut sequence = 0;
     let running = || ranks.lock().expect("ranks").values().cloned().collect::<Vec<_>>();
@@ -383,6 +404,9 @@ async fn obey(
                 }
                 let _ = kills.send(kill).await;
             }
+            join_response::Message::Forget(forget) => {
+                let _ = forgets.send(forget.job_id).await;
+            }
             _ => {}
         }
     }
@@ -438,6 +462,7 @@ impl Rank {
             total_steps: 100,
             num_classes: 10,
             num_image: 640,
+            from_memory: !self.assignment.resume_copies.is_empty(),
         }))
         .await;
     }
@@ -466,6 +491,21 @@ impl Rank {
     }
 
     pub async fn commit(&self, step: u64) -> Result<bool, Status> {
+        let request = self.parts(step);
+        let answer = within("commit", self.client.clone().commit_checkpoint(request)).await?;
+        Ok(answer.into_inner().committed)
+    }
+
+    /// Says that its parts are in the memory of nodes.
+    pub async fn copied(&self, step: u64, nodes: &[&str]) {
+        self.report(Report::Copied(v1::PartsCopied {
+            parts: Some(self.parts(step)),
+            nodes: nodes.iter().map(|node| (*node).to_owned()).collect(),
+        }))
+        .await;
+    }
+
+    fn parts(&self, step: u64) -> CommitCheckpointRequest {
         let (rank, world_size) = (self.id.rank, self.assignment.world_size);
         let range = arcface_proto::types::ClassRange::of_rank(10, rank, world_size);
         let part = |file: String, class_lo, class_hi| CheckpointPart {
@@ -483,7 +523,7 @@ impl Rank {
         if rank == 0 {
             parts.push(part("backbone.safetensors".into(), 0, 0));
         }
-        let request = CommitCheckpointRequest {
+        CommitCheckpointRequest {
             rank: Some(self.id.clone()),
             step,
             epoch: 0,
@@ -492,9 +532,7 @@ impl Rank {
             num_classes: 10,
             parts,
             scaler: None,
-        };
-        let answer = within("commit", self.client.clone().commit_checkpoint(request)).await?;
-        Ok(answer.into_inner().committed)
+        }
     }
 
     /// Ends its reports as a process at its end does: what it said is read when this returns.
@@ -502,6 +540,13 @@ impl Rank {
         drop(self.reports);
         let ended = async { while let Ok(Some(_)) = self.commands.message().await {} };
         within("end of the reports", ended).await;
+    }
+
+    /// The same, and opens its reports again.
+    pub async fn heard(self, cluster: &Cluster) -> Self {
+        let assignment = self.assignment.clone();
+        self.close().await;
+        Self::connect(cluster, assignment).await
     }
 
     /// The status that ends its report stream.

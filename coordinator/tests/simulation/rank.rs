@@ -275,6 +275,7 @@ impl Rank {
             total_steps: self.total_steps,
             num_classes: NUM_CLASSES,
             num_image: 640,
+            from_memory: false,
         }))
         .await?;
         changes.mark_changed();

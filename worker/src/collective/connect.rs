@@ -345,8 +345,22 @@ impl Setup {
     }
 }
 
-/// Ring steps are round trips: no waiting for more to send, no blocking.
+/// A peer's machine that acknowledges nothing for so long is out of reach. The machine answers, not the process: one that
+/// is busy, or stopped, is no matter of the network.
+const UNREACHABLE: Duration = Duration::from_secs(8);
+/// Between two questions to a machine from which nothing comes.
+const PROBE: Duration = Duration::from_secs(2);
+
+/// Ring steps are round trips: no waiting for more to send, no blocking. A network that swallows everything breaks the
+/// connection, whether it is written to or waited at.
 fn prepare(stream: &TcpStream) -> io::Result<()> {
+    let socket = socket2::SockRef::from(stream);
+    let probes = socket2::TcpKeepalive::new()
+        .with_time(PROBE)
+        .with_interval(PROBE)
+        .with_retries((UNREACHABLE.as_secs() / PROBE.as_secs() - 1) as u32);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(UNREACHABLE))?;
     stream.set_nodelay(true)?;
     stream.set_nonblocking(true)
 }
