@@ -160,6 +160,7 @@ pub enum Change {
 pub struct Membership {
     limits: Limits,
     members: BTreeMap<NodeId, Member>,
+    version: u64,
 }
 
 impl Membership {
@@ -168,7 +169,13 @@ impl Membership {
         Self {
             limits,
             members: BTreeMap::new(),
+            version: 0,
         }
+    }
+
+    /// Grows with every change that a planner may see: who is there and usable, with how many slots and which ranks.
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     /// All nodes, by id.
@@ -197,6 +204,7 @@ impl Membership {
             joined_unix_ms: 0,
             orphaned: false,
         });
+        self.version += 1;
     }
 
     /// Takes in an agent. Its newest stream speaks for it from now on.
@@ -235,6 +243,7 @@ impl Membership {
             hello,
         };
         self.members.insert(member.hello.node.clone(), member);
+        self.version += 1;
         Ok(joined)
     }
 
@@ -248,12 +257,15 @@ impl Membership {
         else {
             return false;
         };
+        let mut changed = member.liveness != Liveness::Healthy;
         member.heard_ms = member.heard_ms.max(now_ms);
         member.liveness = Liveness::Healthy;
         member.orphaned = false;
         if let Some(ranks) = ranks {
+            changed |= member.hello.ranks != ranks;
             member.hello.ranks = ranks;
         }
+        self.version += u64::from(changed);
         true
     }
 
@@ -264,6 +276,7 @@ impl Membership {
                 Some(pid) => member.hello.ranks.insert(rank, pid),
                 None => member.hello.ranks.remove(&rank),
             };
+            self.version += 1;
         }
     }
 
@@ -275,15 +288,18 @@ impl Membership {
             .filter(|member| member.stream == Some(stream))
         {
             member.stream = None;
+            self.version += 1;
         }
     }
 
     /// Sets or takes back the drain of a node. False if there is no such node.
     pub fn drain(&mut self, node: &NodeId, draining: bool) -> bool {
-        self.members
-            .get_mut(node)
-            .map(|member| member.draining = draining)
-            .is_some()
+        let Some(member) = self.members.get_mut(node) else {
+            return false;
+        };
+        self.version += u64::from(member.draining != draining);
+        member.draining = draining;
+        true
     }
 
     /// Lets time pass: what changed, in the order of the nodes' ids.
@@ -325,6 +341,7 @@ impl Membership {
             self.members.remove(&id);
             changes.push(Change::Forgotten(id));
         }
+        self.version += changes.len() as u64;
         changes
     }
 }
@@ -415,7 +432,49 @@ mod tests {
         tables::run("membership/liveness.txt", case);
     }
 
+    /// What a planner sees.
+    fn seen(membership: &Membership) -> Vec<(NodeId, bool, u32, RankList)> {
+        let members = membership.members().values();
+        members
+            .map(|member| {
+                let hello = &member.hello;
+                (
+                    hello.node.clone(),
+                    member.usable(),
+                    hello.slots,
+                    hello.ranks.clone(),
+                )
+            })
+            .collect()
+    }
+
     proptest! {
+        /// Nothing that a planner sees changes without the version.
+        #[test]
+        fn the_version_tells_every_change(steps in prop::collection::vec((0u64..2000, 0u8..9, 0u8..2, 0u64..3), 1..80)) {
+            let mut membership = Membership::new(LIMITS);
+            let rank = || RankKey { job: JobId::from_random(1), generation: Generation(1), rank: Rank(0) };
+            let (mut now, mut before, mut version) = (0, Vec::new(), membership.version());
+            for (wait, what, node, stream) in steps {
+                now += wait;
+                let id: NodeId = ["a", "b"][node as usize].parse().expect("node id");
+                match what {
+                    0 => drop(membership.hello(hello(id.as_str(), "boot"), stream, now, 0)),
+                    1 => drop(membership.hello(hello(id.as_str(), "other"), stream, now, 0)),
+                    2 => drop(membership.heard(&id, stream, None, now)),
+                    3 => drop(membership.heard(&id, stream, Some(RankList::from([(rank(), 7)])), now)),
+                    4 => membership.rank_changed(&id, rank(), (stream > 0).then_some(9)),
+                    5 => membership.disconnected(&id, stream),
+                    6 => drop(membership.drain(&id, stream > 0)),
+                    7 => membership.await_node(id, now),
+                    _ => drop(membership.tick(now)),
+                }
+                let after = seen(&membership);
+                prop_assert!(after == before || membership.version() > version, "{:?} {:?}", before, after);
+                (before, version) = (after, membership.version());
+            }
+        }
+
         /// Whatever the order of things: a node heard within the window is never Lost, and a silent one always is.
         #[test]
         fn silence_alone_decides(steps in prop::collection::vec((0u64..2000, 0u8..4), 1..60)) {

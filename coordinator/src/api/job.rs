@@ -81,11 +81,8 @@ impl JobService for JobApi {
                     .map_err(|_| status::invalid("states", format!("{state} is no state")))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let before = match request.page_token.split_once('/') {
-            _ if request.page_token.is_empty() => None,
-            Some((ms, id)) => ms.parse().ok().map(|ms| (ms, id.to_owned())),
-            None => None,
-        };
+        let token = request.page_token.split_once('/');
+        let before = token.and_then(|(ms, id)| Some((ms.parse().ok()?, id.parse().ok()?)));
         if before.is_none() && !request.page_token.is_empty() {
             return Err(status::invalid("page_token", "is not a token of this list"));
         }

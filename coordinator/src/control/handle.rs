@@ -4,7 +4,7 @@ use super::{ControlError, rendezvous, watch::Watcher};
 use crate::membership::Hello;
 use arcface_proto::{
     spec::JobSpec,
-    types::NodeId,
+    types::{JobId, NodeId},
     v1::{
         CheckpointManifest, CommitCheckpointRequest, Evaluation, GetClusterResponse, Job, JobState,
         JoinResponse, Node, RankId, RendezvousRequest, RendezvousResponse, ReportResponse, join_request,
@@ -25,7 +25,7 @@ pub struct JobFilter {
     /// Only these states; empty for all.
     pub states: Vec<JobState>,
     /// Only jobs older than this one: when it was submitted (ms since the Unix epoch) and its id.
-    pub before: Option<(u64, String)>,
+    pub before: Option<(u64, JobId)>,
     /// Most in the answer.
     pub limit: usize,
 }

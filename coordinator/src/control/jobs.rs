@@ -6,7 +6,7 @@ use super::{
     keys, measure, not_done, records,
 };
 use crate::{
-    job::{self, Effect, Event, Job, Process},
+    job::{self, Effect, Event, Job, Phase, Process},
     planted::{Bug, planted},
     store::{StoreError, Transaction},
 };
@@ -197,7 +197,7 @@ impl Control {
                 ..records::job_to_wire(&job, 0)
             }));
         }
-        if self.live.len() + before >= MAX_LIVE_JOBS {
+        if self.ledger.live().len() + before >= MAX_LIVE_JOBS {
             return Err(Err(ControlError::Exhausted(format!(
                 "{MAX_LIVE_JOBS} jobs already wait or run"
             ))));
@@ -243,43 +243,9 @@ impl Control {
     /// A job that the store has is ours from now on.
     pub(super) fn take_in(&mut self, entry: Entry) {
         measure::job_loaded(&entry.job);
-        self.ages.insert(entry.age());
-        let id = entry.job.id.clone();
-        self.jobs.insert(id.clone(), entry);
-        self.index(&id, &[]);
-    }
-
-    /// Keeps the sets of what needs attention, and where, after a job had `before` for its ranks.
-    fn index(&mut self, id: &JobId, before: &[job::RankState]) {
-        let Some(entry) = self.jobs.get(id) else { return };
-        let age = entry.age();
-        let occupied = |ranks: &[job::RankState]| ranks.iter().filter(|rank| rank.process.occupies()).count();
-        self.unplanned.everybody |= occupied(before) > occupied(&entry.job.ranks);
-        if matches!(entry.job.phase, job::Phase::Queued | job::Phase::Recovering) {
-            self.unplanned.jobs.insert(age.clone());
-        }
-        for rank in before {
-            if let Some(jobs) = self.placed.get_mut(&rank.node) {
-                jobs.remove(&age);
-                if jobs.is_empty() {
-                    self.placed.remove(&rank.node);
-                }
-            }
-        }
-        match entry.is_live() {
-            true => {
-                for rank in &entry.job.ranks {
-                    self.placed
-                        .entry(rank.node.clone())
-                        .or_default()
-                        .insert(age.clone());
-                }
-                self.live.insert(age);
-            }
-            false => {
-                self.live.remove(&age);
-            }
-        }
+        self.ledger.change(None, &entry.job);
+        self.unplanned.job(&entry.job);
+        self.jobs.insert(entry.job.id.clone(), entry);
     }
 
     /// The job that a request id made before. Its submit may have had an outcome that we did not learn: then the store
@@ -315,15 +281,16 @@ impl Control {
     }
 
     fn list_jobs(&self, filter: &JobFilter) -> Vec<v1::Job> {
-        let before = filter.before.as_ref().map(|(ms, id)| (*ms, id.as_str()));
-        self.ages
-            .iter()
-            .rev()
-            .filter(|(ms, id)| before.is_none_or(|before| (*ms, id.as_str()) < before))
-            .filter_map(|(_, id)| self.jobs.get(id))
-            .filter(|entry| {
-                filter.states.is_empty() || filter.states.contains(&records::phase_to_wire(entry.job.phase))
-            })
+        let wanted =
+            |phase| filter.states.is_empty() || filter.states.contains(&records::phase_to_wire(phase));
+        // Jobs at their end pile up: who asks for none of them does not wait for us to pass them by.
+        let live = !Phase::ALL
+            .into_iter()
+            .any(|phase| phase.is_terminal() && wanted(phase));
+        self.ledger
+            .newest_first(filter.before.as_ref(), live)
+            .filter_map(|id| self.jobs.get(id))
+            .filter(|entry| wanted(entry.job.phase))
             .take(filter.limit)
             .map(|entry| records::job_to_wire(&entry.job, entry.revision))
             .collect()
@@ -433,9 +400,9 @@ impl Control {
             self.retiring.push_back((now.mono_ms, id.clone()));
             keepers = entry.copies.forget();
         }
-        let moved = before.phase != after.phase || before.ranks != after.ranks;
-        if moved {
-            self.index(id, &before.ranks);
+        if before.phase != after.phase || before.ranks != after.ranks {
+            self.ledger.change(Some(&before), after);
+            self.unplanned.moved(&before, after);
         }
         for effect in effects {
             self.perform(id, effect, now);

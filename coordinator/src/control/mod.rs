@@ -8,6 +8,7 @@ mod copies;
 mod error;
 mod handle;
 mod jobs;
+mod ledger;
 mod measure;
 mod nodes;
 mod planning;
@@ -33,6 +34,8 @@ use arcface_proto::{
     v1::{CheckpointManifest, ReportResponse},
 };
 use handle::Command;
+use ledger::Ledger;
+use planning::Unplanned;
 use prepared::Prepared;
 use prost::Message;
 use records::keys;
@@ -59,6 +62,8 @@ const MAX_NODES: usize = 5_000;
 const MAX_RETRIES: usize = 10_000;
 /// A turn of the task that takes longer was held up by the store.
 const HELD_UP: Duration = Duration::from_millis(200);
+/// Between two settings of the cluster's gauges: no scrape is more frequent.
+const MEASURE_MS: u64 = 1000;
 /// A lost node is shown for so long.
 const FORGET_MS: u64 = 600_000;
 
@@ -135,37 +140,6 @@ impl Entry {
             skipped: (Generation(0), 0),
         }
     }
-
-    /// True while it needs attention: not at its end, or with ranks that still run.
-    fn is_live(&self) -> bool {
-        !self.job.phase.is_terminal() || self.job.ranks.iter().any(|rank| rank.process.occupies())
-    }
-
-    /// Jobs in the order of their submission.
-    fn age(&self) -> (u64, JobId) {
-        (self.job.submitted_unix_ms, self.job.id.clone())
-    }
-}
-
-/// Whom the planner should look at now. Jobs that were refused stay so until slots become free: among thousands that wait, it
-/// looks at the new ones alone. At every tick it looks at everybody.
-#[derive(Default)]
-struct Unplanned {
-    everybody: bool,
-    jobs: BTreeSet<(u64, JobId)>,
-}
-
-impl Unplanned {
-    fn everybody() -> Self {
-        Self {
-            everybody: true,
-            jobs: BTreeSet::new(),
-        }
-    }
-
-    fn any(&self) -> bool {
-        self.everybody || !self.jobs.is_empty()
-    }
 }
 
 /// The state of the cluster.
@@ -176,12 +150,7 @@ struct Control {
     limits: job::Limits,
     serving_since_ms: u64,
     jobs: BTreeMap<JobId, Entry>,
-    /// All jobs, oldest first.
-    ages: BTreeSet<(u64, JobId)>,
-    /// Those that need attention.
-    live: BTreeSet<(u64, JobId)>,
-    /// Those of them with ranks of their newest generation on a node.
-    placed: BTreeMap<NodeId, BTreeSet<(u64, JobId)>>,
+    ledger: Ledger,
     unplanned: Unplanned,
     members: Membership,
     agents: HashMap<NodeId, nodes::Agent>,
@@ -191,6 +160,8 @@ struct Control {
     retries: VecDeque<(JobId, job::Event)>,
     /// Good exits of ranks whose last reports may still be on their way.
     deferred: Vec<nodes::DeferredExit>,
+    /// When the gauges of the cluster are set next.
+    measure_ms: u64,
     /// Jobs that have ended, with the time, until their metrics are retired.
     retiring: VecDeque<(u64, JobId)>,
     /// Set when this coordinator must stop.
@@ -240,10 +211,8 @@ impl Control {
                 grace_ms: timers.grace_ms,
             },
             jobs: BTreeMap::new(),
-            ages: BTreeSet::new(),
-            live: BTreeSet::new(),
-            placed: BTreeMap::new(),
-            unplanned: Unplanned::everybody(),
+            ledger: Ledger::default(),
+            unplanned: Unplanned::default(),
             members: Membership::new(membership::Limits {
                 suspect_ms: timers.suspect_ms,
                 lost_ms: timers.lost_ms,
@@ -255,6 +224,7 @@ impl Control {
             drains: BTreeSet::new(),
             next_stream: 0,
             retries: VecDeque::new(),
+            measure_ms: 0,
             retiring: VecDeque::new(),
             deferred: Vec::new(),
             fatal: None,
@@ -271,7 +241,7 @@ impl Control {
             }
             let id = job.id.clone();
             let mut entry = Entry::new(job, revision, record.revision);
-            if entry.is_live() {
+            if ledger::is_live(&entry.job) {
                 entry.resume = control.newest_checkpoint(&id).await?;
                 tracing::info!(job = %id, state = %entry.job.phase, generation = %entry.job.generation, "job loaded");
             }
@@ -285,7 +255,7 @@ impl Control {
         tracing::info!(
             epoch = control.store.epoch(),
             jobs = control.jobs.len(),
-            live = control.live.len(),
+            live = control.ledger.live().len(),
             "state loaded"
         );
         Ok(control)
@@ -340,10 +310,7 @@ impl Control {
             let begun = Instant::now();
             match commanded {
                 true => self.commands(&mut waiting).await,
-                false => {
-                    self.tick().await;
-                    self.unplanned.everybody = true;
-                }
+                false => self.tick().await,
             }
             if self.unplanned.any() {
                 self.schedule().await;
@@ -397,22 +364,26 @@ impl Control {
         for change in self.members.tick(now.mono_ms) {
             self.node_changed(change).await;
         }
-        let mut late = BTreeSet::new();
-        for (_, id) in self.placed.values().flatten() {
+        let mut late = Vec::new();
+        for id in self.ledger.placed() {
             let Some(entry) = self.jobs.get_mut(id) else {
                 continue;
             };
             entry.rendezvous.tick(now.mono_ms, self.timers.rendezvous_ms);
             let waited_ms = now.mono_ms.saturating_sub(entry.job.launched_ms);
             if entry.job.phase == job::Phase::Starting && waited_ms >= self.limits.spawn_ms {
-                late.insert(id.clone());
+                late.push(id.clone());
             }
         }
         for id in late {
             self.happened(&id, job::Event::Tick).await;
         }
         self.settle_exits(now, None).await;
-        self.measure(now);
+        self.unplanned.ticked(now.mono_ms, self.members.version());
+        if now.mono_ms >= self.measure_ms {
+            self.measure_ms = now.mono_ms + MEASURE_MS;
+            self.measure(now);
+        }
     }
 
     /// Commits a job's new state and what belongs to it.

@@ -89,7 +89,7 @@ impl Control {
             .members
             .hello(hello, stream, now.mono_ms, now.unix_ms)
             .map_err(|duplicate| ControlError::AlreadyExists(duplicate.to_string()))?;
-        self.unplanned.everybody = true;
+        self.unplanned.slots_freed();
         self.members.drain(&node, self.drains.contains(&node));
         let (commands, receiver) = mpsc::channel(AGENT_BUFFER);
         // The old stream's sender is dropped: that stream ends.
@@ -124,8 +124,7 @@ impl Control {
 
     /// Live jobs with ranks on a node.
     fn jobs_on(&self, node: &NodeId) -> Vec<JobId> {
-        let jobs = self.placed.get(node);
-        jobs.into_iter().flatten().map(|(_, id)| id.clone()).collect()
+        self.ledger.on(node).cloned().collect()
     }
 
     /// What an agent's newest list says of a job, if that differs from what we know.
@@ -398,7 +397,7 @@ impl Control {
             false => self.drains.remove(&node),
         };
         self.members.drain(&node, draining);
-        self.unplanned.everybody = true;
+        self.unplanned.slots_freed();
         tracing::info!(%node, draining, "drain changed");
         if draining {
             self.leave(&node).await;
@@ -425,6 +424,8 @@ impl Control {
             version: env!("CARGO_PKG_VERSION").into(),
             epoch: self.store.epoch(),
             serving_since: Some(from_unix_ms(self.serving_since_ms)),
+            jobs_queued: self.ledger.queued(),
+            jobs_active: self.ledger.active(),
             ..GetClusterResponse::default()
         };
         for (id, member) in self.members.members() {
@@ -432,16 +433,9 @@ impl Control {
                 true => {
                     totals.nodes_healthy += 1;
                     totals.slots_total += member.hello.slots;
-                    totals.slots_used += used.get(id).map_or(0, |ranks| ranks.len() as u32);
+                    totals.slots_used += used.get(id).copied().unwrap_or(0);
                 }
                 false => totals.nodes_other += 1,
-            }
-        }
-        for (_, id) in &self.live {
-            match self.jobs.get(id).map(|entry| entry.job.phase) {
-                Some(Phase::Queued) => totals.jobs_queued += 1,
-                Some(phase) if !phase.is_terminal() => totals.jobs_active += 1,
-                _ => {}
             }
         }
         totals

@@ -1,8 +1,11 @@
 //! When the planner is asked, and for whom: jobs that wait, and running jobs that may grow.
 
-use super::{Control, Entry};
+use super::{
+    Control, Entry,
+    ledger::{self, Age},
+};
 use crate::{
-    job::{self, Event},
+    job::{self, Event, Job},
     membership::RankKey,
     plan::{self, PlanNode},
     store::Transaction,
@@ -10,31 +13,88 @@ use crate::{
 use arcface_proto::types::{JobId, NodeId, Rank};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Reasons of jobs that wait which are renewed in one round. The others follow at the next tick: to tell thousands that
+/// a slot was taken must not hold up heartbeats.
+const REASONS: usize = 200;
+
+/// Whom the planner should look at. Jobs that were refused stay so until slots become free: among thousands that wait, it
+/// looks at those alone to which something happened.
+#[derive(Default)]
+pub(super) struct Unplanned {
+    /// At everybody, now: slots may have become free.
+    everybody: bool,
+    /// At everybody at the next tick: something changed that reasons tell of, or that running jobs may grow by.
+    at_tick: bool,
+    /// At these: they are new, or changed.
+    jobs: BTreeSet<Age>,
+    /// At these when it is time, in ms: they wait before they are launched again.
+    later: BTreeSet<(u64, Age)>,
+    /// The members as they were when it looked at everybody.
+    members: Option<u64>,
+}
+
+impl Unplanned {
+    pub(super) fn any(&self) -> bool {
+        self.everybody || !self.jobs.is_empty()
+    }
+
+    pub(super) fn slots_freed(&mut self) {
+        self.everybody = true;
+    }
+
+    /// A job that is new here.
+    pub(super) fn job(&mut self, job: &Job) {
+        if matches!(job.phase, job::Phase::Queued | job::Phase::Recovering) {
+            self.jobs.insert(ledger::age(job));
+            if job.not_before_ms > 0 {
+                self.later.insert((job.not_before_ms, ledger::age(job)));
+            }
+        }
+    }
+
+    /// A job whose phase or ranks changed.
+    pub(super) fn moved(&mut self, before: &Job, after: &Job) {
+        self.everybody |= ledger::occupied(before) > ledger::occupied(after);
+        self.at_tick = true;
+        self.job(after);
+    }
+
+    /// Time has passed, and the members are what they are.
+    pub(super) fn ticked(&mut self, now_ms: u64, members: u64) {
+        self.everybody |= std::mem::take(&mut self.at_tick) || self.members != Some(members);
+        while let Some((at_ms, _)) = self.later.first()
+            && *at_ms <= now_ms
+        {
+            let due = self.later.pop_first();
+            self.jobs.extend(due.map(|(_, age)| age));
+        }
+    }
+}
+
 impl Control {
     /// Plans every job that may be launched: those that recover first, then by age. A job that does not fit does not
     /// hold up smaller ones behind it. Jobs that wish for the same are refused for the same reason, which is worked out
     /// once: thousands may wait.
     pub(super) async fn schedule(&mut self) {
         let now = self.clock.now();
-        let unplanned = std::mem::take(&mut self.unplanned);
-        let looked_at = match unplanned.everybody {
-            true => &self.live,
-            false => &unplanned.jobs,
+        let everybody = std::mem::take(&mut self.unplanned.everybody);
+        let changed = std::mem::take(&mut self.unplanned.jobs);
+        let waiting: Vec<JobId> = match everybody {
+            true => self.ledger.waiting().cloned().collect(),
+            false => {
+                let waiting = self.ledger.waiting_among(changed);
+                waiting.into_iter().map(|(_, (_, id))| id).collect()
+            }
         };
-        let mut waiting: Vec<(bool, JobId)> = Vec::new();
-        for (_, id) in looked_at {
-            let Some(entry) = self.jobs.get(id) else { continue };
-            if matches!(entry.job.phase, job::Phase::Queued | job::Phase::Recovering) {
-                waiting.push((entry.job.phase == job::Phase::Queued, id.clone()));
+        if everybody {
+            self.unplanned.members = Some(self.members.version());
+            if waiting.is_empty() {
+                self.offer_room().await;
             }
         }
-        waiting.sort_by_key(|(queued, _)| *queued);
-        let mut nodes = None;
+        let (mut nodes, mut told) = (None, 0);
         let mut refused: BTreeMap<(u32, u32), String> = BTreeMap::new();
-        if waiting.is_empty() && unplanned.everybody {
-            self.offer_room().await;
-        }
-        for (_, id) in waiting {
+        for id in waiting {
             let Some(entry) = self.jobs.get(&id) else { continue };
             let wishes = entry.job.wishes();
             let planned = match (
@@ -55,16 +115,21 @@ impl Control {
             };
             match &planned {
                 Err(reason) if *reason == entry.job.reason => continue,
-                Err(_) => {}
+                Err(_) if told == REASONS => {
+                    self.unplanned.at_tick = true;
+                    continue;
+                }
+                Err(_) => told += 1,
                 // Slots are taken from here on.
                 Ok(_) => (nodes, refused) = (None, BTreeMap::new()),
             }
-            // Not tried again as an event: the next round plans anew.
+            // Not tried again as an event: the next tick plans anew.
             if let Err(error) = self
                 .apply(&id, &Event::Planned(planned), Transaction::default())
                 .await
             {
                 tracing::warn!(job = %id, %error, "a plan was not stored");
+                self.unplanned.at_tick = true;
                 return;
             }
         }
@@ -74,13 +139,7 @@ impl Control {
     /// slots before any running job is.
     async fn offer_room(&mut self) {
         let may_grow = |id: &JobId| self.jobs.get(id).is_some_and(|entry| entry.job.may_grow());
-        let growing: Vec<JobId> = self
-            .live
-            .iter()
-            .map(|(_, id)| id)
-            .filter(|id| may_grow(id))
-            .cloned()
-            .collect();
+        let growing: Vec<JobId> = self.ledger.live().filter(|id| may_grow(id)).cloned().collect();
         if growing.is_empty() {
             return;
         }
@@ -125,39 +184,41 @@ impl Control {
                 free: member
                     .hello
                     .slots
-                    .saturating_sub(used.get(id).map_or(0, |ranks| ranks.len() as u32)),
+                    .saturating_sub(used.get(id).copied().unwrap_or(0)),
                 usable: member.usable(),
             })
             .collect()
     }
 
-    /// Ranks that hold a slot, by node: what agents list, and what they were told to start.
-    pub(super) fn used_slots(&self) -> BTreeMap<NodeId, BTreeSet<RankKey>> {
-        let mut used: BTreeMap<NodeId, BTreeSet<RankKey>> = BTreeMap::new();
-        for (node, member) in self.members.members() {
-            used.entry(node.clone())
-                .or_default()
-                .extend(member.hello.ranks.keys().cloned());
-        }
-        let placed: BTreeSet<&JobId> = self.placed.values().flatten().map(|(_, id)| id).collect();
-        for id in placed {
+    /// How many ranks hold a slot, by node: what agents list, and what they were told to start.
+    pub(super) fn used_slots(&self) -> BTreeMap<&NodeId, u32> {
+        let members = self.members.members();
+        let mut used: BTreeMap<&NodeId, u32> = members
+            .iter()
+            .map(|(id, member)| (id, member.hello.ranks.len() as u32))
+            .collect();
+        for id in self.ledger.placed() {
             let Some(Entry { job, .. }) = self.jobs.get(id) else {
                 continue;
             };
-            for (index, rank) in job
-                .ranks
-                .iter()
-                .enumerate()
-                .filter(|(_, rank)| rank.process.occupies())
-            {
-                let key = RankKey {
-                    job: id.clone(),
-                    generation: job.generation,
-                    rank: Rank(index as u32),
-                };
-                used.entry(rank.node.clone()).or_default().insert(key);
+            let mut key = RankKey {
+                job: id.clone(),
+                generation: job.generation,
+                rank: Rank(0),
+            };
+            for (index, rank) in job.ranks.iter().enumerate() {
+                key.rank = Rank(index as u32);
+                let listed = members
+                    .get(&rank.node)
+                    .is_some_and(|member| member.hello.ranks.contains_key(&key));
+                if rank.process.occupies() && !listed {
+                    *used.entry(&rank.node).or_default() += 1;
+                }
             }
         }
         used
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -48,7 +48,7 @@ impl EmbeddedStore {
     }
 
     /// Takes the next epoch of a database.
-    pub(super) fn on(database: Database, path: &Path) -> Result<Self, StoreError> {
+    pub(crate) fn on(database: Database, path: &Path) -> Result<Self, StoreError> {
         let epoch = take_epoch(&database, path)?;
         Ok(Self {
             database: Arc::new(database),
