@@ -244,6 +244,8 @@ impl Transition<'_> {
         };
         state.process = Process::Reaped;
         state.done |= exit.code == Some(0) && !exit.requested;
+        // Its word that it had may be lost, with a coordinator that remembered it.
+        state.started |= state.done;
         if state.done {
             return Ok(());
         }

@@ -66,6 +66,22 @@ fn no_rule_is_broken_by_any_order_of_events() {
     }
 }
 
+/// Found by chance: the job stayed `starting`, because the coordinator that knew of the rank's start was gone.
+#[test]
+fn a_rank_that_ended_well_had_started() {
+    let ops = [
+        Op::Deliver(0),
+        Op::Wait(1520),
+        Op::Beat(21),
+        Op::Schedule,
+        Op::Deliver(198),
+        Op::Deliver(204),
+        Op::Finish(0),
+        Op::Restart,
+    ];
+    assert_eq!(live(&ops, ClassRange::of_rank), Ok(()));
+}
+
 proptest! {
     #![proptest_config(config(2_000))]
 
