@@ -78,6 +78,10 @@ struct AgentArgs {
     /// On SIGTERM, how long jobs may take to make a checkpoint and leave this node; a second SIGTERM ends the wait.
     #[arg(long, value_name = "TIME", default_value = "20s", env = "ARCFACE_LEAVE")]
     leave: humantime::Duration,
+    /// Folder of this worker alone that keeps which coordinators were replaced, so that none of them can command it after a
+    /// restart either [default: that is forgotten at a restart].
+    #[arg(long, value_name = "DIR", env = "ARCFACE_STATE_DIR")]
+    state_dir: Option<PathBuf>,
     /// Serve Prometheus metrics of this node at this address.
     #[arg(long, value_name = "ADDR", env = "ARCFACE_WORKER_METRICS")]
     metrics: Option<SocketAddr>,
@@ -213,6 +217,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         hang_after: Some(Duration::from_secs(args.hang_after.into())).filter(|after| !after.is_zero()),
         rank_command: RankCommand::of_this_executable()?,
         leave: args.leave.into(),
+        state_dir: args.state_dir,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -4,6 +4,7 @@
 //! One task owns all state ([`run`]); the pure parts are `table` (what a command means), `stall` (when a rank hangs),
 //! `liveness` and `crate::dial`.
 
+mod epoch;
 mod link;
 mod liveness;
 mod memory;
@@ -24,12 +25,14 @@ use arcface_proto::v1::{
     Heartbeat, Hello, JoinRequest, JoinResponse, KillRanks, Leaving, RankAssignment, RankStarted,
 };
 use arcface_proto::v1::{RankExited, join_request::Message as Request, join_response::Message as Response};
+use epoch::Epoch;
 use link::{Link, LinkEvent};
 use liveness::Liveness;
 use outbox::Outbox;
 use process::RankProcess;
 use stall::Watchdog;
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use table::{Effect, ExitFacts, RankKey, Table};
 use tokio::sync::mpsc;
@@ -67,6 +70,8 @@ pub struct AgentOptions {
     pub rank_command: RankCommand,
     /// How long an agent that stops waits for its ranks' jobs to make a checkpoint and leave.
     pub leave: Duration,
+    /// Where the highest epoch is kept; `None`: in memory, so that a restarted agent obeys any coordinator.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// Where an agent is on its way out.
@@ -99,10 +104,14 @@ impl Stage {
 /// with it.
 ///
 /// # Errors
-/// None so far: what goes wrong is logged and tried again.
+/// A state directory that is in use, damaged or not to be written. What goes wrong later is logged and tried again.
 pub async fn run(options: AgentOptions, mut shutdown: mpsc::Receiver<()>) -> anyhow::Result<()> {
     let (exits_sender, mut exits) = mpsc::channel(64);
-    let mut agent = Agent::new(options, exits_sender);
+    let epoch = match &options.state_dir {
+        Some(directory) => Epoch::open(directory)?,
+        None => Epoch::in_memory(),
+    };
+    let mut agent = Agent::new(options, epoch, exits_sender);
     let mut stage = Stage::Serving;
     let mut ticks = tokio::time::interval(agent.heartbeat);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -152,14 +161,14 @@ struct Agent {
     outbox: Outbox,
     liveness: Liveness,
     /// Highest epoch that a coordinator has shown: commands of lower ones are refused.
-    epoch: u64,
+    epoch: Epoch,
     heartbeat: Duration,
     orphan: Option<Duration>,
     last_complaint: String,
 }
 
 impl Agent {
-    fn new(options: AgentOptions, exits: mpsc::Sender<(RankKey, ExitFacts)>) -> Self {
+    fn new(options: AgentOptions, epoch: Epoch, exits: mpsc::Sender<(RankKey, ExitFacts)>) -> Self {
         metrics::gauge!(names::AGENT_SLOTS).set(f64::from(options.slots));
         metrics::gauge!(names::AGENT_RANKS).set(0.0);
         metrics::gauge!(names::AGENT_JOINED).set(0.0);
@@ -173,7 +182,7 @@ impl Agent {
             link: Link::new(options.coordinators.clone()),
             outbox: Outbox::default(),
             liveness: Liveness::new(Instant::now()),
-            epoch: 0,
+            epoch,
             heartbeat: FIRST_HEARTBEAT,
             orphan: None,
             last_complaint: String::new(),
@@ -214,15 +223,10 @@ impl Agent {
                 welcome,
                 hello_sent,
             } => {
-                if epoch < self.epoch {
-                    let reason = format!(
-                        "its epoch {epoch} is older than {}, which was seen before",
-                        self.epoch
-                    );
+                if let Err(reason) = self.obey(epoch) {
                     let lost = self.link.abandon(&reason);
                     return self.on_link(lost, stopping);
                 }
-                self.epoch = epoch;
                 self.liveness.joined(hello_sent);
                 self.heartbeat = Duration::from_millis(u64::from(welcome.heartbeat_ms.max(10)));
                 self.orphan =
@@ -257,16 +261,24 @@ impl Agent {
         false
     }
 
+    /// Whether a coordinator of that epoch may command this node. From then on, no older one may.
+    fn obey(&mut self, epoch: u64) -> Result<(), String> {
+        let newest = self.epoch.newest();
+        if epoch < newest {
+            let advice = self.epoch.advice();
+            return Err(format!(
+                "its epoch {epoch} is older than {newest}, which was seen before{advice}"
+            ));
+        }
+        let raised = self.epoch.raise(epoch);
+        raised.map_err(|error| format!("its epoch {epoch} cannot be kept in the state directory: {error}"))
+    }
+
     fn on_message(&mut self, message: JoinResponse, stopping: bool) {
-        if message.epoch < self.epoch {
-            warn!(
-                epoch = message.epoch,
-                seen = self.epoch,
-                "refused a command of an older coordinator"
-            );
+        if let Err(reason) = self.obey(message.epoch) {
+            warn!(epoch = message.epoch, "refused a command: {reason}");
             return;
         }
-        self.epoch = message.epoch;
         match message.message {
             Some(Response::HeartbeatAck(ack)) => {
                 if self.liveness.acknowledged(ack.sequence) {

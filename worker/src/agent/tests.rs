@@ -5,6 +5,7 @@ use arcface_proto::v1::worker_service_server::{WorkerService, WorkerServiceServe
 use arcface_proto::v1::{HeartbeatAck, JobSpec, LaunchRanks, Welcome};
 use std::ffi::OsString;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -208,11 +209,16 @@ struct Running {
 impl Running {
     /// An agent with two slots whose ranks run `script`; `$1` is `--parent-pid`.
     fn start(coordinators: &[SocketAddr], script: &str) -> Self {
-        Self::start_with(coordinators, script, Duration::ZERO)
+        Self::start_with(coordinators, script, Duration::ZERO, None)
     }
 
-    /// The same, and it waits so long for its ranks to leave.
-    fn start_with(coordinators: &[SocketAddr], script: &str, leave: Duration) -> Self {
+    /// The same; it waits so long for its ranks to leave, and keeps its state in a directory.
+    fn start_with(
+        coordinators: &[SocketAddr],
+        script: &str,
+        leave: Duration,
+        state_dir: Option<&Path>,
+    ) -> Self {
         let scratch = tempfile::tempdir().unwrap();
         let options = AgentOptions {
             coordinators: coordinators.iter().map(SocketAddr::to_string).collect(),
@@ -229,6 +235,7 @@ impl Running {
                 args: ["-c", script, "rank"].map(OsString::from).to_vec(),
             },
             leave,
+            state_dir: state_dir.map(Path::to_owned),
         };
         let (stop, stopped) = mpsc::channel(2);
         let agent = tokio::spawn(run(options, stopped));
@@ -386,7 +393,7 @@ async fn ranks_outlive_a_coordinator_that_comes_back_and_exits_are_told_again() 
 async fn an_agent_that_stops_lets_jobs_leave_until_it_is_told_twice() {
     for twice in [false, true] {
         let mut coordinator = Coordinator::start(None, 1, 60_000).await;
-        let agent = Running::start_with(&[coordinator.address], FOREVER, Duration::from_secs(600));
+        let agent = Running::start_with(&[coordinator.address], FOREVER, Duration::from_secs(600), None);
         coordinator.hello().await;
         coordinator.launch(1, 0..1, "j").await;
         let rank = coordinator.started().await;
@@ -432,6 +439,36 @@ async fn commands_of_an_older_epoch_are_refused() {
     coordinator.started().await;
     assert!(is_alive(rank.pid));
     coordinator.heartbeat_with(2).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_restarted_agent_obeys_no_coordinator_that_was_replaced_before() {
+    let state = tempfile::tempdir().unwrap();
+    let start = |coordinators: &[SocketAddr]| {
+        Running::start_with(coordinators, FOREVER, Duration::ZERO, Some(state.path()))
+    };
+    let mut leads = Coordinator::start(None, 7, 60_000).await;
+    let agent = start(&[leads.address]);
+    leads.hello().await;
+    leads.heartbeat_with(0).await;
+    agent.stop().await;
+
+    let mut replaced = Coordinator::start(None, 6, 60_000).await;
+    let agent = start(&[replaced.address, leads.address]);
+    replaced.hello().await;
+    replaced.launch(1, 0..1, "j").await;
+    assert!(leads.hello().await.ranks.is_empty(), "nothing was started");
+    leads.launch(1, 1..2, "j").await;
+    assert_eq!(leads.started().await.rank, 1);
+
+    let second = start(&[leads.address]);
+    let refused = tokio::time::timeout(DEADLINE, second.agent)
+        .await
+        .unwrap()
+        .unwrap();
+    let refused = refused.expect_err("the directory is in use").to_string();
+    assert!(refused.contains("another worker uses it"), "{refused}");
     agent.stop().await;
 }
 
