@@ -187,6 +187,9 @@ metrics! {
     TRAIN_ETA_SECONDS =
         "arcface_train_eta_seconds", MetricKind::Gauge, ["job_id"],
         "Seconds to the end of a job at its present speed.";
+    STRAGGLER_RATIO =
+        "arcface_train_straggler_ratio", MetricKind::Gauge, ["job_id", "rank"],
+        "Own time a step of a rank that holds up the others, over their median, when it was found; 0 once it keeps up.";
     WORKER_FAILURES_TOTAL =
         "arcface_worker_failures_total", MetricKind::Counter, ["job_id", "reason"],
         "Failures that ended a generation, by kind.";

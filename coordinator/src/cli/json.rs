@@ -30,6 +30,7 @@ pub fn job_summary(job: &v1::Job) -> Value {
         "checkpoint_step": job.checkpoint_step,
         "evaluations": [],
         "recoveries": job.recoveries.iter().map(recovery).collect::<Vec<_>>(),
+        "stragglers": job.stragglers.iter().map(straggler).collect::<Vec<_>>(),
         "submitted_at": job.submitted_at.as_ref().map(timestamp),
         "started_at": job.started_at.as_ref().map(timestamp),
         "ended_at": job.ended_at.as_ref().map(timestamp),
@@ -50,6 +51,16 @@ pub fn recovery(recovery: &v1::Recovery) -> Value {
         "lost_steps": recovery.lost_steps,
         "total_s": recovery.total_s,
         "detected_at": recovery.detected_at.as_ref().map(timestamp),
+    })
+}
+
+/// One rank that holds up the others.
+pub fn straggler(straggler: &v1::Straggler) -> Value {
+    json!({
+        "rank": straggler.rank,
+        "node": straggler.node,
+        "cause": straggler.cause,
+        "ratio": straggler.ratio,
     })
 }
 
@@ -123,6 +134,11 @@ pub fn event(response: &v1::WatchJobResponse) -> Option<Value> {
         Event::Evaluation(done) => ("evaluation", evaluation(done)),
         Event::Checkpoint(manifest) => ("checkpoint", checkpoint(manifest)),
         Event::Recovery(done) => ("recovery", recovery(done)),
+        Event::Straggler(found) => {
+            let mut body = straggler(found);
+            body["over"] = json!(found.over);
+            ("straggler", body)
+        }
         Event::Missed(count) => ("missed", json!(count)),
     };
     let mut value = Map::new();

@@ -214,6 +214,7 @@ impl View for Progress {
                 )
             )),
             Some(Event::Recovery(recovery)) => self.recovery(recovery),
+            Some(Event::Straggler(straggler)) => self.line(&words::straggler(straggler)),
             Some(Event::Missed(count)) => self.line(&format!("{} not shown", words::count(*count, "event"))),
             None => {}
         }

@@ -171,6 +171,9 @@ pub fn job(job: &v1::Job, evaluations: &[v1::Evaluation]) -> String {
             lines.push((name, timestamp(time)));
         }
     }
+    for straggler in &job.stragglers {
+        lines.push(("straggler", words::straggler(straggler)));
+    }
     let mut text = String::new();
     for (name, value) in lines {
         // Writing to a String cannot fail.
@@ -361,6 +364,13 @@ mod tests {
             submitted_at: Some(from_unix_ms(1_795_000_000_000)),
             started_at: Some(from_unix_ms(1_795_000_002_000)),
             checkpoint_step: Some(100),
+            stragglers: vec![v1::Straggler {
+                rank: 1,
+                node: "node-2".into(),
+                cause: "compute".into(),
+                ratio: 2.34,
+                over: false,
+            }],
             ..Default::default()
         }
     }
@@ -398,6 +408,7 @@ data        /faces
 output      work_dirs/demo
 submitted   2026-11-18T11:06:40Z
 started     2026-11-18T11:06:42Z
+straggler   rank 1 on node-2 holds up the others: 2.3 times their own time a step, by compute
 
 last evaluations
 STEP  SET        PAIRS  ACCURACY     STD  XNORM  TAR@FAR        SECONDS
@@ -524,6 +535,10 @@ step 120  checkpoints/120  backbone.safetensors: 7 bytes, but 9 were committed (
         }
         assert_eq!(printed["recoveries"][0]["lost_steps"], 12);
         assert_eq!(printed["recoveries"][0]["detected_s"], 0.84);
+        assert_eq!(
+            printed["stragglers"],
+            serde_json::json!([{"rank": 1, "node": "node-2", "cause": "compute", "ratio": 2.34}])
+        );
         assert_eq!(
             printed["evaluations"][0]["tar_at_far"],
             value!({"1e-2": 0.9, "1e-3": 0.75})

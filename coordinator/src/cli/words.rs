@@ -171,6 +171,28 @@ pub fn recovery(recovery: &v1::Recovery) -> String {
     line
 }
 
+/// A straggler on one line.
+pub fn straggler(straggler: &v1::Straggler) -> String {
+    let v1::Straggler {
+        rank,
+        node,
+        cause,
+        ratio,
+        over,
+    } = straggler;
+    let node = super::output::clean(node);
+    match over {
+        true => format!("rank {rank} on {node} keeps up again"),
+        false => format!(
+            "rank {rank} on {node} holds up the others: {ratio:.1} times their own time a step, by {}",
+            match cause.as_str() {
+                "input" => "waiting for data".into(),
+                cause => super::output::clean(cause),
+            }
+        ),
+    }
+}
+
 /// A job's state with what goes with it: `running: 2 ranks, generation 1`.
 pub fn state(job: &v1::Job) -> String {
     let state = job_state(job.state());

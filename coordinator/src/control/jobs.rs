@@ -51,11 +51,7 @@ impl Control {
     pub(super) async fn command(&mut self, command: Command) {
         match command {
             Command::Submit(submit) => self.submit_all(vec![submit]).await,
-            Command::GetJob { id, answer } => reply(
-                answer,
-                self.find(&id)
-                    .map(|entry| records::job_to_wire(&entry.job, entry.revision)),
-            ),
+            Command::GetJob { id, answer } => reply(answer, self.find(&id).map(Entry::to_wire)),
             Command::ListJobs { filter, answer } => reply(answer, Ok(self.list_jobs(&filter))),
             Command::Cancel { id, reason, answer } => reply(answer, self.cancel(&id, reason).await),
             Command::Watch { id, answer } => reply(answer, self.watch(&id)),
@@ -272,7 +268,7 @@ impl Control {
         }
         let entry = self.find(&request.job_id)?;
         match entry.job.spec == *spec {
-            true => Ok(Some(records::job_to_wire(&entry.job, entry.revision))),
+            true => Ok(Some(entry.to_wire())),
             false => Err(ControlError::AlreadyExists(format!(
                 "request id {request_id:?} was used for {}, which is another job",
                 entry.job.id
@@ -292,7 +288,7 @@ impl Control {
             .filter_map(|id| self.jobs.get(id))
             .filter(|entry| wanted(entry.job.phase))
             .take(filter.limit)
-            .map(|entry| records::job_to_wire(&entry.job, entry.revision))
+            .map(Entry::to_wire)
             .collect()
     }
 
@@ -301,7 +297,7 @@ impl Control {
         self.apply(&id, &Event::Cancel { reason }, Transaction::default())
             .await?;
         let entry = self.find(id.as_str())?;
-        Ok(records::job_to_wire(&entry.job, entry.revision))
+        Ok(entry.to_wire())
     }
 
     fn watch(&mut self, id: &str) -> Result<Watch, ControlError> {
@@ -320,7 +316,7 @@ impl Control {
             entry.watchers.close();
         }
         Ok(Watch {
-            snapshot: records::job_to_wire(&entry.job, entry.revision),
+            snapshot: entry.to_wire(),
             events,
         })
     }
@@ -422,9 +418,7 @@ impl Control {
             Effect::Launch(node) => {
                 if node.is_none() {
                     entry.rendezvous.open(entry.job.ranks.len());
-                    entry.prepared.clear();
-                    entry.copies.end_generation();
-                    entry.reports.clear();
+                    entry.forget_generation();
                     let members = self.members.members();
                     entry
                         .copies
@@ -446,9 +440,7 @@ impl Control {
                 entry
                     .rendezvous
                     .end(&format!("generation {} has ended", entry.job.generation));
-                entry.prepared.clear();
-                entry.copies.end_generation();
-                entry.reports.clear();
+                entry.forget_generation();
             }
             Effect::CheckpointNow => {
                 let command = report_response::Command::CheckpointNow(CheckpointNow {});
@@ -460,7 +452,7 @@ impl Control {
                 );
             }
             Effect::Notify => {
-                let wire = records::job_to_wire(&entry.job, entry.revision);
+                let wire = entry.to_wire();
                 entry
                     .watchers
                     .publish(from_unix_ms(now.unix_ms), &watch_job_response::Event::Job(wire));

@@ -5,6 +5,7 @@ use super::Control;
 use crate::{
     job::{FailureKind, Job, Now, Phase},
     membership::Liveness,
+    straggler::{Paces, Straggler},
     telemetry as t,
 };
 use arcface_proto::{
@@ -156,6 +157,17 @@ pub(super) fn trained(
                 .absolute(*sum as u64);
         }
     }
+}
+
+/// A rank that holds up the others, or no longer does.
+pub(super) fn straggler(id: &JobId, straggler: Straggler, over: bool) {
+    let ratio = if over { 0.0 } else { straggler.ratio };
+    gauge!(t::STRAGGLER_RATIO, "job_id" => id.to_string(), "rank" => straggler.rank.to_string()).set(ratio);
+}
+
+/// The generation of these ranks is over.
+pub(super) fn stragglers_over(id: &JobId, paces: &Paces) {
+    paces.stragglers().for_each(|found| straggler(id, found, true));
 }
 
 /// An evaluation result.

@@ -28,10 +28,11 @@ use crate::{
     membership::{self, Membership},
     server::Timers,
     store::{StateStore, StoreError, Transaction},
+    straggler::Paces,
 };
 use arcface_proto::{
     types::{Generation, JobId, NodeId},
-    v1::{CheckpointManifest, ReportResponse},
+    v1::{self, CheckpointManifest, ReportResponse},
 };
 use handle::Command;
 use ledger::Ledger;
@@ -120,6 +121,8 @@ struct Entry {
     phase_seconds: measure::PhaseSeconds,
     /// Steps that this generation was last known to have skipped.
     skipped: (Generation, u64),
+    /// What the ranks of this generation do by themselves.
+    paces: Paces,
 }
 
 impl Entry {
@@ -138,7 +141,28 @@ impl Entry {
             killed_ms: None,
             phase_seconds: measure::PhaseSeconds::new(),
             skipped: (Generation(0), 0),
+            paces: Paces::default(),
         }
+    }
+
+    /// The job for the wire, with what only this coordinator knows of it.
+    fn to_wire(&self) -> v1::Job {
+        let stragglers = self.paces.stragglers();
+        v1::Job {
+            stragglers: stragglers
+                .map(|found| records::straggler_to_wire(&self.job, found, false))
+                .collect(),
+            ..records::job_to_wire(&self.job, self.revision)
+        }
+    }
+
+    /// Checkpoint parts, reports and paces are of one generation: it is over, or the next begins.
+    fn forget_generation(&mut self) {
+        self.prepared.clear();
+        self.copies.end_generation();
+        self.reports.clear();
+        measure::stragglers_over(&self.job.id, &self.paces);
+        self.paces = Paces::default();
     }
 }
 

@@ -206,12 +206,11 @@ impl Control {
                 generation: job.generation,
                 rank: Rank(0),
             };
-            for (index, rank) in job.ranks.iter().enumerate() {
+            let ranks = job.ranks.iter().enumerate();
+            for (index, rank) in ranks.filter(|(_, rank)| rank.process.occupies()) {
                 key.rank = Rank(index as u32);
-                let listed = members
-                    .get(&rank.node)
-                    .is_some_and(|member| member.hello.ranks.contains_key(&key));
-                if rank.process.occupies() && !listed {
+                let member = members.get(&rank.node);
+                if !member.is_some_and(|member| member.hello.ranks.contains_key(&key)) {
                     *used.entry(&rank.node).or_default() += 1;
                 }
             }

@@ -1,18 +1,21 @@
 //! Messages of rank processes: rendezvous, reports, checkpoints. Each is fenced by its generation.
 
-use super::{Control, ControlError, ReportSession, copies::Holder, keys, measure, nodes::tame, rendezvous};
+use super::{
+    Control, ControlError, ReportSession, copies::Holder, keys, measure, nodes::tame, records, rendezvous,
+};
 use crate::{
     job::{self, Event, Progress, Refused},
     planted::{Bug, planted},
     store::{Transaction, Write},
+    straggler::{News, Pace},
 };
 use arcface_proto::{
     timestamp::from_unix_ms,
     types::{Generation, JobId, NodeId, Rank},
     v1::{
         CheckpointCommitted, CheckpointDamage, CheckpointManifest, CommitCheckpointRequest,
-        DamagedCheckpoint, Evaluation, PartsCopied, RankError, RankId, RendezvousRequest, ReportResponse, StepMetrics,
-        report_request::Report, report_response, watch_job_response,
+        DamagedCheckpoint, Evaluation, PartsCopied, RankError, RankId, RankPace, RendezvousRequest,
+        ReportResponse, StepMetrics, report_request::Report, report_response, watch_job_response,
     },
 };
 use prost::Message;
@@ -172,6 +175,10 @@ impl Control {
                 self.apply(&id, &event, none).await
             }
             Report::Metrics(metrics) => self.metrics(&id, generation, metrics).await,
+            Report::Pace(pace) => {
+                self.pace(&id, rank, &pace);
+                Ok(())
+            }
             Report::Evaluation(evaluation) => self.evaluation(&id, generation, evaluation).await,
             Report::Copied(copied) => self.copied(&id, generation, rank, copied),
             Report::Error(RankError {
@@ -239,6 +246,50 @@ impl Control {
             );
         }
         Ok(())
+    }
+
+    /// Compares a rank with its peers, and tells who holds them up.
+    fn pace(&mut self, id: &JobId, rank: Rank, told: &RankPace) {
+        let now = self.clock.now();
+        let Some(entry) = self.jobs.get_mut(id) else {
+            return;
+        };
+        let seconds = |phase: &str| {
+            let seconds = told.busy_seconds.get(phase).copied().unwrap_or(0.0);
+            // A rank that tells nonsense harms only itself.
+            if seconds.is_finite() {
+                seconds.max(0.0) / told.steps.max(1) as f64
+            } else {
+                0.0
+            }
+        };
+        let pace = Pace {
+            input_s: seconds("data_wait"),
+            compute_s: ["forward", "head", "backward", "comm", "optimizer"]
+                .map(seconds)
+                .iter()
+                .sum(),
+        };
+        for news in entry.paces.report(rank.0, entry.job.ranks.len(), pace) {
+            let (straggler, over) = match news {
+                News::Found(found) => (found, false),
+                News::Over(found) => (found, true),
+            };
+            let wire = records::straggler_to_wire(&entry.job, straggler, over);
+            let (rank, node, ratio) = (straggler.rank, &wire.node, straggler.ratio);
+            match over {
+                false => {
+                    tracing::warn!(job = %id, generation = %entry.job.generation, rank, node, cause = %straggler.cause, ratio,
+                    "rank holds up the others")
+                }
+                true => tracing::info!(job = %id, rank, node, "rank keeps up again"),
+            }
+            measure::straggler(id, straggler, over);
+            entry.watchers.publish(
+                from_unix_ms(now.unix_ms),
+                &watch_job_response::Event::Straggler(wire),
+            );
+        }
     }
 
     async fn evaluation(

@@ -1,7 +1,10 @@
 //! Jobs as the store and the wire have them. The stored record is the wire's job and the few fields that no client
 //! needs.
 
-use crate::job::{FailureKind, Job, Phase, Process, Progress, RankState, Recovery};
+use crate::{
+    job::{FailureKind, Job, Phase, Process, Progress, RankState, Recovery},
+    straggler::Straggler,
+};
 use arcface_proto::{
     convert,
     timestamp::{from_unix_ms, to_unix_ms},
@@ -154,6 +157,22 @@ pub fn job_to_wire(job: &Job, revision: u64) -> v1::Job {
         ended_at: job.ended_unix_ms.map(from_unix_ms),
         revision,
         checkpoint_step: job.checkpoint_step,
+        stragglers: Vec::new(),
+    }
+}
+
+/// A straggler for the wire; `over` if it no longer is one.
+pub fn straggler_to_wire(job: &Job, straggler: Straggler, over: bool) -> v1::Straggler {
+    let node = job
+        .ranks
+        .get(straggler.rank as usize)
+        .map(|rank| rank.node.to_string());
+    v1::Straggler {
+        rank: straggler.rank,
+        node: node.unwrap_or_default(),
+        cause: straggler.cause.to_string(),
+        ratio: straggler.ratio,
+        over,
     }
 }
 

@@ -14,6 +14,7 @@ mod meeting;
 pub mod nonfinite;
 mod outbox;
 pub mod outputs;
+mod own_pace;
 mod pace;
 pub mod phases;
 pub mod report;

@@ -1,11 +1,11 @@
 //! What a rank still has to say, in what order, and what is said again after a broken stream. Pure.
 //!
 //! Nothing on the stream is acknowledged one by one. Set-up and evaluations are kept and repeated on a new stream
-//! (the coordinator keeps one of each), and so is where the latest copies are; of the metrics only the latest counts; the last
-//! word ends the stream.
+//! (the coordinator keeps one of each), and so is where the latest copies are; of the metrics and of the pace only the latest
+//! counts; the last word ends the stream.
 
 use arcface_proto::v1::report_request::Report;
-use arcface_proto::v1::{Evaluation, PartsCopied, StepMetrics, TrainingStarted};
+use arcface_proto::v1::{Evaluation, PartsCopied, RankPace, StepMetrics, TrainingStarted};
 use std::collections::VecDeque;
 
 /// Evaluations kept for a coordinator that is away.
@@ -16,6 +16,7 @@ const EVALUATIONS: usize = 256;
 pub struct Outbox {
     started: Option<(TrainingStarted, bool)>,
     metrics: Option<StepMetrics>,
+    pace: Option<RankPace>,
     evaluations: VecDeque<(Evaluation, bool)>,
     copied: Option<(PartsCopied, bool)>,
     last: Option<(Report, bool)>,
@@ -28,6 +29,7 @@ impl Outbox {
             Report::Started(started) => self.started = Some((started, false)),
             Report::Metrics(metrics) => self.metrics = Some(metrics),
             Report::Copied(copied) => self.copied = Some((copied, false)),
+            Report::Pace(pace) => self.pace = Some(pace),
             Report::Evaluation(evaluation) => {
                 if self.evaluations.len() == EVALUATIONS {
                     self.evaluations.pop_front();
@@ -55,6 +57,9 @@ impl Outbox {
         if let Some(metrics) = self.metrics.take() {
             return Some(Report::Metrics(metrics));
         }
+        if let Some(pace) = self.pace.take() {
+            return Some(Report::Pace(pace));
+        }
         match &mut self.last {
             Some((last, sent @ false)) => {
                 *sent = true;
@@ -70,7 +75,8 @@ impl Outbox {
         let unsent_evaluation = self.evaluations.iter().any(|(_, sent)| !sent);
         let unsent_copies = self.copied.as_ref().is_some_and(|(_, sent)| !sent);
         let unsent_end = self.last.as_ref().is_some_and(|(_, sent)| !sent);
-        !(unsent_start || unsent_evaluation || unsent_copies || unsent_end || self.metrics.is_some())
+        let unsent_figures = self.metrics.is_some() || self.pace.is_some();
+        !(unsent_start || unsent_evaluation || unsent_copies || unsent_end || unsent_figures)
     }
 
     /// The stream broke: what it carried may be lost, and is sent again.
@@ -118,11 +124,28 @@ mod tests {
         let mut outbox = Outbox::default();
         let end = Report::Finished(TrainingFinished { step: 9 });
         let start = Report::Started(TrainingStarted::default());
-        for report in [end.clone(), metrics(1), metrics(2), evaluation(2), start.clone()] {
+        let pace = |step| {
+            Report::Pace(RankPace {
+                step,
+                ..Default::default()
+            })
+        };
+        for report in [
+            end.clone(),
+            pace(1),
+            metrics(1),
+            metrics(2),
+            evaluation(2),
+            pace(2),
+            start.clone(),
+        ] {
             outbox.push(report);
         }
         assert!(!outbox.is_empty());
-        assert_eq!(drain(&mut outbox), [start, evaluation(2), metrics(2), end]);
+        assert_eq!(
+            drain(&mut outbox),
+            [start, evaluation(2), metrics(2), pace(2), end]
+        );
         assert!(outbox.is_empty());
     }
 

@@ -2,13 +2,34 @@
 
 use crate::progress::{Activity, Board};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+/// Time inside collective operations so far, most of it spent waiting for the slowest rank. Clones count together.
+#[derive(Clone, Debug, Default)]
+pub struct Together(Arc<AtomicU64>);
+
+impl Together {
+    /// Counts one operation.
+    pub fn add(&self, spent: Duration) {
+        let nanoseconds = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
+        self.0.fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+
+    fn spent(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+}
 
 /// Time by phase since the last [`Phases::take`]. Phases: data_wait, forward, head, backward, comm, optimizer,
 /// checkpoint, eval.
 #[derive(Default)]
 pub struct Phases {
     spent: BTreeMap<&'static str, Duration>,
+    /// The part of it outside collective operations, since the last [`Phases::take_own`].
+    own: BTreeMap<&'static str, Duration>,
+    together: Together,
     board: Option<Board>,
 }
 
@@ -18,11 +39,19 @@ impl Phases {
         self.board = Some(board);
     }
 
+    /// Knows from `together` what of a phase was spent inside collective operations.
+    pub fn know(&mut self, together: Together) {
+        self.together = together;
+    }
+
     /// Runs `work` and counts its time as `phase`.
     pub fn time<T>(&mut self, phase: &'static str, work: impl FnOnce() -> T) -> T {
+        let together = self.together.spent();
         let begin = self.begin(phase);
         let result = work();
-        self.add(phase, begin.elapsed());
+        let spent = begin.elapsed();
+        self.add(phase, spent);
+        *self.own.entry(phase).or_default() += spent.saturating_sub(self.together.spent() - together);
         result
     }
 
@@ -48,11 +77,19 @@ impl Phases {
 
     /// Seconds by phase, and begins anew.
     pub fn take(&mut self) -> BTreeMap<&'static str, f64> {
-        std::mem::take(&mut self.spent)
-            .into_iter()
-            .map(|(phase, spent)| (phase, spent.as_secs_f64()))
-            .collect()
+        seconds(std::mem::take(&mut self.spent))
     }
+
+    /// Seconds by phase that this rank spent by itself in the work of steps, outside collective operations; and begins
+    /// anew.
+    pub fn take_own(&mut self) -> BTreeMap<&'static str, f64> {
+        seconds(std::mem::take(&mut self.own))
+    }
+}
+
+fn seconds(spent: BTreeMap<&'static str, Duration>) -> BTreeMap<&'static str, f64> {
+    let seconds = |(phase, spent): (&'static str, Duration)| (phase, spent.as_secs_f64());
+    spent.into_iter().map(seconds).collect()
 }
 
 fn activity(phase: &str) -> Option<Activity> {
@@ -81,5 +118,22 @@ mod tests {
         let taken = phases.take();
         assert_eq!(taken.keys().copied().collect::<Vec<_>>(), ["forward", "head"]);
         assert!(phases.take().is_empty());
+    }
+
+    #[test]
+    fn what_all_ranks_do_together_is_not_a_ranks_own() {
+        let mut phases = Phases::default();
+        let together = Together::default();
+        phases.know(together.clone());
+        // All of the time of a phase, and more: a clock may tick between two readings.
+        phases.time("head", || together.add(Duration::from_secs(1000)));
+        phases.add("checkpoint", Duration::from_secs(5));
+        assert!(phases.take()["head"] < 1000.0);
+        let begin = Instant::now();
+        phases.time("forward", || while begin.elapsed() < Duration::from_millis(1) {});
+        let own = phases.take_own();
+        assert_eq!(own.keys().copied().collect::<Vec<_>>(), ["forward", "head"]);
+        assert!(own["head"] == 0.0 && own["forward"] >= 0.001, "{own:?}");
+        assert!(phases.take_own().is_empty());
     }
 }

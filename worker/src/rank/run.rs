@@ -6,6 +6,7 @@ use super::failure::RankFailure;
 use super::log::TrainingLog;
 use super::meeting::{agree, meet};
 use super::outputs;
+use super::phases::Together;
 use super::report::Reporter;
 use super::setup::Prepared;
 use super::train::{Outside, Sinks, train};
@@ -18,7 +19,9 @@ use arcface_proto::failure::Failure;
 use arcface_proto::types::ClassRange;
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
-use arcface_proto::v1::{Evaluation, RankAssignment, RankId, StepMetrics, TrainingFinished, TrainingStarted};
+use arcface_proto::v1::{
+    Evaluation, RankAssignment, RankId, RankPace, StepMetrics, TrainingFinished, TrainingStarted,
+};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -91,8 +94,9 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     let checkpoint = resumable(assignment, &output)?;
     board.enter(Activity::Starting);
     let met = meet(assignment, reporter, prepared.spec.checkpoint.buddy_steps)?;
-    let comm = Box::new(Watched::new(met.comm, board.clone()));
-    let (mut trainer, job) = prepared.into_trainer(comm)?;
+    let together = Together::default();
+    let comm = Watched::new(met.comm, board.clone(), together.clone());
+    let (mut trainer, job) = prepared.into_trainer(Box::new(comm))?;
     let checkpoint = match (&assignment.resume, &met.memory) {
         (Some(manifest), Some(memory)) if !assignment.resume_copies.is_empty() => {
             Some(memory.gather(manifest, assignment)?)
@@ -105,6 +109,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     };
     agree(trainer.comm.as_mut(), assignment.resume.as_ref())?;
     trainer.phases.show_on(board.clone());
+    trainer.phases.know(together);
     trainer.settings.left_out.clone_from(&assignment.left_out_steps);
     let start = match &checkpoint {
         Some(checkpoint) => {
@@ -224,6 +229,10 @@ struct Told<'a> {
 impl Outside for Told<'_> {
     fn metrics(&mut self, metrics: StepMetrics) {
         self.reporter.say(Report::Metrics(metrics));
+    }
+
+    fn pace(&mut self, pace: RankPace) {
+        self.reporter.say(Report::Pace(pace));
     }
 
     fn evaluation(&mut self, evaluation: Evaluation) {

@@ -11,7 +11,7 @@ use crate::data::{Loader, LoaderOptions};
 use arcface_proto::convert::job_spec;
 use arcface_proto::spec::JobSpec;
 use arcface_proto::types::ClassRange;
-use arcface_proto::v1::{self, CheckpointManifest, Evaluation, StepMetrics};
+use arcface_proto::v1::{self, CheckpointManifest, Evaluation, RankPace, StepMetrics};
 use std::path::Path;
 use std::time::Duration;
 use tch::Tensor;
@@ -77,6 +77,8 @@ impl Outside for Recorder {
     fn metrics(&mut self, metrics: StepMetrics) {
         self.metrics.push(metrics);
     }
+
+    fn pace(&mut self, _: RankPace) {}
 
     fn evaluation(&mut self, _: Evaluation) {}
 

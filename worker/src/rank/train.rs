@@ -4,6 +4,7 @@ use super::checkpoints::{self, Writer};
 use super::copies::Copier;
 use super::failure::RankFailure;
 use super::log::{Meter, TrainingLog};
+use super::own_pace::OwnPace;
 use super::pace::Pace;
 use super::setup::Job;
 use super::step::{Says, StepOutcome, Trainer};
@@ -11,7 +12,7 @@ use super::{evaluate, outputs};
 use crate::checkpoint::TrainState;
 use crate::data::{Batch, DataError, Loader, LoaderOptions};
 use crate::eval::Verification;
-use arcface_proto::v1::{Evaluation, LossScaler, StepMetrics};
+use arcface_proto::v1::{Evaluation, LossScaler, RankPace, StepMetrics};
 use std::path::PathBuf;
 use std::time::Instant;
 use tracing::warn;
@@ -23,6 +24,8 @@ const PREFETCH: usize = 4;
 pub trait Outside {
     /// Metrics of an interval, from rank 0.
     fn metrics(&mut self, metrics: StepMetrics);
+    /// What this rank did by itself, from every rank.
+    fn pace(&mut self, pace: RankPace);
     /// A result, from rank 0.
     fn evaluation(&mut self, evaluation: Evaluation);
     /// True if a checkpoint was asked for since the last call.
@@ -91,6 +94,7 @@ pub fn train(
         },
     );
     let mut meter = Meter::begin();
+    let mut own_pace = OwnPace::begin(start);
     let begin = Instant::now();
     let mut pace = Pace::new(
         spec.checkpoint.every_seconds,
@@ -121,6 +125,11 @@ pub fn train(
         let due = due(job, done);
         if due.log {
             log_interval(trainer, job, done, &outcome, &mut meter, &pace, sinks);
+            // One rank alone is slower than nobody.
+            if world_size > 1 && own_pace.is_due(begin.elapsed()) {
+                let own = own_pace.tell(begin.elapsed(), done, trainer.phases.take_own());
+                sinks.outside.pace(own);
+            }
         }
         let aside = Instant::now();
         if due.evaluation && !job.sets.is_empty() {

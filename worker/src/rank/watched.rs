@@ -1,19 +1,27 @@
-//! The ranks' collective operations, shown on the board: the last one tells where a hung rank stands.
+//! The ranks' collective operations, shown on the board and timed: the last one tells where a hung rank stands, and their
+//! time is no rank's own.
 
+use super::phases::Together;
 use crate::collective::{Collective, CollectiveError, ReduceOp};
 use crate::progress::{Board, Operation};
+use std::time::Instant;
 use tch::Tensor;
 
-/// A communicator whose calls are shown.
+/// A communicator whose calls are shown and timed.
 pub struct Watched {
     inner: Box<dyn Collective>,
     board: Board,
+    together: Together,
 }
 
 impl Watched {
-    /// Shows the calls of `inner` on `board`.
-    pub fn new(inner: Box<dyn Collective>, board: Board) -> Self {
-        Self { inner, board }
+    /// Shows the calls of `inner` on `board`, and counts their time in `together`.
+    pub fn new(inner: Box<dyn Collective>, board: Board, together: Together) -> Self {
+        Self {
+            inner,
+            board,
+            together,
+        }
     }
 
     fn show<T>(
@@ -23,7 +31,9 @@ impl Watched {
         call: impl FnOnce(&mut dyn Collective) -> Result<T, CollectiveError>,
     ) -> Result<T, CollectiveError> {
         self.board.begin(operation, bytes as u64);
+        let begin = Instant::now();
         let result = call(self.inner.as_mut());
+        self.together.add(begin.elapsed());
         self.board.end();
         result
     }

@@ -15,6 +15,8 @@ impl<F: FnMut(&StepMetrics)> Outside for Listener<F> {
         (self.0)(&metrics);
     }
 
+    fn pace(&mut self, _: RankPace) {}
+
     fn evaluation(&mut self, _: Evaluation) {}
 
     fn checkpoint_wanted(&mut self) -> bool {
