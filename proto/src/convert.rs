@@ -3,6 +3,7 @@
 
 mod loss;
 
+use crate::location::StoreUrl;
 use crate::spec::{
     CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, EvalSpec, HeadInit, HeadSpec, JobSpec,
     ModelSpec, NETWORKS, TrainSpec,
@@ -154,7 +155,7 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
             );
         }
     }
-    let checkpoint = wire.checkpoint.unwrap_or_default();
+    let checkpoint = wire.checkpoint.clone().unwrap_or_default();
     let keep = c.at_least_one("checkpoint.keep", checkpoint.keep.unwrap_or(3));
     let every_seconds = checkpoint.every_seconds.unwrap_or(0.0);
     c.check(
@@ -180,6 +181,14 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
         "0, or at least 2",
         "a copy takes a step to get to the other node",
     );
+    let location = checkpoint.location.filter(|url| !url.is_empty());
+    let location = location.and_then(|url| match StoreUrl::parse(&url) {
+        Ok(url) => Some(url),
+        Err((problem, hint)) => {
+            c.fail("checkpoint.location", problem, hint);
+            None
+        }
+    });
 
     if !c.violations.is_empty() {
         return Err(c.violations);
@@ -207,6 +216,7 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
             keep,
             rank_mttf_hours,
             buddy_steps: Some(buddy_steps).filter(|steps| *steps > 0),
+            location,
         },
     })
 }
@@ -518,6 +528,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             every_seconds: Some(spec.checkpoint.every_seconds.unwrap_or(0.0)),
             rank_mttf_hours: Some(spec.checkpoint.rank_mttf_hours),
             buddy_steps: Some(spec.checkpoint.buddy_steps.unwrap_or(0)),
+            location: spec.checkpoint.location.as_ref().map(ToString::to_string),
         }),
     }
 }
@@ -545,6 +556,25 @@ mod tests {
     fn a_job_survives_the_wire() {
         let spec = job_spec(&smallest()).expect("valid");
         assert_eq!(job_spec(&job_spec_to_wire(&spec)), Ok(spec));
+    }
+
+    #[test]
+    fn a_location_survives_the_wire_and_a_bad_one_is_named() {
+        let with = |url: &str| {
+            let mut wire = smallest();
+            wire.checkpoint.get_or_insert_default().location = Some(url.into());
+            job_spec(&wire)
+        };
+        let spec = with("s3://faces/r50/").expect("valid");
+        let shown = spec.checkpoint.location.as_ref().map(ToString::to_string);
+        assert_eq!(shown.as_deref(), Some("s3://faces/r50"));
+        assert_eq!(job_spec(&job_spec_to_wire(&spec)), Ok(spec));
+        assert_eq!(with("").expect("valid").checkpoint.location, None);
+        let violations = with("ftp://faces").expect_err("invalid");
+        assert_eq!(
+            violations[0].to_string(),
+            "checkpoint.location: scheme \"ftp\" is not one of file, s3, gs, az"
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod convert;
 pub mod failure;
+pub mod location;
 pub mod redirect;
 mod skip;
 pub mod spec;

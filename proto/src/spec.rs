@@ -1,6 +1,8 @@
 //! A valid training job. [`JobSpec`] exists only as the result of [`crate::convert::job_spec`], which has checked
 //! every range and relation; the fields' meaning and units are written in `arcface/v1/job.proto`.
 
+use crate::location::StoreUrl;
+
 /// Backbones by registry name, as `arcface-worker networks` lists them.
 pub const NETWORKS: [&str; 17] = [
     "tiny",
@@ -191,6 +193,8 @@ pub struct CheckpointSpec {
     pub rank_mttf_hours: f64,
     /// Most steps that the loss of one node costs, by copies in memory; `None` without them.
     pub buddy_steps: Option<u64>,
+    /// Where they go, if not to the output directory.
+    pub location: Option<StoreUrl>,
 }
 
 impl CheckpointSpec {

@@ -147,10 +147,19 @@ pub(super) async fn cancel(CancelArgs { job: args, reason }: CancelArgs) -> anyh
 }
 
 pub(super) async fn checkpoints(CheckpointsArgs { job: args }: CheckpointsArgs) -> anyhow::Result<()> {
-    let checkpoints = args.target.connect().await?.checkpoints(&args.id).await?;
+    let coordinator = args.target.connect().await?;
+    let job = coordinator.job(&args.id).await?;
+    let checkpoints = coordinator.checkpoints(&job.id).await?;
+    let location = job.spec.and_then(|spec| spec.checkpoint?.location);
+    let location = location.as_deref();
     match args.format.output {
-        Output::Table => output::print(&render::checkpoints(&checkpoints))?,
-        Output::Json => output::print_json(&checkpoints.iter().map(json::checkpoint).collect())?,
+        Output::Table => output::print(&render::checkpoints(&checkpoints, location))?,
+        Output::Json => {
+            let listed = checkpoints
+                .iter()
+                .map(|one| json::listed_checkpoint(one, location));
+            output::print_json(&listed.collect())?;
+        }
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Messages as JSON for programs. Pure. The keys are a contract: they are added to, never renamed.
 
-use super::words::{job_state, node_state, timestamp};
+use super::words::{checkpoint_url, job_state, node_state, timestamp};
 use arcface_proto::v1;
 use serde_json::{Map, Value, json};
 
@@ -106,6 +106,13 @@ pub fn checkpoint(manifest: &v1::CheckpointManifest) -> Value {
             "class_hi": part.class_hi,
         })).collect::<Vec<_>>(),
     })
+}
+
+/// The same with its URL, if the job has a `location` for checkpoints.
+pub fn listed_checkpoint(manifest: &v1::CheckpointManifest, location: Option<&str>) -> Value {
+    let mut value = checkpoint(manifest);
+    value["url"] = location.map(|location| checkpoint_url(location, manifest)).into();
+    value
 }
 
 /// One node.

@@ -1,7 +1,7 @@
 //! Messages as text for people: tables with a header and two spaces between columns. Pure.
 
 use super::output::clean;
-use super::words::{self, bytes, has_ended, job_state, node_state, timestamp};
+use super::words::{self, bytes, checkpoint_url, has_ended, job_state, node_state, timestamp};
 use arcface_proto::v1;
 use std::fmt::Write;
 
@@ -227,8 +227,13 @@ pub fn evaluations(evaluations: &[v1::Evaluation]) -> String {
     table.text()
 }
 
-/// Committed checkpoints, one a line; below them those that were set aside because they are damaged.
-pub fn checkpoints(checkpoints: &[v1::CheckpointManifest]) -> String {
+/// Committed checkpoints, one a line; below them those that were set aside because they are damaged. `location` is that of
+/// the job, if it has one.
+pub fn checkpoints(checkpoints: &[v1::CheckpointManifest], location: Option<&str>) -> String {
+    let place = |manifest: &v1::CheckpointManifest| match location {
+        Some(location) => checkpoint_url(location, manifest),
+        None => manifest.directory.clone(),
+    };
     let mut table = Table::new(&[
         ("STEP", Right),
         ("EPOCH", Right),
@@ -253,7 +258,7 @@ pub fn checkpoints(checkpoints: &[v1::CheckpointManifest]) -> String {
                     .fold(0u64, |sum, part| sum.saturating_add(part.bytes)),
             ),
             or_dash(manifest.committed_at.as_ref(), timestamp),
-            manifest.directory.clone(),
+            place(manifest),
         ]);
     }
     let mut text = table.text();
@@ -270,7 +275,7 @@ pub fn checkpoints(checkpoints: &[v1::CheckpointManifest]) -> String {
             text,
             "step {}  {}  {} (found by generation {})",
             manifest.step,
-            clean(&manifest.directory),
+            clean(&place(manifest)),
             clean(&damage.detail),
             damage.generation
         );
@@ -495,7 +500,12 @@ node-1  127.0.0.1  healthy  cpu       1/2  job-0123456789ab/0      0.2 s
 STEP  EPOCH  GENERATION  RANKS  FILES      SIZE  COMMITTED             DIRECTORY
  100      1           1      2      2  24.5 MiB  2026-11-18T11:06:40Z  checkpoints/100
 ";
-        assert_eq!(checkpoints(std::slice::from_ref(&manifest)), table);
+        assert_eq!(checkpoints(std::slice::from_ref(&manifest), None), table);
+        let elsewhere = checkpoints(std::slice::from_ref(&manifest), Some("s3://faces/r50/"));
+        assert!(
+            elsewhere.ends_with("Z  s3://faces/r50/checkpoints/100\n"),
+            "{elsewhere}"
+        );
         let damaged = v1::CheckpointManifest {
             step: 120,
             directory: "checkpoints/120".into(),
@@ -508,7 +518,7 @@ STEP  EPOCH  GENERATION  RANKS  FILES      SIZE  COMMITTED             DIRECTORY
             ..manifest.clone()
         };
         assert_eq!(
-            checkpoints(&[damaged, manifest]),
+            checkpoints(&[damaged, manifest], None),
             format!(
                 "{table}
 damaged, not used any more

@@ -37,6 +37,11 @@ pub fn node_state(state: v1::NodeState) -> &'static str {
     }
 }
 
+/// Where a checkpoint lies in its job's `location`, as other programs name it.
+pub fn checkpoint_url(location: &str, manifest: &v1::CheckpointManifest) -> String {
+    format!("{}/{}", location.trim_end_matches('/'), manifest.directory)
+}
+
 /// A time as `2026-11-24T10:15:00Z`; empty for one that no calendar has.
 pub fn timestamp(time: &prost_types::Timestamp) -> String {
     // Year 9999, the last that RFC 3339 can write.
