@@ -13,17 +13,30 @@ use std::path::{Component, Path, PathBuf};
 /// # Errors
 /// For an empty path, one with `..`, and one outside the root.
 pub fn output_directory(root: &str, output: &str) -> Result<PathBuf, Failure> {
+    below_root("output", root, output)
+}
+
+/// Directory of `checkpoint.location`, by the same rules.
+///
+/// # Errors
+/// As [`output_directory`].
+pub fn checkpoint_directory(root: &str, directory: &str) -> Result<PathBuf, Failure> {
+    below_root("checkpoint.location", root, directory)
+}
+
+/// `key` is the job's key that says so.
+fn below_root(key: &str, root: &str, output: &str) -> Result<PathBuf, Failure> {
     let wanted = Path::new(output);
     if output.is_empty() || output.contains('\0') {
         return Err(Failure::new(
             ExitCode::Usage,
-            "output: the job names no output directory",
+            format!("{key}: the job names no directory"),
         ));
     }
     if wanted.components().any(|part| part == Component::ParentDir) {
         return Err(Failure::new(
             ExitCode::Usage,
-            format!("output: {output:?} must not contain \"..\""),
+            format!("{key}: {output:?} must not contain \"..\""),
         ));
     }
     if root.is_empty() {
@@ -35,11 +48,11 @@ pub fn output_directory(root: &str, output: &str) -> Result<PathBuf, Failure> {
         return Err(Failure::new(
             ExitCode::Usage,
             format!(
-                "output: {output:?} is outside this node's output root {}",
+                "{key}: {output:?} is outside this node's output root {}",
                 root.display()
             ),
         )
-        .hint("write a relative path, or start the worker with another --output-root"));
+        .hint("write a path inside of it, or start the worker with another --output-root"));
     }
     Ok(joined)
 }
@@ -83,6 +96,11 @@ mod tests {
         for outside in ["../x", "a/../../x", "/etc", "", &format!("{root_text}2/x")] {
             assert!(output_directory(root_text, outside).is_err(), "{outside:?}");
         }
+        let refused = checkpoint_directory(root_text, "/srv/ckpt").unwrap_err();
+        assert!(
+            refused.message.starts_with("checkpoint.location: "),
+            "{refused:?}"
+        );
         // A link that leads out of the root is followed before the comparison.
         std::os::unix::fs::symlink("/etc", root.join("link")).unwrap();
         assert!(output_directory(root_text, "link/x").is_err());

@@ -72,6 +72,26 @@ pub enum CheckpointError {
         /// What and where.
         detail: String,
     },
+    /// An object store refused, did not answer, or does not have an object.
+    #[error("{operation} {}: {detail}", path.display())]
+    Store {
+        /// What was done.
+        operation: &'static str,
+        /// URL of the object.
+        path: PathBuf,
+        /// What the store or the network said.
+        detail: String,
+        /// True if there is no such object.
+        gone: bool,
+    },
+    /// A verified part cannot be kept on this node while it is read.
+    #[error("temporary file in {}: {detail}", dir.display())]
+    Scratch {
+        /// Where temporary files go.
+        dir: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
     /// Tensors that cannot be stored.
     #[error("{file}: tensor {name}: {detail}")]
     Tensor {
@@ -102,7 +122,21 @@ impl CheckpointError {
                 io::ErrorKind::NotFound => path.ancestors().nth(2).is_some_and(Path::is_dir),
                 _ => source.raw_os_error() == Some(EIO),
             },
-            Self::NoSpace { .. } | Self::Version { .. } | Self::Tensor { .. } => false,
+            Self::Store { gone, .. } => *gone,
+            Self::NoSpace { .. } | Self::Scratch { .. } | Self::Version { .. } | Self::Tensor { .. } => false,
+        }
+    }
+
+    /// What may help if it is no damage.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Store { .. } => {
+                "every node must reach the store, with endpoint and credentials in the environment of its worker"
+            }
+            Self::Scratch { .. } => {
+                "TMPDIR of the worker names a folder with room for the parts that a rank reads"
+            }
+            _ => "every node must see the output directory of the job",
         }
     }
 
@@ -114,7 +148,9 @@ impl CheckpointError {
             | Self::Size { path, .. }
             | Self::Digest { path, .. }
             | Self::Version { path, .. }
+            | Self::Store { path, .. }
             | Self::Layout { path, .. } => Some(path),
+            Self::Scratch { dir, .. } => Some(dir),
             Self::Tensor { .. } => None,
         }
     }
@@ -133,6 +169,18 @@ impl CheckpointError {
                 path: path.clone(),
                 source,
             },
+        }
+    }
+
+    /// The same for a part that was fetched whole: a temporary file that gives back other bytes than it took says
+    /// nothing about the checkpoint.
+    pub(super) fn of_scratch(self) -> Self {
+        match self {
+            Self::Io { .. } | Self::Size { .. } | Self::Digest { .. } => Self::Scratch {
+                dir: std::env::temp_dir(),
+                detail: self.to_string(),
+            },
+            other => other,
         }
     }
 

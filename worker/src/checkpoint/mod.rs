@@ -5,10 +5,13 @@
 //! coordinator has committed its manifest, which carries size and BLAKE3 digest of every part. Nothing of a part is used
 //! before both were checked ([`mod@read`]). Which bytes a new shard takes from old ones is pure arithmetic ([`reshard`]).
 //!
+//! They lie in a directory or in an object store ([`location`]).
+//!
 //! Knows tensors by name alone: it must not know networks, heads or optimizers, nor decide what is committed.
 
 mod disk;
 mod error;
+pub mod location;
 pub mod manifest;
 mod part;
 pub mod read;
@@ -16,6 +19,7 @@ pub mod reshard;
 pub mod write;
 
 pub use error::CheckpointError;
+pub use location::Location;
 pub use part::PartKind;
 pub use read::Checkpoint;
 pub use write::write_part;

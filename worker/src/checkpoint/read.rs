@@ -46,14 +46,29 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The same where not all parts need be in `dir`: those that are read must be ([`Checkpoint::needed`]). Checks the
-    /// manifest.
-    pub fn described(dir: &Path, manifest: CheckpointManifest) -> Result<Self, CheckpointError> {
+    /// The committed checkpoint that `manifest` describes, for a rank with these classes: `fetch` gives the parts that it
+    /// needs, as files from anywhere, and they are verified as by [`Self::verify_for`]. `dir` is its name in messages.
+    pub fn fetched(
+        dir: &Path,
+        manifest: CheckpointManifest,
+        classes: ClassRange,
+        fetch: &mut dyn FnMut(&CheckpointPart) -> Result<File, CheckpointError>,
+    ) -> Result<Self, CheckpointError> {
         manifest::validate(dir, &manifest)?;
-        Ok(Self {
+        let mut proven = HashMap::new();
+        let checkpoint = Self {
             dir: dir.to_owned(),
             manifest,
             proven: Mutex::default(),
+        };
+        for part in checkpoint.needed(classes)? {
+            let file = fetch(part)?;
+            let found = prove_file(dir.join(&part.file), file, part).map_err(CheckpointError::of_scratch)?;
+            proven.insert(part.file.clone(), Arc::new(found));
+        }
+        Ok(Self {
+            proven: Mutex::new(proven),
+            ..checkpoint
         })
     }
 
@@ -83,21 +98,20 @@ impl Checkpoint {
     /// Checks size and digest of what a rank with these classes will read. The parts stay open and are not hashed again:
     /// a file that is replaced meanwhile changes nothing.
     pub fn verify_for(&self, classes: ClassRange) -> Result<(), CheckpointError> {
-        for part in self.needed(classes)? {
-            self.verified(part)?;
-        }
-        Ok(())
+        let needed = self.needed(classes)?.into_iter();
+        needed.map(|part| self.verified(part).map(drop)).collect()
     }
 
     /// The parts that a rank with these classes reads.
-    pub fn needed(&self, classes: ClassRange) -> Result<Vec<&CheckpointPart>, CheckpointError> {
+    fn needed(&self, classes: ClassRange) -> Result<Vec<&CheckpointPart>, CheckpointError> {
+        let backbone = self.backbone_part()?;
         let heads = self.head_parts();
         let pieces = self.pieces(classes, &heads)?;
         // A rank without classes reads the names of the tensors in the first.
         let first = heads.first().filter(|_| pieces.is_empty());
         let wanted = pieces.iter().map(|piece| &heads[piece.part]).chain(first);
-        let backbone = self.backbone_part()?;
-        Ok(std::iter::once(backbone)
+        Ok([backbone]
+            .into_iter()
             .chain(wanted.map(|(part, _)| *part))
             .collect())
     }
@@ -257,33 +271,38 @@ impl Checkpoint {
         Ok(found)
     }
 
-    /// Opens a part, compares it with the manifest, and reads its header: from the same open file, so that a part
-    /// that is replaced meanwhile changes nothing.
+    /// Opens a part and compares it with the manifest.
     fn prove(&self, part: &CheckpointPart) -> Result<Part, CheckpointError> {
-        let (path, mut file) = self.open_part(part)?;
-        let failed = CheckpointError::io("read", &path, part.bytes);
-        let mut hasher = blake3::Hasher::new();
-        io::copy(&mut file.by_ref().take(part.bytes), &mut hasher).map_err(&failed)?;
-        let got = hasher.finalize().to_hex().to_string();
-        if !got.eq_ignore_ascii_case(&part.blake3) {
-            return Err(CheckpointError::Digest {
-                zeros: zeros_at_end(&mut |bytes, at| file.read_exact_at(bytes, at), part.bytes),
-                path,
-                expected: part.blake3.clone(),
-                got,
-            });
-        }
-        let mut start = vec![0; part.bytes.min(8) as usize];
-        file.read_exact_at(&mut start, 0).map_err(&failed)?;
-        if let Some(length) = start.first_chunk().map(|length| u64::from_le_bytes(*length)) {
-            // What is longer is refused by its length alone.
-            let length = length.min(part.bytes - 8).min(header::MAX_HEADER);
-            start.resize(8 + length as usize, 0);
-            file.read_exact_at(&mut start[8..], 8).map_err(&failed)?;
-        }
-        let tensors = stored(&start, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
-        Ok(Part { path, file, tensors })
+        let (path, file) = self.open_part(part)?;
+        prove_file(path, file, part)
     }
+}
+
+/// Compares a part with the manifest and reads its header: from the same open file, so that a part that is replaced
+/// meanwhile changes nothing.
+fn prove_file(path: PathBuf, mut file: File, part: &CheckpointPart) -> Result<Part, CheckpointError> {
+    let failed = CheckpointError::io("read", &path, part.bytes);
+    let mut hasher = blake3::Hasher::new();
+    io::copy(&mut file.by_ref().take(part.bytes), &mut hasher).map_err(&failed)?;
+    let got = hasher.finalize().to_hex().to_string();
+    if !got.eq_ignore_ascii_case(&part.blake3) {
+        return Err(CheckpointError::Digest {
+            zeros: zeros_at_end(&mut |bytes, at| file.read_exact_at(bytes, at), part.bytes),
+            path,
+            expected: part.blake3.clone(),
+            got,
+        });
+    }
+    let mut start = vec![0; part.bytes.min(8) as usize];
+    file.read_exact_at(&mut start, 0).map_err(&failed)?;
+    if let Some(length) = start.first_chunk().map(|length| u64::from_le_bytes(*length)) {
+        // What is longer is refused by its length alone.
+        let length = length.min(part.bytes - 8).min(header::MAX_HEADER);
+        start.resize(8 + length as usize, 0);
+        file.read_exact_at(&mut start[8..], 8).map_err(&failed)?;
+    }
+    let tensors = stored(&start, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
+    Ok(Part { path, file, tensors })
 }
 
 /// The bytes up to the end of a part that are zero, if they fill a block: read from the end, which `read` fills from an

@@ -11,6 +11,7 @@ use std::{fs, path::Path};
 use tch::{Device, Kind, Tensor};
 
 mod crashes;
+mod stores;
 
 const DIM: i64 = 3;
 

@@ -62,36 +62,74 @@ pub(super) fn write_part_on(
     kind: PartKind,
     tensors: &[NamedTensor],
 ) -> Result<CheckpointPart, CheckpointError> {
-    let file = kind.file();
-    let tensors = check(&file, kind, tensors)?;
-    let classes = kind.classes();
-    let metadata = HashMap::from([("format".to_owned(), "arcface-checkpoint-1".to_owned())]);
-    let path = dir.join(&file);
-    let described = tensors.iter().map(|(name, tensor, dtype)| {
-        let shape = tensor.size().iter().map(|&n| n as usize).collect();
-        ((*name).to_owned(), shape, *dtype)
-    });
-    let header =
-        header::write(described, metadata).map_err(|detail| CheckpointError::layout(&path, detail))?;
-    let data: usize = tensors
-        .iter()
-        .map(|(_, t, dtype)| t.numel() * dtype.bitsize() / 8)
-        .sum();
-    let bytes = header.len() as u64 + data as u64;
-
+    let part = Encoding::new(dir, kind, tensors)?;
+    let path = dir.join(&part.file);
+    let bytes = part.bytes;
     make_dir(disk, dir)?;
-    let mut hasher = blake3::Hasher::new();
+    let mut digest = String::new();
     replace(disk, &path, bytes, |out| {
-        let mut put = |chunk: &[u8]| {
-            hasher.update(chunk);
+        digest = part.write(&mut |chunk| {
             disk.write(out, chunk)
                 .map_err(CheckpointError::io("write", &path, bytes))
+        })?;
+        Ok(())
+    })?;
+    let part = part.described(digest);
+    read_again(disk, &path, &part)?;
+    Ok(part)
+}
+
+/// A part on its way to wherever it is kept: its header is made, its size is known.
+pub(super) struct Encoding<'t> {
+    /// Name of its file.
+    pub file: String,
+    /// Size of the file.
+    pub bytes: u64,
+    kind: PartKind,
+    tensors: Vec<(&'t str, &'t Tensor, Dtype)>,
+    header: Vec<u8>,
+}
+
+impl<'t> Encoding<'t> {
+    /// Checks names, kinds and shapes. `dir` is for messages.
+    pub fn new(dir: &Path, kind: PartKind, tensors: &'t [NamedTensor]) -> Result<Self, CheckpointError> {
+        let file = kind.file();
+        let tensors = check(&file, kind, tensors)?;
+        let metadata = HashMap::from([("format".to_owned(), "arcface-checkpoint-1".to_owned())]);
+        let described = tensors.iter().map(|(name, tensor, dtype)| {
+            let shape = tensor.size().iter().map(|&n| n as usize).collect();
+            ((*name).to_owned(), shape, *dtype)
+        });
+        let header = header::write(described, metadata)
+            .map_err(|detail| CheckpointError::layout(&dir.join(&file), detail))?;
+        let data: usize = tensors
+            .iter()
+            .map(|(_, t, dtype)| t.numel() * dtype.bitsize() / 8)
+            .sum();
+        Ok(Self {
+            bytes: header.len() as u64 + data as u64,
+            file,
+            kind,
+            tensors,
+            header,
+        })
+    }
+
+    /// Gives the bytes to `sink`, [`CHUNK`] at most at a time; the result is their digest.
+    pub fn write(
+        &self,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<String, CheckpointError> {
+        let mut hasher = blake3::Hasher::new();
+        let mut put = |chunk: &[u8]| {
+            hasher.update(chunk);
+            sink(chunk)
         };
-        put(&header)?;
+        self.header.chunks(CHUNK).try_for_each(&mut put)?;
         let mut buffer = Vec::new();
-        for (name, tensor, dtype) in &tensors {
+        for (name, tensor, dtype) in &self.tensors {
             let refuse = |detail: String| CheckpointError::Tensor {
-                file: file.clone(),
+                file: self.file.clone(),
                 name: (*name).to_owned(),
                 detail,
             };
@@ -101,17 +139,20 @@ pub(super) fn write_part_on(
                 CopyError::NotFinite => refuse("a number in it is not finite".into()),
             })?;
         }
-        Ok(())
-    })?;
-    let part = CheckpointPart {
-        file,
-        bytes,
-        blake3: hasher.finalize().to_hex().to_string(),
-        class_lo: classes.lo,
-        class_hi: classes.hi,
-    };
-    read_again(disk, &path, &part)?;
-    Ok(part)
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// What the manifest says of it.
+    pub fn described(self, blake3: String) -> CheckpointPart {
+        let classes = self.kind.classes();
+        CheckpointPart {
+            file: self.file,
+            bytes: self.bytes,
+            blake3,
+            class_lo: classes.lo,
+            class_hi: classes.hi,
+        }
+    }
 }
 
 /// Compares a part, as the disk gives it back, with what was meant. One that is not the same is removed: it would only

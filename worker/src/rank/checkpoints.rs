@@ -3,12 +3,11 @@
 
 use super::failure::RankFailure;
 use super::step::Trainer;
-use crate::checkpoint::{Checkpoint, NamedTensor, PartKind, TrainState, write};
+use crate::checkpoint::{Checkpoint, Location, NamedTensor, PartKind, TrainState, write};
 use crate::optim::GradScaler;
 use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use tch::{Device, Kind, Tensor};
@@ -30,9 +29,9 @@ pub struct Snapshot {
     pub parts: Vec<(PartKind, Vec<NamedTensor>)>,
 }
 
-/// Directory of a checkpoint, relative to the job's output.
-pub fn directory(step: u64, generation: u64) -> String {
-    format!("checkpoints/{}", name(step, generation))
+/// Directory of a checkpoint, relative to the location of them all.
+pub fn directory(location: &Location, step: u64, generation: u64) -> String {
+    location.directory(&name(step, generation))
 }
 
 /// Name of what a generation kept of a step.
@@ -144,7 +143,7 @@ pub type Room = Vec<Vec<NamedTensor>>;
 
 /// The thread that writes.
 pub struct Writer {
-    output: PathBuf,
+    location: Location,
     jobs: Option<SyncSender<Job>>,
     /// Memory that the thread has written out.
     returned: Receiver<Room>,
@@ -154,9 +153,9 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts it for the job's output directory and this generation. `commit` is told of parts that are durable.
+    /// Starts it for a location and this generation. `commit` is told of parts that are durable.
     pub fn start(
-        output: PathBuf,
+        location: Location,
         generation: u64,
         commit: impl Fn(CommitCheckpointRequest) + Send + 'static,
     ) -> Self {
@@ -166,26 +165,26 @@ impl Writer {
             // As many as the channel holds.
             drop(give_back.try_send(Room::new()));
         }
-        let directory = output.clone();
+        let place = location.clone();
         let thread = std::thread::spawn(move || {
             let mut written = Written::default();
             for job in receiver {
                 match job {
                     Job::Write(snapshot) => {
-                        written.write(&directory, generation, &snapshot, &commit);
+                        written.write(&place, generation, &snapshot, &commit);
                         let room = snapshot.parts.into_iter().map(|(_, tensors)| tensors);
                         // The training thread is at its end if it is not taken back.
                         drop(give_back.try_send(room.collect()));
                     }
                     Job::Committed(committed) => {
-                        settle(&directory, &committed);
-                        written.sweep(&directory, &committed);
+                        settle(&place, &committed);
+                        written.sweep(&place, &committed);
                     }
                 }
             }
         });
         Self {
-            output,
+            location,
             jobs: Some(jobs),
             returned,
             room: RefCell::default(),
@@ -227,14 +226,14 @@ impl Writer {
         self.send(Job::Committed(Box::new(committed)));
     }
 
-    /// Waits until everything was done; gives the output directory back.
-    pub fn finish(mut self) -> PathBuf {
+    /// Waits until everything was done; gives the location back.
+    pub fn finish(mut self) -> Location {
         drop(self.jobs.take());
         if let Some(thread) = self.thread.take() {
             // A panic there was printed there; the checkpoint was not committed.
             thread.join().unwrap_or_default();
         }
-        self.output
+        self.location
     }
 
     fn send(&self, job: Job) {
@@ -253,7 +252,7 @@ impl Written {
     /// without this rank's parts, so what there is of it goes: a full disk has better use for the room.
     fn write(
         &mut self,
-        output: &Path,
+        location: &Location,
         generation: u64,
         snapshot: &Snapshot,
         commit: &impl Fn(CommitCheckpointRequest),
@@ -264,12 +263,11 @@ impl Written {
             epoch_samples,
             scaler,
         } = snapshot.state;
-        let directory = directory(step, generation);
-        let path = output.join(&directory);
+        let directory = directory(location, step, generation);
         let written: Result<Vec<_>, _> = snapshot
             .parts
             .iter()
-            .map(|(kind, tensors)| write::write_part(&path, *kind, tensors))
+            .map(|(kind, tensors)| location.write_part(&directory, *kind, tensors))
             .collect();
         match written {
             Ok(parts) => {
@@ -287,7 +285,7 @@ impl Written {
             }
             Err(error) => {
                 warn!(step, "no checkpoint, training goes on: {error}");
-                if let Err(error) = write::remove(output, &directory) {
+                if let Err(error) = location.remove(&directory) {
                     warn!(step, "what was written of it stays: {error}");
                 }
             }
@@ -296,7 +294,7 @@ impl Written {
 
     /// A checkpoint of this generation was committed: those before it that were not never will be, a peer could not write
     /// its parts. Only what the coordinator says is kept counts; without its list nothing is removed.
-    fn sweep(&mut self, output: &Path, committed: &CheckpointCommitted) {
+    fn sweep(&mut self, location: &Location, committed: &CheckpointCommitted) {
         let Some(manifest) = &committed.manifest else {
             return;
         };
@@ -307,7 +305,7 @@ impl Written {
             if kept.is_empty() || kept.contains(&directory) {
                 continue;
             }
-            if let Err(error) = write::remove(output, &directory) {
+            if let Err(error) = location.remove(&directory) {
                 warn!("cannot remove {directory}, which was never committed: {error}");
             }
         }
@@ -315,10 +313,9 @@ impl Written {
 }
 
 /// Puts the manifest of a committed checkpoint beside its parts, and removes the expired ones.
-pub fn settle(output: &Path, committed: &CheckpointCommitted) {
+pub fn settle(location: &Location, committed: &CheckpointCommitted) {
     if let Some(manifest) = &committed.manifest {
-        let path = output.join(&manifest.directory);
-        match write::write_manifest(&path, manifest) {
+        match location.write_manifest(manifest) {
             Ok(()) => info!(
                 step = manifest.step,
                 "checkpoint committed: {}", manifest.directory
@@ -327,7 +324,7 @@ pub fn settle(output: &Path, committed: &CheckpointCommitted) {
         }
     }
     for expired in &committed.expired_directories {
-        if let Err(error) = write::remove(output, expired) {
+        if let Err(error) = location.remove(expired) {
             warn!("cannot remove the expired checkpoint {expired}: {error}");
         }
     }

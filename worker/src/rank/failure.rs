@@ -77,7 +77,7 @@ impl RankFailure {
         };
         match &failure.damaged {
             Some(_) => failure,
-            None => failure.hint("every node must see the output directory of the job"),
+            None => failure.hint(error.hint()),
         }
     }
 
@@ -86,13 +86,13 @@ impl RankFailure {
         let damaged = DamagedCheckpoint {
             step: manifest.step,
             file: file.to_owned(),
-            detail: format!("{file}: {error}"),
+            detail: error.to_string(),
             in_memory: true,
         };
         Self {
             damaged: Some(Box::new(damaged)),
             ..Self::transient(format!(
-                "resume from copies of step {} in memory: {file}: {error}",
+                "resume from copies of step {} in memory: {error}",
                 manifest.step
             ))
         }

@@ -11,12 +11,14 @@ use super::report::Reporter;
 use super::setup::Prepared;
 use super::train::{Outside, Sinks, train};
 use super::watched::Watched;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::location::Remote;
+use crate::checkpoint::{Checkpoint, Location};
 use crate::progress::{Activity, Board};
 use crate::{device, paths};
 use arcface_proto::convert::job_spec;
 use arcface_proto::failure::Failure;
-use arcface_proto::types::ClassRange;
+use arcface_proto::location::{Scheme, StoreUrl};
+use arcface_proto::types::{ClassRange, JobId};
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
 use arcface_proto::v1::{
@@ -87,11 +89,15 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     let output = paths::output_directory(&assignment.output_root, &spec.output)
         .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
     outputs::make_directory(&output)?;
+    let location = match &spec.checkpoint.location {
+        Some(url) => shared_location(assignment, url)?,
+        None => Location::output(&output),
+    };
     let data_roots: Vec<PathBuf> = assignment.data_roots.iter().map(PathBuf::from).collect();
 
     let prepared = Prepared::open(spec, &data_roots, &assignment.device)?;
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
-    let checkpoint = resumable(assignment, &output)?;
+    let checkpoint = resumable(assignment, &location, board)?;
     board.enter(Activity::Starting);
     let met = meet(assignment, reporter, prepared.spec.checkpoint.buddy_steps)?;
     let together = Together::default();
@@ -140,7 +146,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     };
     let committer = reporter.committer();
     let commit = move |request| committer.commit(request);
-    let writer = Writer::start(output.clone(), assignment.generation, commit);
+    let writer = Writer::start(location, assignment.generation, commit);
     let mut sinks = Sinks {
         output,
         log,
@@ -178,27 +184,50 @@ fn begin_log(
     Ok(log)
 }
 
+/// Where the job's checkpoints go, if it says so.
+fn shared_location(assignment: &RankAssignment, url: &StoreUrl) -> Result<Location, RankFailure> {
+    let job: JobId = assignment
+        .job_id
+        .parse()
+        .map_err(|error| RankFailure::permanent(format!("assignment: {error}")))?;
+    if url.scheme() == Scheme::File {
+        let dir = paths::checkpoint_directory(&assignment.output_root, url.path())
+            .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
+        return Ok(Location::shared(&dir, &job));
+    }
+    let location = Remote::open(url).map(|store| Location::remote(store, &job));
+    let asked = location.and_then(|location| {
+        location.check()?;
+        info!("checkpoints go to {location}");
+        Ok(location)
+    });
+    asked.map_err(|error| RankFailure::transient(format!("checkpoint.location: {error}")).hint(error.hint()))
+}
+
 /// The checkpoint to resume from, after everything that this rank will read of it was compared with its digests. That is
 /// done before the ranks meet: where one of them finds damage, none has used a byte, and the next generation goes back to
 /// the checkpoint before.
-fn resumable(assignment: &RankAssignment, output: &Path) -> Result<Option<Checkpoint>, RankFailure> {
-    let Some(manifest) = assignment.resume.as_ref().filter(|_| assignment.resume_copies.is_empty()) else {
+fn resumable(
+    assignment: &RankAssignment,
+    location: &Location,
+    board: &Board,
+) -> Result<Option<Checkpoint>, RankFailure> {
+    let resume = assignment.resume.as_ref().filter(|_| assignment.resume_copies.is_empty());
+    let Some(manifest) = resume else {
         return Ok(None);
     };
     let classes = ClassRange::of_rank(manifest.num_classes, assignment.rank, assignment.world_size);
-    let checkpoint = Checkpoint::open(&output.join(&manifest.directory), manifest.clone());
-    let verified = checkpoint.and_then(|checkpoint| {
-        checkpoint.verify_for(classes)?;
-        Ok(checkpoint)
-    });
-    verified
+    // A fetch may take longer than a start: as long as bytes come in, the rank does not hang.
+    let alive = || board.enter(Activity::Starting);
+    location
+        .open(manifest, classes, &alive)
         .map(Some)
         .map_err(|error| RankFailure::checkpoint(manifest, &error))
 }
 
 /// Waits until the last checkpoint is durable, committed and described.
 fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
-    let output = writer.finish();
+    let location = writer.finish();
     if !reporter.wait_for_commits(LAST_WORD) {
         warn!("the last checkpoint was not committed: the coordinator is away");
         return;
@@ -212,7 +241,7 @@ fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
         let Command::CheckpointCommitted(committed) = command else {
             continue;
         };
-        checkpoints::settle(&output, &committed);
+        checkpoints::settle(&location, &committed);
         if committed.manifest.is_some_and(|manifest| manifest.step >= step) {
             return;
         }

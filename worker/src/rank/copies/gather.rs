@@ -1,7 +1,7 @@
 //! How a new generation gets the copies that it resumes from: what this node's memory has is used from there, the rest
 //! comes from ranks on the nodes that have it.
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::collective::{Session, parts};
 use crate::rank::failure::RankFailure;
 use arcface_proto::types::ClassRange;
@@ -26,23 +26,24 @@ pub fn gather(
     ranks: &[(String, String)],
 ) -> Result<Checkpoint, RankFailure> {
     let folder = home.join(&manifest.directory);
-    let fail = |file: &str, error: &dyn std::fmt::Display| RankFailure::copies(manifest, file, error);
-    std::fs::create_dir_all(&folder).map_err(|error| fail("", &error))?;
-    let set = Checkpoint::described(&folder, manifest.clone());
-    let set = set.map_err(|error| fail("", &error))?;
+    std::fs::create_dir_all(&folder).map_err(|error| RankFailure::copies(manifest, "", &error))?;
     let (mut fetched, mut bytes) = (0, 0);
-    for part in set.needed(classes).map_err(|error| fail("", &error))? {
-        if is_whole(&folder.join(&part.file), part) {
-            continue;
+    let set = Checkpoint::fetched(&folder, manifest.clone(), classes, &mut |part| {
+        let path = folder.join(&part.file);
+        if !is_whole(&path, part) {
+            let holders = copies.iter().find(|copies| copies.file == part.file);
+            let holders = holders.map_or(&[][..], |copies| &copies.nodes);
+            fetch(&path, session, manifest, part, holders, ranks)
+                .map_err(|why| CheckpointError::layout(&path, why))?;
+            fetched += 1;
+            bytes += part.bytes;
         }
-        let holders = copies.iter().find(|copies| copies.file == part.file);
-        let holders = holders.map_or(&[][..], |copies| &copies.nodes);
-        fetch(&folder, session, manifest, part, holders, ranks)
-            .map_err(|error| fail(&part.file, &error))?;
-        fetched += 1;
-        bytes += part.bytes;
-    }
-    set.verify_for(classes).map_err(|error| fail("", &error))?;
+        File::open(&path).map_err(CheckpointError::io("open", &path, part.bytes))
+    });
+    let set = set.map_err(|error| {
+        let file = error.path().and_then(|path| path.file_name()?.to_str());
+        RankFailure::copies(manifest, file.unwrap_or_default(), &error)
+    })?;
     info!(
         step = manifest.step,
         fetched, bytes, "resumes from copies in memory, of which parts came from other nodes"
@@ -60,7 +61,7 @@ fn is_whole(path: &Path, part: &CheckpointPart) -> bool {
 
 /// Gets a part from the first rank that has it.
 fn fetch(
-    folder: &Path,
+    path: &Path,
     session: &Session,
     manifest: &CheckpointManifest,
     part: &CheckpointPart,
@@ -68,12 +69,11 @@ fn fetch(
     ranks: &[(String, String)],
 ) -> Result<(), String> {
     let name = format!("{}/{}", manifest.directory, part.file);
-    let path = folder.join(&part.file);
     let mut last = "no rank is on a node that has it".to_owned();
     for (node, endpoint) in ranks.iter().filter(|(node, _)| holders.contains(node)) {
-        let got = parts::get(endpoint, session, &name, &path);
+        let got = parts::get(endpoint, session, &name, path);
         last = match got {
-            Ok(()) if is_whole(&path, part) => return Ok(()),
+            Ok(()) if is_whole(path, part) => return Ok(()),
             Ok(()) => format!("{node} has another file of that name"),
             Err(error) => format!("{node} at {endpoint}: {error}"),
         };

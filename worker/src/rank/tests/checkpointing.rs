@@ -2,7 +2,9 @@
 
 use super::updates::steps;
 use super::*;
+use crate::checkpoint::{Location, location::Remote};
 use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
+use object_store::{RetryConfig, aws::AmazonS3Builder};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -33,7 +35,28 @@ fn train_with(
     commit: impl Fn(CommitCheckpointRequest) + Send + 'static,
     listen: impl FnMut(&StepMetrics),
 ) {
-    let writer = Writer::start(output.to_owned(), 1, commit);
+    train_at(
+        Location::output(output),
+        rank,
+        trainer,
+        job,
+        output,
+        commit,
+        listen,
+    );
+}
+
+/// The same with checkpoints in another place.
+fn train_at(
+    location: Location,
+    rank: u32,
+    trainer: &mut Trainer,
+    job: &Job,
+    output: &Path,
+    commit: impl Fn(CommitCheckpointRequest) + Send + 'static,
+    listen: impl FnMut(&StepMetrics),
+) {
+    let writer = Writer::start(location, 1, commit);
     let mut sinks = Sinks {
         output: output.to_owned(),
         log: (rank == 0).then(|| crate::rank::log::TrainingLog::open(output).expect("a log")),
@@ -137,7 +160,7 @@ fn a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_nothing() {
     });
     let output = scratch.path();
     // The head of step 1 has no place: something of its name is in the way, after the backbone was written.
-    let in_the_way = checkpoints::directory(1, 1) + "/head-0-10.safetensors/x";
+    let in_the_way = checkpoints::directory(&Location::output(output), 1, 1) + "/head-0-10.safetensors/x";
     std::fs::create_dir_all(output.join(in_the_way)).expect("make");
     let commits: Commits = Arc::new(Mutex::new(vec![vec![]]));
     on_ranks(&spec, 1, |rank, trainer, job| {
@@ -152,12 +175,45 @@ fn a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_nothing() {
     );
     let mut expected: Vec<PathBuf> = commits
         .iter()
-        .map(|step| output.join(checkpoints::directory(*step, 1)))
+        .map(|step| output.join(checkpoints::directory(&Location::output(output), *step, 1)))
         .collect();
     let mut found = left_behind(output);
     found.sort();
     expected.sort();
     assert_eq!(found, expected);
+}
+
+#[test]
+fn a_store_that_is_away_costs_the_checkpoints_and_no_step() {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(1, |wire| {
+        wire.checkpoint.get_or_insert_default().every_steps = Some(1);
+    });
+    let commits: Commits = Arc::new(Mutex::new(vec![vec![]]));
+    on_ranks(&spec, 1, |rank, trainer, job| {
+        let _there = rustls::crypto::ring::default_provider().install_default();
+        // Nobody listens there.
+        let store = AmazonS3Builder::new()
+            .with_bucket_name("faces")
+            .with_endpoint("http://127.0.0.1:1")
+            .with_allow_http(true)
+            .with_access_key_id("key")
+            .with_secret_access_key("secret")
+            .with_retry(RetryConfig {
+                max_retries: 0,
+                ..Default::default()
+            })
+            .build()
+            .expect("a client");
+        let remote = Remote::on(Arc::new(store), "s3://faces", "").expect("threads");
+        let location = Location::remote(remote, &"job-0123456789ab".parse().expect("an id"));
+        let commits = commits.clone();
+        let commit = move |request: CommitCheckpointRequest| record(&commits, rank, &request);
+        // Comes to the end of the job, or panics.
+        train_at(location, rank, trainer, job, scratch.path(), commit, |_| {});
+    });
+    assert_eq!(*commits.lock().expect("commits"), [[0u64; 0]]);
+    assert_eq!(left_behind(scratch.path()), Vec::<PathBuf>::new());
 }
 
 #[test]
@@ -167,7 +223,7 @@ fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
     let spec = job(1, |wire| wire.train.get_or_insert_default().max_steps = Some(1));
     on_ranks(&spec, 1, |_, trainer, job| {
         let (committed, parts) = sync_channel(8);
-        let writer = Writer::start(output.to_owned(), 1, move |request| {
+        let writer = Writer::start(Location::output(output), 1, move |request| {
             committed.send(request).expect("taken");
         });
         let mut requests = Vec::new();
@@ -187,7 +243,7 @@ fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
             expired_directories: vec![],
             kept_directories: kept,
         };
-        let directory = |step| checkpoints::directory(step, 1);
+        let directory = |step| checkpoints::directory(&Location::output(output), step, 1);
         // Of 10 we were never told, but the coordinator has it; 20 lacks the parts of a peer; 40 is on its way.
         writer.committed(told(2, vec![directory(30), directory(10)]));
         writer.finish();
