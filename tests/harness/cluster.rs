@@ -46,6 +46,17 @@ struct Seat {
     address: String,
 }
 
+/// What a cluster has around it.
+#[derive(Default)]
+struct Surroundings {
+    /// Where several coordinators keep their state.
+    etcd: Option<Etcd>,
+    /// Where the workers live.
+    network: Option<Network>,
+    /// What the workers are started with.
+    environment: Vec<(String, String)>,
+}
+
 /// A coordinator and its workers, or several coordinators that share an etcd.
 pub struct Cluster {
     scratch: tempfile::TempDir,
@@ -56,6 +67,8 @@ pub struct Cluster {
     slots: usize,
     etcd: Option<Etcd>,
     network: Option<Network>,
+    /// What workers are started with.
+    environment: Vec<(String, String)>,
 }
 
 impl Cluster {
@@ -66,7 +79,7 @@ impl Cluster {
     /// What the test or the start failed with.
     pub fn run(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        Self::run_with(options, 1, None, None, test)
+        Self::run_with(options, 1, Surroundings::default(), test)
     }
 
     /// The same with every worker in a network namespace of its own. Where there are none the test is skipped, see
@@ -77,9 +90,32 @@ impl Cluster {
     pub fn run_in_network(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         match Network::start()? {
-            Some(network) => Self::run_with(options, 1, None, Some(network), test),
+            Some(network) => {
+                let around = Surroundings {
+                    network: Some(network),
+                    ..Surroundings::default()
+                };
+                Self::run_with(options, 1, around, test)
+            }
             None => Ok(()),
         }
+    }
+
+    /// The same with these variables in the environment of the workers.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_in_environment(
+        options: Options,
+        environment: Vec<(String, String)>,
+        test: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let around = Surroundings {
+            environment,
+            ..Surroundings::default()
+        };
+        Self::run_with(options, 1, around, test)
     }
 
     /// The same with several coordinators that keep their state in an etcd of this test. Where no etcd is installed
@@ -94,7 +130,13 @@ impl Cluster {
     ) -> Result<()> {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         match Etcd::start()? {
-            Some(etcd) => Self::run_with(options, coordinators, Some(etcd), None, test),
+            Some(etcd) => {
+                let around = Surroundings {
+                    etcd: Some(etcd),
+                    ..Surroundings::default()
+                };
+                Self::run_with(options, coordinators, around, test)
+            }
             None => Ok(()),
         }
     }
@@ -102,11 +144,10 @@ impl Cluster {
     fn run_with(
         options: Options,
         coordinators: usize,
-        etcd: Option<Etcd>,
-        network: Option<Network>,
+        around: Surroundings,
         test: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        let host = network.as_ref().map_or("127.0.0.1".to_owned(), |network| network.host().to_string());
+        let host = around.network.as_ref().map_or("127.0.0.1".to_owned(), |network| network.host().to_string());
         let seat = || Seat {
             process: None,
             address: format!("{host}:0"),
@@ -117,8 +158,9 @@ impl Cluster {
             workers: Vec::new(),
             past: Vec::new(),
             slots: options.slots,
-            etcd,
-            network,
+            etcd: around.etcd,
+            network: around.network,
+            environment: around.environment,
         };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             for index in 0..coordinators {
@@ -290,7 +332,8 @@ impl Cluster {
         command
             .args(["--join", &self.addresses(), "--device", "cpu"])
             .args(["--slots", &self.slots.to_string()])
-            .args(["--memory-root", "memory"]);
+            .args(["--memory-root", "memory"])
+            .envs(self.environment.iter().cloned());
         self.workers.push(Process::start(&name, &self.logs(), command)?);
         Ok(())
     }

@@ -10,6 +10,7 @@ mod cluster;
 mod etcd;
 mod network;
 mod process;
+mod s3;
 mod synthetic;
 pub mod wait;
 
@@ -17,6 +18,7 @@ pub use cluster::{Cluster, Options};
 pub use etcd::Etcd;
 pub use network::Network;
 pub use process::{Finished, Process, binary, command, living_in};
+pub use s3::S3;
 pub use synthetic::{JobFile, write_identities};
 
 use std::path::{Path, PathBuf};

@@ -45,7 +45,7 @@ const PURE: [&str; 18] = [
     "worker/src/agent/stall",
 ];
 
-const RULES: [Rule; 14] = [
+const RULES: [Rule; 15] = [
     Rule {
         reason: "pure modules get what they need as arguments and return what is to be done or logged",
         within: &PURE,
@@ -136,6 +136,12 @@ const RULES: [Rule; 14] = [
         within: &["coordinator/src/"],
         except: &["coordinator/src/store"],
         names: &["redb", "etcd_client"],
+    },
+    Rule {
+        reason: "object stores are behind checkpoint/location: ranks ask for parts, not for requests",
+        within: &["worker/src/"],
+        except: &["worker/src/checkpoint/location"],
+        names: &["object_store", "rustls"],
     },
     Rule {
         reason: "api decodes, asks control and encodes: it decides nothing and stores nothing",
