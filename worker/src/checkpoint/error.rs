@@ -156,7 +156,7 @@ impl CheckpointError {
     }
 
     /// A failed operation; a full disk is told apart.
-    pub(super) fn io(operation: &'static str, path: &Path, bytes: u64) -> impl Fn(io::Error) -> Self + use<> {
+    pub(crate) fn io(operation: &'static str, path: &Path, bytes: u64) -> impl Fn(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace {
@@ -184,7 +184,7 @@ impl CheckpointError {
         }
     }
 
-    pub(super) fn layout(path: &Path, detail: impl Into<String>) -> Self {
+    pub(crate) fn layout(path: &Path, detail: impl Into<String>) -> Self {
         Self::Layout {
             path: path.to_owned(),
             detail: detail.into(),
