@@ -26,7 +26,7 @@ demo: build ## Train on synthetic identities with a coordinator and two workers 
 	@scripts/demo.sh
 
 test: setup ## Run all tests: unit, property, golden and cluster
-	@scripts/setup.sh python etcd
+	@scripts/setup.sh python etcd deploy
 	@# The cluster tests start the binaries of this profile, so these come first.
 	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
 	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)
@@ -47,8 +47,8 @@ onnx: setup ## Export every network as ONNX and compare it with onnxruntime (nee
 	@$(ENV) ARCFACE_ONNX_NETWORKS="$${ARCFACE_ONNX_NETWORKS:-all}" CI=1 \
 		$(CARGO) test --package arcface-worker --locked $(CARGO_FLAGS) --test onnx_runtime -- --nocapture
 
-lint: setup ## Check format, clippy, docs, lock file, protocol, scripts and spelling
-	@scripts/setup.sh lint
+lint: setup ## Check format, clippy, docs, lock file, protocol, scripts, Dockerfiles, YAML and spelling
+	@scripts/setup.sh lint deploy
 	@scripts/lint.sh
 
 clean: ## Remove build outputs and the demo's work; the cache stays

@@ -15,4 +15,6 @@ ARCFACE_PYTHON_PACKAGES="$ARCFACE_CACHE/python-$(python3 -c 'import sys; print("
 ARCFACE_PYTHON_TORCH="$ARCFACE_CACHE/python-torch-2.11.0"
 # Command-line tools of `make lint`, which ship as Python wheels.
 ARCFACE_LINT_TOOLS="$ARCFACE_CACHE/lint-tools"
-export ARCFACE_CACHE LIBTORCH ARCFACE_PYTHON_PACKAGES ARCFACE_PYTHON_TORCH ARCFACE_LINT_TOOLS
+# Tools that check deploy/, likewise; some of them are compiled for this Python.
+ARCFACE_DEPLOY_TOOLS="$ARCFACE_CACHE/deploy-tools${ARCFACE_PYTHON_PACKAGES##*/python}"
+export ARCFACE_CACHE LIBTORCH ARCFACE_PYTHON_PACKAGES ARCFACE_PYTHON_TORCH ARCFACE_LINT_TOOLS ARCFACE_DEPLOY_TOOLS

