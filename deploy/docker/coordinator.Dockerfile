@@ -12,7 +12,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     cargo build --release --locked --package arcface-coordinator \
     && strip --strip-debug -o /usr/local/bin/arcface-coordinator target/release/arcface-coordinator
 
-FROM debian:12.12-slim
+FROM debian:12.15-slim
 LABEL org.opencontainers.image.title="arcface-coordinator" \
       org.opencontainers.image.description="Coordinator of an ArcFace cluster, and the commands that drive it" \
       org.opencontainers.image.version="0.1.0" \

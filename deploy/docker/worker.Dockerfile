@@ -12,7 +12,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     && cargo build --release --locked --package arcface-worker \
     && strip --strip-debug -o /usr/local/bin/arcface-worker target/release/arcface-worker
 
-FROM debian:12.12-slim
+FROM debian:12.15-slim
 LABEL org.opencontainers.image.title="arcface-worker" \
       org.opencontainers.image.description="Worker of an ArcFace cluster (CPU), and the offline tools" \
       org.opencontainers.image.version="0.1.0" \
