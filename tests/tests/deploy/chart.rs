@@ -20,7 +20,7 @@ const VARIANTS: [&str; 5] = [
     "worker.kind=DaemonSet,worker.data.existingClaim=faces,worker.output.existingClaim=runs",
     "etcd.enabled=false,etcd.externalUrls={http://e1:2379,http://e2:2479}",
     "serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboards.enabled=true,etcd.replicas=1",
-    "networkPolicy.enabled=false,image.repository=registry.example.com/team,image.tag=7,worker.leaveSeconds=90",
+    "networkPolicy.enabled=false,image.repository=registry.example.com/team,image.tag=v7,worker.leaveSeconds=90",
 ];
 
 /// The manifests with these values, compared with the schemas of Kubernetes' API.
