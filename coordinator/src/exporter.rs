@@ -37,6 +37,9 @@ static RECORDER: OnceLock<Result<PrometheusHandle, String>> = OnceLock::new();
 /// Jobs whose series are not shown any more.
 static RETIRED: Mutex<Option<HashSet<String>>> = Mutex::new(None);
 
+/// Nodes whose series are shown.
+static NODES: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+
 /// False while the series of jobs and nodes are those of a time when this coordinator led.
 static CLUSTER: AtomicBool = AtomicBool::new(true);
 
@@ -70,6 +73,11 @@ pub fn retire(job_id: &str) {
         .insert(format!("job_id=\"{job_id}\""));
 }
 
+/// Shows the series of these nodes and of no others: every worker that was ever started anew leaves some.
+pub fn show_nodes(nodes: HashSet<String>) {
+    *NODES.lock().unwrap_or_else(PoisonError::into_inner) = Some(nodes);
+}
+
 /// Whether the series of jobs and nodes are shown: a coordinator that stands by knows of none, and what it knew is old.
 pub fn show_cluster(shown: bool) {
     CLUSTER.store(shown, Ordering::Relaxed);
@@ -79,8 +87,23 @@ pub fn show_cluster(shown: bool) {
 pub fn render(recorder: &PrometheusHandle) -> String {
     let text = recorder.render();
     let retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-    let cluster = CLUSTER.load(Ordering::Relaxed);
-    if cluster && retired.is_none() {
+    let nodes = NODES.lock().unwrap_or_else(PoisonError::into_inner);
+    shown(
+        text,
+        CLUSTER.load(Ordering::Relaxed),
+        retired.as_ref(),
+        nodes.as_ref(),
+    )
+}
+
+/// What of a page is shown: nothing of the cluster unless `cluster`, no `retired` jobs, no nodes but `nodes` if these are known.
+fn shown(
+    text: String,
+    cluster: bool,
+    retired: Option<&HashSet<String>>,
+    nodes: Option<&HashSet<String>>,
+) -> String {
+    if cluster && retired.is_none() && nodes.is_none() {
         return text;
     }
     let of_cluster = |line: &str| {
@@ -94,10 +117,16 @@ pub fn render(recorder: &PrometheusHandle) -> String {
             let label = line.get(at..)?;
             label.get(..label.char_indices().filter(|(_, c)| *c == '"').nth(1)?.0 + 1)
         });
-        label.is_some_and(|label| retired.as_ref().is_some_and(|retired| retired.contains(label)))
+        label.is_some_and(|label| retired.is_some_and(|retired| retired.contains(label)))
+    };
+    let of_forgotten = |line: &str| {
+        let node = line
+            .split_once("{node=\"")
+            .and_then(|(_, rest)| rest.split('"').next());
+        node.is_some_and(|node| nodes.is_some_and(|nodes| !nodes.contains(node)))
     };
     text.lines()
-        .filter(|line| !of_retired(line) && (cluster || !of_cluster(line)))
+        .filter(|line| !of_retired(line) && !of_forgotten(line) && (cluster || !of_cluster(line)))
         .fold(String::with_capacity(text.len()), |mut shown, line| {
             shown.push_str(line);
             shown.push('\n');
@@ -167,4 +196,32 @@ async fn read_head(socket: &mut TcpStream) -> io::Result<String> {
         head.extend_from_slice(&chunk[..read]);
     }
     Ok(String::from_utf8_lossy(&head).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forgotten_nodes_ended_jobs_and_the_cluster_of_another_are_hidden() {
+        const PAGE: &str = "# HELP a b\nis_leader 1\nage{node=\"old\"} 9\nage{node=\"new\"} 1\n\
+                            steps{job_id=\"j1\"} 1\nsteps{job_id=\"j2\",rank=\"0\"} 2\n";
+        let set = |one: &str| Some(HashSet::from([one.to_owned()]));
+        let (ended, known) = (set("job_id=\"j1\""), set("new"));
+        let cases = [
+            (true, &None, &None, PAGE.to_owned()),
+            (
+                true,
+                &ended,
+                &known,
+                PAGE.replace("age{node=\"old\"} 9\n", "")
+                    .replace("steps{job_id=\"j1\"} 1\n", ""),
+            ),
+            (false, &None, &known, "# HELP a b\nis_leader 1\n".to_owned()),
+        ];
+        for (cluster, retired, nodes, expected) in cases {
+            let found = shown(PAGE.to_owned(), cluster, retired.as_ref(), nodes.as_ref());
+            assert_eq!(found, expected, "{cluster} {retired:?} {nodes:?}");
+        }
+    }
 }

@@ -129,10 +129,10 @@ metrics! {
         "Slots of healthy nodes: free or used.";
     HEARTBEAT_AGE_SECONDS =
         "arcface_coordinator_heartbeat_age_seconds", MetricKind::Gauge, ["node"],
-        "Age of the newest heartbeat of a node, in seconds.";
+        "Age of the newest heartbeat of a node, in seconds; a lost node is shown until it is forgotten, unless it was drained.";
     JOB_INFO =
-        "arcface_job_info", MetricKind::Gauge, ["job_id", "backbone", "head"],
-        "Always 1; the labels tell what a job trains.";
+        "arcface_job_info", MetricKind::Gauge, ["job_id", "name", "backbone", "head"],
+        "Always 1; the labels tell what a job is called and what it trains.";
     JOB_STATE =
         "arcface_job_state", MetricKind::Gauge, ["job_id", "state"],
         "1 for the state that a job is in, 0 for the others.";

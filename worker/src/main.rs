@@ -226,7 +226,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         .context("start the runtime")?;
     runtime.block_on(async {
         if let Some(address) = args.metrics {
-            telemetry::serve_metrics(address)?;
+            telemetry::serve_metrics(address, &options.node_id)?;
         }
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;

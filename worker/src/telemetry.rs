@@ -2,6 +2,7 @@
 //! Labels come from closed sets or ids, never from free text.
 
 use anyhow::Context;
+use arcface_proto::types::NodeId;
 use std::net::SocketAddr;
 use tracing_subscriber::EnvFilter;
 
@@ -14,7 +15,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// 1, labelled with the version.
+/// Always 1; labelled with the version.
 pub const BUILD_INFO: &str = "arcface_build_info";
 /// Rank processes that run on this node.
 pub const AGENT_RANKS: &str = "arcface_agent_ranks";
@@ -51,22 +52,38 @@ pub fn init_logs(format: LogFormat) {
     };
 }
 
-/// Serves `/metrics` for Prometheus at `address`. Must be called inside a tokio runtime.
+/// How a rank process can end, as the agent counts it.
+const OUTCOMES: [&str; 5] = ["ok", "error", "signal", "hang", "requested"];
+
+/// Serves `/metrics` for Prometheus at `address`, every series with the label `node`. Must be called inside a tokio
+/// runtime.
 ///
 /// # Errors
 /// If the address cannot be listened at.
-pub fn serve_metrics(address: SocketAddr) -> anyhow::Result<()> {
+pub fn serve_metrics(address: SocketAddr, node: &NodeId) -> anyhow::Result<()> {
     metrics_exporter_prometheus::PrometheusBuilder::new()
         .with_http_listener(address)
+        .add_global_label("node", node.to_string())
         .install()
         .with_context(|| format!("--metrics {address}: cannot serve metrics there"))?;
     describe();
+    start_counters();
     Ok(())
+}
+
+/// Counters of rare events start at 0: Prometheus sees no increase in a series that begins with its first event.
+fn start_counters() {
+    for name in [AGENT_RANK_STARTS, AGENT_RANK_HANGS, AGENT_CONNECTIONS_LOST] {
+        metrics::counter!(name).increment(0);
+    }
+    for outcome in OUTCOMES {
+        metrics::counter!(AGENT_RANK_EXITS, "outcome" => outcome).increment(0);
+    }
 }
 
 fn describe() {
     use metrics::{describe_counter, describe_gauge};
-    describe_gauge!(BUILD_INFO, "1, labelled with the version.");
+    describe_gauge!(BUILD_INFO, "Always 1; the labels tell the version.");
     describe_gauge!(AGENT_RANKS, "Rank processes that run on this node.");
     describe_gauge!(AGENT_SLOTS, "Ranks that this node can run at once.");
     describe_counter!(AGENT_RANK_STARTS, "Rank processes started.");

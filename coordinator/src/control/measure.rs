@@ -1,5 +1,5 @@
-//! Turns what happened into metrics. Labels are job ids, and words of closed sets; what no metric needs any more
-//! goes stale and is dropped by the exporter.
+//! Turns what happened into metrics. Labels are ids of jobs and nodes, names of jobs and data sets, and words of closed
+//! sets; series of jobs that ended and of nodes that are forgotten are hidden by the exporter.
 
 use super::Control;
 use crate::{
@@ -13,7 +13,7 @@ use arcface_proto::{
     v1::{CheckpointManifest, Evaluation, StepMetrics},
 };
 use metrics::{counter, gauge, histogram};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 /// Phases of a step that are reported; others are left out, because a label is never free text.
 const PHASES: [&str; 8] = [
@@ -36,10 +36,27 @@ pub(super) type PhaseSeconds = BTreeMap<&'static str, f64>;
 /// A job that was submitted or loaded from the store.
 pub(super) fn job_loaded(job: &Job) {
     if !job.phase.is_terminal() {
-        gauge!(t::JOB_INFO, "job_id" => job.id.to_string(), "backbone" => job.spec.model.network.clone(),
-            "head" => job.spec.head.implementation.as_str())
+        gauge!(t::JOB_INFO, "job_id" => job.id.to_string(), "name" => job.spec.name.clone(),
+            "backbone" => job.spec.model.network.clone(), "head" => job.spec.head.implementation.as_str())
         .set(1.0);
         state_of(job);
+        start_counters(job);
+    }
+}
+
+/// Counters of rare events start at 0: Prometheus sees no increase in a series that begins with its first event.
+fn start_counters(job: &Job) {
+    let id = job.id.to_string();
+    for name in [
+        t::WORKER_RESTARTS_TOTAL,
+        t::TRAIN_NONFINITE_STEPS_TOTAL,
+        t::TRAIN_ROLLBACKS_TOTAL,
+        t::CHECKPOINT_DAMAGED_TOTAL,
+    ] {
+        counter!(name, "job_id" => id.clone()).increment(0);
+    }
+    for kind in FailureKind::ALL {
+        counter!(t::WORKER_FAILURES_TOTAL, "job_id" => id.clone(), "reason" => kind.as_str()).increment(0);
     }
 }
 
@@ -233,12 +250,16 @@ impl Control {
         gauge!(t::COORDINATOR_SLOTS, "use" => "used").set(f64::from(totals.slots_used));
         gauge!(t::COORDINATOR_SLOTS, "use" => "free")
             .set(f64::from(totals.slots_total.saturating_sub(totals.slots_used)));
+        let mut shown = HashSet::new();
         for (id, member) in self.members.members() {
-            if member.liveness != Liveness::Lost {
+            // A node that was drained is expected to go.
+            if member.liveness != Liveness::Lost || !member.draining {
                 let age_s = now.mono_ms.saturating_sub(member.heard_ms) as f64 / 1000.0;
                 gauge!(t::HEARTBEAT_AGE_SECONDS, "node" => id.to_string()).set(age_s);
+                shown.insert(id.to_string());
             }
         }
+        crate::exporter::show_nodes(shown);
     }
 }
 
