@@ -26,7 +26,7 @@ demo: build ## Train on synthetic identities with a coordinator and two workers 
 	@scripts/demo.sh
 
 test: setup ## Run all tests: unit, property, golden and cluster
-	@scripts/setup.sh python etcd deploy
+	@scripts/setup.sh python etcd prometheus deploy
 	@# The cluster tests start the binaries of this profile, so these come first.
 	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
 	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fetches what a fresh Debian or Ubuntu (x86-64) lacks to build, test and lint: C++ compiler, cmake, nasm, protoc, pip and
-# (for tests) an etcd server from apt, libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or sudo if apt packages
-# are missing.
+# (for tests) an etcd server and Prometheus from apt, libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or
+# sudo if apt packages are missing.
 #
-#   scripts/setup.sh [libtorch] [python] [etcd] [lint] [deploy]     default: libtorch
+#   scripts/setup.sh [libtorch] [python] [etcd] [prometheus] [lint] [deploy]     default: libtorch
 #
 # Safe to interrupt and to run twice at once: downloads are checked by digest, unpacked beside their place and
 # renamed into it under a lock. When nothing is missing it takes a fraction of a second. See scripts/env.sh for the
@@ -62,17 +62,17 @@ need_system() {
     [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
 }
 
-# The tests start servers of their own: the system's is not wanted. Debian asks this file before it starts a service.
-need_etcd() {
-    local policy=/usr/sbin/policy-rc.d
-    command -v etcd >/dev/null && return
+# Installs a server that the tests start themselves: the system's service is not wanted. Debian asks this file before it starts one.
+need_server() {
+    local program="$1" package="$2" policy=/usr/sbin/policy-rc.d
+    command -v "$program" >/dev/null && return
     if [ -e "$policy" ]; then
-        apt_install etcd-server
+        apt_install "$package"
         return
     fi
     printf '#!/bin/sh\nexit 101\n' | as_root install -m 755 /dev/stdin "$policy"
     trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
-    apt_install etcd-server
+    apt_install "$package"
     as_root rm -f "$policy"
     trap - EXIT
 }
@@ -282,11 +282,12 @@ for part in "${@:-libtorch}"; do
         need_libtorch
         need_python
         ;;
-    etcd) need_etcd ;;
+    etcd) need_server etcd etcd-server ;;
+    prometheus) need_server prometheus prometheus ;;
     lint) need_lint ;;
     deploy) need_deploy ;;
     *)
-        printf 'setup: unknown part %s\nhint: libtorch, python, etcd, lint or deploy\n' "$part" >&2
+        printf 'setup: unknown part %s\nhint: libtorch, python, etcd, prometheus, lint or deploy\n' "$part" >&2
         exit 2
         ;;
     esac

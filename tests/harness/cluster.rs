@@ -1,7 +1,7 @@
 //! Coordinators and their workers on this machine, for the time of one test.
 
 use crate::{
-    Etcd, Finished, JobFile, Network, Process, command, process,
+    Etcd, Finished, JobFile, Network, Process, command, http, process,
     wait::{self, Seen},
 };
 use anyhow::{Context, Result, ensure};
@@ -9,8 +9,6 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::{
     fs,
-    io::{Read, Write},
-    net::TcpStream,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -230,11 +228,7 @@ impl Cluster {
     /// If it does not answer.
     pub fn leads(&self, index: usize) -> Result<bool> {
         let address = self.served(index, "metrics")?.context("no metrics")?;
-        let mut socket = TcpStream::connect(&address).with_context(|| format!("connect to {address}"))?;
-        socket.set_read_timeout(Some(ANSWER))?;
-        socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
-        let mut page = String::new();
-        socket.read_to_string(&mut page)?;
+        let page = http::get(&address, "/metrics")?;
         Ok(page.lines().any(|line| line == "arcface_coordinator_is_leader 1"))
     }
 
@@ -321,6 +315,14 @@ impl Cluster {
     /// # Errors
     /// If it cannot be started. It may join later: see [`Self::wait_for_nodes`].
     pub fn start_worker(&mut self) -> Result<()> {
+        self.start_worker_with(&[])
+    }
+
+    /// Starts one more worker with further arguments.
+    ///
+    /// # Errors
+    /// As [`Self::start_worker`].
+    pub fn start_worker_with(&mut self, arguments: &[&str]) -> Result<()> {
         let name = format!("worker-{}", self.workers.len() + self.past.len());
         let mut command = command("arcface-worker", self.scratch())?;
         if let Some(network) = &mut self.network {
@@ -333,6 +335,7 @@ impl Cluster {
             .args(["--join", &self.addresses(), "--device", "cpu"])
             .args(["--slots", &self.slots.to_string()])
             .args(["--memory-root", "memory"])
+            .args(arguments)
             .envs(self.environment.iter().cloned());
         self.workers.push(Process::start(&name, &self.logs(), command)?);
         Ok(())

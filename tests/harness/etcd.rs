@@ -127,8 +127,11 @@ fn text_of(log: &Path) -> String {
     std::fs::read_to_string(log).unwrap_or_else(|error| format!("(no log: {error})"))
 }
 
-/// A port that was free a moment ago: etcd cannot be told to choose one and say which.
-fn free_port() -> Result<SocketAddr> {
+/// A port that was free a moment ago, for a server that cannot be told to choose one and say which.
+///
+/// # Errors
+/// If there is none.
+pub fn free_port() -> Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
 

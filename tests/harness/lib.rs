@@ -8,16 +8,19 @@
 
 mod cluster;
 mod etcd;
+pub mod http;
 mod network;
 mod process;
+mod prometheus;
 mod s3;
 mod synthetic;
 pub mod wait;
 
 pub use cluster::{Cluster, Options};
-pub use etcd::Etcd;
+pub use etcd::{Etcd, free_port};
 pub use network::Network;
 pub use process::{Finished, Process, binary, command, living_in};
+pub use prometheus::Prometheus;
 pub use s3::S3;
 pub use synthetic::{JobFile, write_identities};
 

@@ -40,11 +40,14 @@ pub(super) fn job_loaded(job: &Job) {
             "backbone" => job.spec.model.network.clone(), "head" => job.spec.head.implementation.as_str())
         .set(1.0);
         state_of(job);
-        start_counters(job);
+        if job.generation.0 > 0 {
+            start_counters(job);
+        }
     }
 }
 
-/// Counters of rare events start at 0: Prometheus sees no increase in a series that begins with its first event.
+/// Counters of rare events start at 0 with a job's first generation: Prometheus sees no increase in a series that begins with
+/// its first event. Jobs that wait, of which there may be thousands, have none yet.
 fn start_counters(job: &Job) {
     let id = job.id.to_string();
     for name in [
@@ -77,8 +80,11 @@ pub(super) fn job_changed(before: &Job, after: &Job) {
     if before.phase != after.phase || before.generation != after.generation {
         state_of(after);
     }
-    if after.generation > before.generation && before.generation.0 > 0 {
-        counter!(t::WORKER_RESTARTS_TOTAL, "job_id" => id.clone()).increment(1);
+    if after.generation > before.generation {
+        match before.generation.0 {
+            0 => start_counters(after),
+            _ => counter!(t::WORKER_RESTARTS_TOTAL, "job_id" => id.clone()).increment(1),
+        }
     }
     for recovery in after.recoveries.iter().skip(before.recoveries.len()) {
         if recovery.kind == FailureKind::Nonfinite {
