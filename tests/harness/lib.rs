@@ -13,6 +13,7 @@ mod network;
 mod process;
 mod prometheus;
 mod s3;
+pub mod shipped;
 mod synthetic;
 pub mod wait;
 
