@@ -34,10 +34,12 @@ test: setup ## Run all tests: unit, property, golden and cluster
 	@$(ENV) $(CARGO) test --package arcface-coordinator --features planted-bugs --locked $(CARGO_FLAGS) \
 		--test simulation --test properties planted -- --nocapture
 
-chaos: setup ## Faults again and again, times held against their bars (half an hour on a machine that does nothing else)
+chaos: setup ## Faults again and again, times held against their bars (an hour on a machine that does nothing else)
 	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
-	@$(ENV) ARCFACE_TRIALS="$${ARCFACE_TRIALS:-20}" CI=1 $(CARGO) test --package arcface-tests --locked $(CARGO_FLAGS) \
-		--test chaos --test failover -- --nocapture --test-threads 1
+	@$(ENV) ARCFACE_TRIALS="$${ARCFACE_TRIALS:-20}" ARCFACE_OUTAGE_S="$${ARCFACE_OUTAGE_S:-120}" \
+		ARCFACE_SOAK_S="$${ARCFACE_SOAK_S:-600}" CI=1 \
+		$(CARGO) test --package arcface-tests --locked $(CARGO_FLAGS) \
+		--test chaos --test failover --test partition -- --nocapture --test-threads 1
 
 golden: setup ## Run the golden tests alone, on the data in ARCFACE_GOLDEN
 	@$(ENV) $(CARGO) test --package arcface-worker --locked $(CARGO_FLAGS) --test 'golden_*' -- --nocapture

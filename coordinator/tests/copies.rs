@@ -27,7 +27,10 @@ async fn copies_in_memory_are_resumed_from_where_they_are_newer_and_at_hand() {
         let step = rank.assignment.resume.as_ref().map(|manifest| manifest.step);
         (
             step,
-            copies.iter().map(|copies| copies.nodes.clone()).collect::<Vec<_>>(),
+            copies
+                .iter()
+                .map(|copies| copies.nodes.clone())
+                .collect::<Vec<_>>(),
         )
     };
     let (zero, one) = generation(&cluster, &mut a, &mut b).await;
@@ -80,7 +83,8 @@ async fn copies_in_memory_are_resumed_from_where_they_are_newer_and_at_hand() {
 
     // The job ends: who has copies may forget them.
     for (rank, agent) in [(&zero, &a), (&one, &b)] {
-        rank.report(Report::Finished(TrainingFinished { step: 100 })).await;
+        rank.report(Report::Finished(TrainingFinished { step: 100 }))
+            .await;
         agent.exit(&rank.assignment, Some(0), None).await;
     }
     zero.close().await;
@@ -107,6 +111,12 @@ async fn a_node_that_was_restarted_has_lost_its_copies_and_others_have_them() {
         .expect("joins");
     let (zero, _one) = generation(&cluster, &mut a, &mut b).await;
     let copies = &zero.assignment.resume_copies;
-    assert_eq!(zero.assignment.resume.as_ref().map(|manifest| manifest.step), Some(20));
-    assert!(!copies.is_empty() && copies.iter().all(|copies| copies.nodes == ["node-a"]), "{copies:?}");
+    assert_eq!(
+        zero.assignment.resume.as_ref().map(|manifest| manifest.step),
+        Some(20)
+    );
+    assert!(
+        !copies.is_empty() && copies.iter().all(|copies| copies.nodes == ["node-a"]),
+        "{copies:?}"
+    );
 }

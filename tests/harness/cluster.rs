@@ -145,7 +145,10 @@ impl Cluster {
         around: Surroundings,
         test: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        let host = around.network.as_ref().map_or("127.0.0.1".to_owned(), |network| network.host().to_string());
+        let host = around
+            .network
+            .as_ref()
+            .map_or("127.0.0.1".to_owned(), |network| network.host().to_string());
         let seat = || Seat {
             process: None,
             address: format!("{host}:0"),

@@ -73,7 +73,9 @@ impl Network {
         let (cable, bridge) = (self.cable(index), self.bridge());
         ip(&["netns", "add", &namespace])?;
         self.namespaces.push(namespace.clone());
-        ip(&["link", "add", &cable, "type", "veth", "peer", "name", "eth0", "netns", &namespace])?;
+        ip(&[
+            "link", "add", &cable, "type", "veth", "peer", "name", "eth0", "netns", &namespace,
+        ])?;
         ip(&["link", "set", &cable, "master", &bridge, "up"])?;
         let address = format!("{}/24", self.address(index));
         ip(&["-n", &namespace, "addr", "add", &address, "dev", "eth0"])?;
@@ -124,7 +126,17 @@ impl Network {
 
     fn mislead(&self, index: usize, about: Ipv4Addr) -> Result<()> {
         let (namespace, about) = (&self.namespaces[index], about.to_string());
-        let entry = ["neigh", "replace", &about, "lladdr", NOBODY, "dev", "eth0", "nud", "permanent"];
+        let entry = [
+            "neigh",
+            "replace",
+            &about,
+            "lladdr",
+            NOBODY,
+            "dev",
+            "eth0",
+            "nud",
+            "permanent",
+        ];
         ip(&[&["-n", namespace], &entry[..]].concat())
     }
 
@@ -133,7 +145,16 @@ impl Network {
     /// # Errors
     /// If there is no such namespace.
     pub fn mend(&self, index: usize) -> Result<()> {
-        ip(&["-n", &self.namespaces[index], "neigh", "flush", "nud", "permanent", "dev", "eth0"])
+        ip(&[
+            "-n",
+            &self.namespaces[index],
+            "neigh",
+            "flush",
+            "nud",
+            "permanent",
+            "dev",
+            "eth0",
+        ])
     }
 }
 
@@ -153,6 +174,10 @@ fn ip(arguments: &[&str]) -> Result<()> {
     if !output.status.success() {
         bail!("ip {line}: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
-    ensure!(output.stderr.is_empty(), "ip {line}: {}", String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.stderr.is_empty(),
+        "ip {line}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }

@@ -227,12 +227,19 @@ fn a_busy_machine_is_not_a_lost_one() -> Result<()> {
             })
         })?;
         let nodes = cluster.json(&["nodes"])?;
-        let healthy = nodes.as_array().into_iter().flatten().filter(|node| node["state"] == "healthy");
+        let healthy = nodes
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|node| node["state"] == "healthy");
         ensure!(
             recoveries(&job).is_empty() && healthy.count() == 2,
             "nobody was lost: {job} {nodes}"
         );
-        println!("| both cores busy for {} s -> nodes called lost, ranks called hung | 1 | 0 | 0 | 0 |", soak.as_secs());
+        println!(
+            "| both cores busy for {} s -> nodes called lost, ranks called hung | 1 | 0 | 0 | 0 |",
+            soak.as_secs()
+        );
         cancel(cluster, &id)
     })
 }
@@ -243,7 +250,10 @@ fn folders(below: &Path, levels: usize) -> Vec<PathBuf> {
     let here: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
     match levels {
         1 => here,
-        _ => here.iter().flat_map(|folder| folders(folder, levels - 1)).collect(),
+        _ => here
+            .iter()
+            .flat_map(|folder| folders(folder, levels - 1))
+            .collect(),
     }
 }
 
@@ -260,7 +270,11 @@ fn a_lost_node_costs_a_few_steps_and_no_read_from_storage() -> Result<()> {
             ..JobFile::tiny("buddies")
         })?;
         let checkpoints = cluster.scratch().join("out/buddies/checkpoints");
-        let mut back = Figures::new("node lost, replaced by another -> first new step, from memory", 10.0, 12.0);
+        let mut back = Figures::new(
+            "node lost, replaced by another -> first new step, from memory",
+            10.0,
+            12.0,
+        );
         let mut lost = Vec::new();
         for trial in 0..trials()? {
             let begun = step(&cluster.job(&id)?);
@@ -290,7 +304,9 @@ fn a_lost_node_costs_a_few_steps_and_no_read_from_storage() -> Result<()> {
         cancel(cluster, &id)?;
         let memory = cluster.scratch().join("memory");
         wait::until("the end of the copies", SOON, || {
-            let left = folders(&memory, 3).into_iter().filter(|folder| folder.ends_with(&id));
+            let left = folders(&memory, 3)
+                .into_iter()
+                .filter(|folder| folder.ends_with(&id));
             let left: Vec<PathBuf> = left.collect();
             Ok(match left.is_empty() {
                 true => Seen::Yes(()),
@@ -314,7 +330,11 @@ impl Draw {
 }
 
 /// 12 epochs of 4 steps, trained with whatever `disturb` does meanwhile; the weights at the end.
-fn weights(name: &str, more: &str, mut disturb: impl FnMut(&mut Cluster, &str) -> Result<()>) -> Result<Vec<u8>> {
+fn weights(
+    name: &str,
+    more: &str,
+    mut disturb: impl FnMut(&mut Cluster, &str) -> Result<()>,
+) -> Result<Vec<u8>> {
     let mut model = Vec::new();
     Cluster::run(Options::default(), |cluster| {
         let id = cluster.submit(&JobFile {

@@ -75,8 +75,14 @@ fn ranks_that_do_not_hear_each_other_are_noticed_and_go_on_when_they_do() -> Res
         cluster.network()?.part(0, 1)?;
         let job = cluster.wait_for_job(&id, "to notice", TRAINED, |job| !recoveries(job).is_empty())?;
         let noticed = parted.elapsed().as_secs_f64();
-        ensure!(noticed <= UNREACHABLE_S + 2.0, "noticed after {noticed:.1} s: {job}");
-        println!("ranks parted: noticed after {noticed:.1} s: {}", recoveries(&job)[0]);
+        ensure!(
+            noticed <= UNREACHABLE_S + 2.0,
+            "noticed after {noticed:.1} s: {job}"
+        );
+        println!(
+            "ranks parted: noticed after {noticed:.1} s: {}",
+            recoveries(&job)[0]
+        );
         cluster.network()?.mend(0)?;
         cluster.network()?.mend(1)?;
         trains(cluster, &id, 2)?;

@@ -72,7 +72,10 @@ impl Copies {
         world_size: u32,
     ) -> Result<Option<u64>, ControlError> {
         if holders.is_empty() || holders.len() > MAX_NODES {
-            let problem = format!("{} nodes are not 1 to {MAX_NODES} that have joined", holders.len());
+            let problem = format!(
+                "{} nodes are not 1 to {MAX_NODES} that have joined",
+                holders.len()
+            );
             return Err(ControlError::invalid("copied.nodes", problem));
         }
         let manifest = self.pending.add(id, parts, world_size)?;
@@ -187,12 +190,7 @@ mod tests {
         for &step in steps {
             for rank in [1, 0] {
                 let added = copies
-                    .add(
-                        &id(rank),
-                        &parts(step, rank),
-                        vec![holder("a"), holder("b")],
-                        2,
-                    )
+                    .add(&id(rank), &parts(step, rank), vec![holder("a"), holder("b")], 2)
                     .expect("valid");
                 assert_eq!(added, (rank == 0).then_some(step));
             }
@@ -262,10 +260,7 @@ mod tests {
         let mut copies = two_nodes(&[10]);
         assert!(copies.add(&id(0), &parts(20, 0), Vec::new(), 2).is_err());
         copies.kept_on(node("c"));
-        assert_eq!(
-            copies.forget(),
-            BTreeSet::from([node("a"), node("b"), node("c")])
-        );
+        assert_eq!(copies.forget(), BTreeSet::from([node("a"), node("b"), node("c")]));
         assert_eq!(chosen_step(&mut copies, None, &["a"], &["a"]), None);
     }
 }

@@ -16,8 +16,8 @@ use arcface_proto::{
     timestamp::from_unix_ms,
     types::{JobId, NodeId},
     v1::{
-        self, CheckpointManifest, CheckpointNow, Evaluation, ForgetCopies, KillRanks, LaunchRanks, RankAssignment,
-        ReportResponse, join_response, report_response, watch_job_response,
+        self, CheckpointManifest, CheckpointNow, Evaluation, ForgetCopies, KillRanks, LaunchRanks,
+        RankAssignment, ReportResponse, join_response, report_response, watch_job_response,
     },
 };
 use prost::Message;

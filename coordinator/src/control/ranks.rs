@@ -374,7 +374,10 @@ impl Control {
         let event = Event::Error {
             generation,
             rank,
-            message: format!("the copies of step {} in memory cannot be used: {detail}", found.step),
+            message: format!(
+                "the copies of step {} in memory cannot be used: {detail}",
+                found.step
+            ),
             permanent: false,
             peer: None,
             rollback_step: None,

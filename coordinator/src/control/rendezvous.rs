@@ -92,7 +92,12 @@ impl Rendezvous {
         }
         let response = RendezvousResponse {
             endpoints: self.came.iter().flatten().map(|came| came.ring.clone()).collect(),
-            parts_endpoints: self.came.iter().flatten().map(|came| came.parts.clone()).collect(),
+            parts_endpoints: self
+                .came
+                .iter()
+                .flatten()
+                .map(|came| came.parts.clone())
+                .collect(),
             nccl_unique_id: self.nccl_unique_id.clone(),
         };
         for reply in self.waiting.drain(..) {
@@ -134,7 +139,10 @@ impl Rendezvous {
 fn check(endpoints: &Endpoints, nccl_unique_id: &[u8]) -> Option<ControlError> {
     let parts = Some(&endpoints.parts).filter(|parts| !parts.is_empty());
     let named = [("endpoint", Some(&endpoints.ring)), ("parts_endpoint", parts)];
-    for (name, endpoint) in named.into_iter().filter_map(|(name, endpoint)| Some((name, endpoint?))) {
+    for (name, endpoint) in named
+        .into_iter()
+        .filter_map(|(name, endpoint)| Some((name, endpoint?)))
+    {
         let port = endpoint
             .rsplit_once(':')
             .map(|(host, port)| (!host.is_empty(), port.parse::<u16>()));

@@ -259,7 +259,11 @@ impl Agent {
         let (launches, launched) = mpsc::channel(64);
         let (kills, killed) = mpsc::channel(64);
         let (forgets, forgotten) = mpsc::channel(64);
-        let orders = Orders { launches, kills, forgets };
+        let orders = Orders {
+            launches,
+            kills,
+            forgets,
+        };
         let task = tokio::spawn(obey(incoming, outgoing.clone(), ranks.clone(), orders));
         Ok(Self {
             ranks,

@@ -121,6 +121,9 @@ mod tests {
         let scratch = tempfile::tempdir().expect("scratch");
         let _first = MemoryRoot::open(scratch.path(), &node("a")).expect("open");
         let second = MemoryRoot::open(scratch.path(), &node("a")).expect_err("taken");
-        assert!(second.to_string().contains("another worker with node id a"), "{second:#}");
+        assert!(
+            second.to_string().contains("another worker with node id a"),
+            "{second:#}"
+        );
     }
 }

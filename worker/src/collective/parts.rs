@@ -10,7 +10,7 @@ use super::Session;
 use std::{
     fs::{self, File},
     io::{self, BufReader, ErrorKind, Read, Write},
-    net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     path::{Component, Path, PathBuf},
     sync::{
         Arc,
@@ -38,7 +38,7 @@ const GET: u8 = 2;
 
 /// Gives and takes files below a directory, until it is dropped.
 pub struct PartsServer {
-    port: u16,
+    address: SocketAddr,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -51,14 +51,14 @@ impl PartsServer {
     /// What the system says.
     pub fn start(host: &str, session: &Session, directory: PathBuf) -> io::Result<Self> {
         let listener = TcpListener::bind((host, 0))?;
-        let port = listener.local_addr()?.port();
+        let address = listener.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
         let (digest, stopped) = (session.digest(), stop.clone());
         let thread = std::thread::Builder::new()
             .name("parts".into())
             .spawn(move || accept(&listener, digest, &directory, &stopped))?;
         Ok(Self {
-            port,
+            address,
             stop,
             thread: Some(thread),
         })
@@ -66,17 +66,16 @@ impl PartsServer {
 
     /// Where it listens.
     pub fn port(&self) -> u16 {
-        self.port
+        self.address.port()
     }
 }
 
 impl Drop for PartsServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        // Wakes the thread; where even that fails, it ends with the process.
-        let woken = ["127.0.0.1", "::1"]
-            .iter()
-            .any(|host| TcpStream::connect((*host, self.port)).is_ok());
+        // Wakes the thread; where even that fails, it ends with the process. An address that stands for all is reached on
+        // loopback.
+        let woken = TcpStream::connect(self.address).is_ok();
         if let Some(thread) = self.thread.take().filter(|_| woken) {
             thread.join().unwrap_or_default();
         }
@@ -119,7 +118,10 @@ fn serve(mut stream: TcpStream, session: [u8; 32], directory: &Path) -> io::Resu
     }
     stream.read_exact(&mut name)?;
     if start[8..40] != session {
-        return answer(&mut stream, Err("another job or generation is served here".into()));
+        return answer(
+            &mut stream,
+            Err("another job or generation is served here".into()),
+        );
     }
     let path = match below(directory, &String::from_utf8_lossy(&name)) {
         Ok(path) => path,
@@ -359,9 +361,17 @@ mod tests {
         assert!(stale.to_string().contains("another job or generation"), "{stale}");
         for name in ["../part", "part", "/etc/part", "a/b/c", "step-1/..", ""] {
             let refused = put_to(&session(1), name).expect_err(name);
-            assert!(refused.to_string().contains("is not folder/file"), "{name}: {refused}");
+            assert!(
+                refused.to_string().contains("is not folder/file"),
+                "{name}: {refused}"
+            );
         }
-        let missing = get(&setup.endpoint, &session(1), "step-1/part", &setup.scratch.path().join("to"));
+        let missing = get(
+            &setup.endpoint,
+            &session(1),
+            "step-1/part",
+            &setup.scratch.path().join("to"),
+        );
         let missing = missing.expect_err("missing").to_string();
         assert!(missing.contains("No such file"), "{missing}");
         assert_eq!(setup.served(), Vec::<String>::new());
@@ -397,7 +407,11 @@ mod tests {
 
     #[test]
     fn a_full_memory_is_named_and_a_server_that_is_gone_too() {
-        let Setup { scratch, endpoint, _server } = setup();
+        let Setup {
+            scratch,
+            endpoint,
+            _server,
+        } = setup();
         let from = scratch.path().join("from");
         fs::write(&from, [0; 10]).expect("write");
         // A file in the folder's place: as good as a disk that takes nothing more.

@@ -85,8 +85,9 @@ pub fn agree(comm: &mut dyn Collective, resume: Option<&CheckpointManifest>) -> 
     let [number] = *digest.as_bytes().as_chunks().0.first_chunk().unwrap_or(&[[0; 8]]);
     let all = comm.all_gather(&Tensor::from_slice(&[i64::from_le_bytes(number)]))?;
     match all.eq_tensor(&all.narrow(0, 0, 1)).all().int64_value(&[]) {
-        0 => Err(RankFailure::transient("the ranks were told to resume from different states")),
+        0 => Err(RankFailure::transient(
+            "the ranks were told to resume from different states",
+        )),
         _ => Ok(()),
     }
 }
-

@@ -9,7 +9,9 @@ use arcface_proto::redirect;
 use arcface_proto::v1::rank_service_client::RankServiceClient;
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
-use arcface_proto::v1::{CommitCheckpointRequest, RankId, RendezvousRequest, RendezvousResponse, ReportRequest};
+use arcface_proto::v1::{
+    CommitCheckpointRequest, RankId, RendezvousRequest, RendezvousResponse, ReportRequest,
+};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

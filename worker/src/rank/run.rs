@@ -151,7 +151,9 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         output,
         log,
         writer: Some(&writer),
-        copier: met.memory.and_then(|memory| memory.copier(&job.spec, assignment, reporter)),
+        copier: met
+            .memory
+            .and_then(|memory| memory.copier(&job.spec, assignment, reporter)),
         outside: &mut Told {
             reporter,
             writer: &writer,
@@ -160,7 +162,6 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     };
     let finished = train(&mut trainer, &job, start, &mut sinks);
     let log = sinks.log.take();
-    drop(sinks.copier.take());
     let finished = finished?;
     board.enter(Activity::Finishing);
     conclude(reporter, writer, rank, finished);
@@ -212,7 +213,10 @@ fn resumable(
     location: &Location,
     board: &Board,
 ) -> Result<Option<Checkpoint>, RankFailure> {
-    let resume = assignment.resume.as_ref().filter(|_| assignment.resume_copies.is_empty());
+    let resume = assignment
+        .resume
+        .as_ref()
+        .filter(|_| assignment.resume_copies.is_empty());
     let Some(manifest) = resume else {
         return Ok(None);
     };

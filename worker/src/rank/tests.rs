@@ -354,7 +354,15 @@ fn what_any_rank_says_is_heard_by_all_at_the_same_step() {
     let heard = on_ranks(&spec, 2, |rank, trainer, job| {
         let mut loader = loader(trainer, job, 0..2);
         let mut said = |step, wish, busy| {
-            let outcome = trainer.step(step, &mut loader, Says { wish, busy, ..Says::default() });
+            let outcome = trainer.step(
+                step,
+                &mut loader,
+                Says {
+                    wish,
+                    busy,
+                    ..Says::default()
+                },
+            );
             let said = outcome.expect("a step").said.expect("an update");
             (said.wish, said.busy)
         };

@@ -116,6 +116,7 @@ impl World {
             device: "cpu".into(),
             version: "0".into(),
             ranks: Default::default(),
+            copies_of: Vec::new(),
         };
         // One that is connected keeps its id.
         if let Ok(session) = self.control.join(hello).await {
@@ -372,6 +373,7 @@ async fn act(world: &mut World, [what, who, how]: [u8; 3]) {
                     rank: key.rank,
                     step: 0,
                     total_steps: 100,
+                    from_memory: false,
                 };
                 world.control.happened(&key.job, started).await;
             }

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::thread::JoinHandle;
 use tracing::{info, warn};
 
 /// The rank whose node keeps copies for `rank`, where `nodes` has the node of every rank: on the next node, in the order in
@@ -63,15 +62,15 @@ struct Copy {
     keep: Vec<String>,
 }
 
-/// Makes copies every so many steps, on a thread of its own.
+/// Makes copies every so many steps, on a thread of its own. When it is dropped, the thread is left to end by itself: it may be
+/// sending to a node that does not answer, and a rank that has failed must say so at once.
 pub struct Copier {
     interval: u64,
     generation: u64,
-    copies: Option<SyncSender<Box<Copy>>>,
+    copies: SyncSender<Box<Copy>>,
     returned: Receiver<Room>,
     room: Option<Room>,
     failed: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
     /// The newest set that all ranks have made, or that this generation resumed from; and the one after it.
     whole: Option<String>,
     newest: Option<String>,
@@ -92,7 +91,7 @@ impl Copier {
         let (give_back, returned) = sync_channel(1);
         let failed = Arc::new(AtomicBool::new(false));
         let outcome = failed.clone();
-        let thread = std::thread::spawn(move || {
+        std::thread::spawn(move || {
             for copy in receiver {
                 remove_others(&destination.home, &copy.keep);
                 let done = make(&destination, generation, &copy.snapshot);
@@ -112,11 +111,10 @@ impl Copier {
         Self {
             interval: interval(buddy_steps),
             generation,
-            copies: Some(copies),
+            copies,
             returned,
             room: Some(Room::new()),
             failed,
-            thread: Some(thread),
             whole: resumed,
             newest: None,
             late: false,
@@ -171,18 +169,8 @@ impl Copier {
         }
         let keep = self.whole.iter().cloned().chain([newest]).collect();
         let copy = Box::new(Copy { snapshot, keep });
-        if self.copies.as_ref().is_none_or(|copies| copies.send(copy).is_err()) {
+        if self.copies.send(copy).is_err() {
             warn!("the thread that makes copies in memory is gone: no more of them");
-        }
-    }
-}
-
-impl Drop for Copier {
-    fn drop(&mut self) {
-        drop(self.copies.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic there was printed there; the set is not whole without its copy.
-            thread.join().unwrap_or_default();
         }
     }
 }

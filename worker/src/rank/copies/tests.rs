@@ -53,6 +53,7 @@ proptest! {
 struct World {
     scratch: tempfile::TempDir,
     copiers: Vec<Option<Copier>>,
+    endpoints: [String; 2],
     said: Receiver<(usize, PartsCopied)>,
 }
 
@@ -87,6 +88,7 @@ fn world() -> World {
     });
     World {
         copiers: copiers.collect(),
+        endpoints,
         scratch,
         said,
     }
@@ -128,7 +130,11 @@ impl World {
             copier.copy(snapshot(rank, step), last_is_whole);
         }
         let mut said: Vec<(usize, PartsCopied)> = (0..answers)
-            .map(|_| self.said.recv_timeout(Duration::from_secs(30)).expect("an answer"))
+            .map(|_| {
+                self.said
+                    .recv_timeout(Duration::from_secs(30))
+                    .expect("an answer")
+            })
             .collect();
         said.sort_by_key(|(rank, _)| *rank);
         said.into_iter().map(|(_, copied)| copied).collect()
@@ -137,7 +143,13 @@ impl World {
     fn folders(&self, node: &str) -> Vec<String> {
         let folders = std::fs::read_dir(self.scratch.path().join(node)).expect("a folder");
         let mut names: Vec<String> = folders
-            .map(|folder| folder.expect("a folder").file_name().to_string_lossy().into_owned())
+            .map(|folder| {
+                folder
+                    .expect("a folder")
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned()
+            })
             .collect();
         names.sort();
         names
@@ -164,7 +176,10 @@ fn set(said: &[PartsCopied]) -> (CheckpointManifest, Vec<PartCopies>) {
         parts: all.iter().map(|(part, _)| part.clone()).collect(),
         ..CheckpointManifest::default()
     };
-    let copies = all.into_iter().map(|(part, nodes)| PartCopies { file: part.file, nodes });
+    let copies = all.into_iter().map(|(part, nodes)| PartCopies {
+        file: part.file,
+        nodes,
+    });
     (manifest, copies.collect())
 }
 
@@ -184,7 +199,10 @@ fn both_nodes_have_everything_and_either_alone_is_enough() {
         let rows = &found.head_rows(all).expect("rows")[0].1;
         assert_eq!(rows.size(), [10, 3]);
         assert_eq!(rows.min().double_value(&[]), 4.0);
-        assert_eq!(found.backbone().expect("backbone")[0].1.max().double_value(&[]), -4.0);
+        assert_eq!(
+            found.backbone().expect("backbone")[0].1.max().double_value(&[]),
+            -4.0
+        );
     }
 }
 
@@ -239,6 +257,9 @@ fn the_last_whole_set_stays_until_the_next_one_is_whole() {
     assert!(!world.folders("b").contains(&two));
     // Rank 1 is gone, and with it the memory of its node: rank 0 keeps what is whole, whatever it tries.
     drop(world.copiers[1].take());
+    while std::net::TcpStream::connect(&world.endpoints[1]).is_ok() {
+        std::thread::yield_now();
+    }
     world.copy(8, true, 0);
     world.copy(10, false, 0);
     world.copy(12, false, 0);
