@@ -128,6 +128,10 @@ impl Copies {
             });
             Some((manifest.clone(), copies.collect::<Option<Vec<_>>>()?))
         });
+        if self.chosen.is_some() {
+            // What they do not have they get, before they copy anything themselves.
+            self.nodes.extend(placement.iter().cloned());
+        }
     }
 
     /// What the newest generation resumes from, if that is a set of copies.
@@ -260,7 +264,8 @@ mod tests {
         let mut copies = two_nodes(&[10]);
         assert!(copies.add(&id(0), &parts(20, 0), Vec::new(), 2).is_err());
         copies.kept_on(node("c"));
-        assert_eq!(copies.forget(), BTreeSet::from([node("a"), node("b"), node("c")]));
+        assert_eq!(chosen_step(&mut copies, None, &["b", "d"], &["b", "d"]), Some(10));
+        assert_eq!(copies.forget(), BTreeSet::from(["a", "b", "c", "d"].map(node)));
         assert_eq!(chosen_step(&mut copies, None, &["a"], &["a"]), None);
     }
 }

@@ -129,8 +129,10 @@ mod tests {
         phases.time("head", || together.add(Duration::from_secs(1000)));
         phases.add("checkpoint", Duration::from_secs(5));
         assert!(phases.take()["head"] < 1000.0);
-        let begin = Instant::now();
-        phases.time("forward", || while begin.elapsed() < Duration::from_millis(1) {});
+        phases.time("forward", || {
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_millis(1) {}
+        });
         let own = phases.take_own();
         assert_eq!(own.keys().copied().collect::<Vec<_>>(), ["forward", "head"]);
         assert!(own["head"] == 0.0 && own["forward"] >= 0.001, "{own:?}");

@@ -1,3 +1,5 @@
+//! Who keeps whose copies, what a copier leaves in the memory of two nodes, and what can be got back from there.
+
 use super::*;
 use crate::checkpoint::{PartKind, manifest};
 use arcface_proto::types::ClassRange;
