@@ -5,7 +5,6 @@ use crate::checkpoint::{PartKind, manifest};
 use arcface_proto::types::ClassRange;
 use arcface_proto::v1::{CheckpointManifest, CheckpointPart, PartCopies};
 use proptest::prelude::*;
-use std::sync::mpsc::channel;
 use std::time::Duration;
 use tch::{Kind, Tensor};
 
@@ -75,7 +74,7 @@ fn world() -> World {
         .clone()
         .map(|home| PartsServer::start("127.0.0.1", &session(), home).expect("start"));
     let endpoints = [&servers[0], &servers[1]].map(|server| format!("127.0.0.1:{}", server.port()));
-    let (say, said) = channel();
+    let (say, said) = sync_channel(16);
     let copiers = servers.into_iter().enumerate().map(|(rank, server)| {
         let destination = Destination {
             home: homes[rank].clone(),
