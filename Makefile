@@ -27,18 +27,18 @@ demo: build ## Train on synthetic identities with a coordinator and two workers 
 
 test: setup ## Run all tests: unit, property, golden and cluster
 	@scripts/setup.sh python etcd prometheus deploy
-	@# The cluster tests start the binaries of this profile, so these come first.
-	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
+	@# Builds the binaries too, which the cluster tests start: the whole workspace at once, because another choice of
+	@# packages has other features and compiles everything again.
 	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)
 	@# Shows that the proofs of the control plane find the faults that they are for (docs/testing.md).
 	@$(ENV) $(CARGO) test --package arcface-coordinator --features planted-bugs --locked $(CARGO_FLAGS) \
 		--test simulation --test properties planted -- --nocapture
 
 chaos: setup ## Faults again and again, times held against their bars (an hour on a machine that does nothing else)
-	@$(ENV) $(CARGO) build --workspace --locked $(CARGO_FLAGS)
+	@scripts/setup.sh etcd
 	@$(ENV) ARCFACE_TRIALS="$${ARCFACE_TRIALS:-20}" ARCFACE_OUTAGE_S="$${ARCFACE_OUTAGE_S:-120}" \
 		ARCFACE_SOAK_S="$${ARCFACE_SOAK_S:-600}" CI=1 \
-		$(CARGO) test --package arcface-tests --locked $(CARGO_FLAGS) \
+		$(CARGO) test --workspace --locked $(CARGO_FLAGS) \
 		--test chaos --test failover --test partition -- --nocapture --test-threads 1
 
 golden: setup ## Run the golden tests alone, on the data in ARCFACE_GOLDEN
