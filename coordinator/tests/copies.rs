@@ -120,3 +120,27 @@ async fn a_node_that_was_restarted_has_lost_its_copies_and_others_have_them() {
         "{copies:?}"
     );
 }
+
+#[tokio::test]
+async fn copies_are_progress_that_starts_the_count_of_failures_anew() {
+    let cluster = Cluster::start().await;
+    let mut spec = spec(2);
+    spec.job.get_or_insert_default().max_restarts = Some(1);
+    let (id, mut a, mut b, mut zero, mut one) = training(&cluster, spec).await;
+    for step in [10, 20, 30] {
+        zero.copied(step, &["node-a", "node-b"]).await;
+        one.copied(step, &["node-a", "node-b"]).await;
+        zero = zero.heard(&cluster).await;
+        one = one.heard(&cluster).await;
+        b.exit(&one.assignment, None, Some(9)).await;
+        (zero, one) = generation(&cluster, &mut a, &mut b).await;
+    }
+    // Without new ones, the second failure in a row is one too many.
+    b.exit(&one.assignment, None, Some(9)).await;
+    let job = cluster.job_in(&id, JobState::Failed).await;
+    assert!(
+        job.reason.starts_with("gave up after 1 restarts"),
+        "{}",
+        job.reason
+    );
+}

@@ -180,7 +180,7 @@ impl Control {
                 Ok(())
             }
             Report::Evaluation(evaluation) => self.evaluation(&id, generation, evaluation).await,
-            Report::Copied(copied) => self.copied(&id, generation, rank, copied),
+            Report::Copied(copied) => self.copied(&id, generation, rank, copied).await,
             Report::Error(RankError {
                 damaged: Some(found), ..
             }) if found.in_memory => self.copies_lost(&id, generation, rank, &found).await,
@@ -323,7 +323,7 @@ impl Control {
     }
 
     /// A rank's parts are in the memory of some nodes.
-    fn copied(
+    async fn copied(
         &mut self,
         id: &JobId,
         generation: Generation,
@@ -352,6 +352,8 @@ impl Control {
         if let Some(step) = entry.copies.add(&speaker, &parts, holders, world_size)? {
             tracing::debug!(job = %id, step, "copies in memory are whole");
             measure::copied(id, step);
+            let event = Event::Copied { generation };
+            return self.apply(id, &event, Transaction::default()).await;
         }
         Ok(())
     }

@@ -267,7 +267,8 @@ pub struct Job {
     pub generation: Generation,
     /// Its ranks.
     pub ranks: Vec<RankState>,
-    /// Failures since the last committed checkpoint: progress that a failure cannot take away starts the count anew.
+    /// Failures since the last committed checkpoint or whole set of copies: progress that a failure does not take away starts
+    /// the count anew.
     pub failures: u32,
     /// Failures and the ways back, oldest first.
     pub recoveries: Vec<Recovery>,
@@ -507,6 +508,11 @@ pub enum Event {
         generation: Generation,
         /// Its step.
         step: u64,
+    },
+    /// Every rank has copies of a step in memory.
+    Copied {
+        /// Generation.
+        generation: Generation,
     },
     /// The checkpoint to resume from does not verify. It is set aside in the same store transaction.
     Damaged {

@@ -89,6 +89,10 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
             next.fence(*generation, Rank(0))?;
             next.committed(*step);
         }
+        Event::Copied { generation } => {
+            next.fence(*generation, Rank(0))?;
+            next.job.failures = 0;
+        }
         Event::Damaged {
             generation,
             rank,
