@@ -130,9 +130,9 @@ async fn copies_are_progress_that_starts_the_count_of_failures_anew() {
     for step in [10, 20, 30] {
         zero.copied(step, &["node-a", "node-b"]).await;
         one.copied(step, &["node-a", "node-b"]).await;
-        zero = zero.heard(&cluster).await;
-        one = one.heard(&cluster).await;
-        b.exit(&one.assignment, None, Some(9)).await;
+        zero.close().await;
+        let dying = one.heard(&cluster).await;
+        b.exit(&dying.assignment, None, Some(9)).await;
         (zero, one) = generation(&cluster, &mut a, &mut b).await;
     }
     // Without new ones, the second failure in a row is one too many.
