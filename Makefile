@@ -36,6 +36,8 @@ test: setup ## Run all tests: unit, property, golden and cluster
 
 chaos: setup ## Faults again and again, times held against their bars (an hour on a machine that does nothing else)
 	@scripts/setup.sh etcd
+	@# A chosen test alone would not build the binaries.
+	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS) --no-run
 	@$(ENV) ARCFACE_TRIALS="$${ARCFACE_TRIALS:-20}" ARCFACE_OUTAGE_S="$${ARCFACE_OUTAGE_S:-120}" \
 		ARCFACE_SOAK_S="$${ARCFACE_SOAK_S:-600}" CI=1 \
 		$(CARGO) test --workspace --locked $(CARGO_FLAGS) \

@@ -31,7 +31,7 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     let path = profile.join(name);
     ensure!(
         path.is_file(),
-        "{} is not built\nhint: run `cargo build --workspace` first, or `make test`",
+        "{} is not built\nhint: run `cargo test --workspace --no-run` first, or `make test`",
         path.display()
     );
     Ok(path)

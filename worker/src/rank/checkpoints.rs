@@ -5,7 +5,7 @@ use super::failure::RankFailure;
 use super::step::Trainer;
 use crate::checkpoint::{Checkpoint, Location, NamedTensor, PartKind, TrainState, write};
 use crate::optim::GradScaler;
-use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
+use arcface_proto::v1::{CheckpointCommitted, CheckpointPart, CommitCheckpointRequest};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
@@ -27,6 +27,28 @@ pub struct Snapshot {
     pub num_classes: u32,
     /// Head rows of this rank, and on rank 0 the backbone.
     pub parts: Vec<(PartKind, Vec<NamedTensor>)>,
+}
+
+impl Snapshot {
+    /// What the coordinator is told of parts that were made of it, in `directory`. Who tells it is filled in later.
+    pub fn announce(&self, directory: String, parts: Vec<CheckpointPart>) -> CommitCheckpointRequest {
+        let TrainState {
+            step,
+            epoch,
+            epoch_samples,
+            scaler,
+        } = self.state;
+        CommitCheckpointRequest {
+            rank: None,
+            step,
+            epoch,
+            epoch_samples,
+            directory,
+            num_classes: self.num_classes,
+            parts,
+            scaler,
+        }
+    }
 }
 
 /// Directory of a checkpoint, relative to the location of them all.
@@ -257,12 +279,7 @@ impl Written {
         snapshot: &Snapshot,
         commit: &impl Fn(CommitCheckpointRequest),
     ) {
-        let TrainState {
-            step,
-            epoch,
-            epoch_samples,
-            scaler,
-        } = snapshot.state;
+        let step = snapshot.state.step;
         let directory = directory(location, step, generation);
         let written: Result<Vec<_>, _> = snapshot
             .parts
@@ -272,16 +289,7 @@ impl Written {
         match written {
             Ok(parts) => {
                 self.0.insert(step, directory.clone());
-                commit(CommitCheckpointRequest {
-                    rank: None,
-                    step,
-                    epoch,
-                    epoch_samples,
-                    directory,
-                    num_classes: snapshot.num_classes,
-                    parts,
-                    scaler,
-                });
+                commit(snapshot.announce(directory, parts));
             }
             Err(error) => {
                 warn!(step, "no checkpoint, training goes on: {error}");

@@ -10,10 +10,10 @@ pub use gather::gather;
 pub use memory::Memory;
 
 use super::checkpoints::{Room, Snapshot, name};
-use crate::checkpoint::{TrainState, write};
+use crate::checkpoint::write;
 use crate::collective::Session;
 use crate::collective::parts::{self, PartsServer};
-use arcface_proto::v1::{CommitCheckpointRequest, PartsCopied};
+use arcface_proto::v1::PartsCopied;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -177,13 +177,7 @@ impl Copier {
 
 /// Writes a rank's parts into this node's memory and sends them to the buddy.
 fn make(to: &Destination, generation: u64, snapshot: &Snapshot) -> Result<PartsCopied, String> {
-    let TrainState {
-        step,
-        epoch,
-        epoch_samples,
-        scaler,
-    } = snapshot.state;
-    let directory = name(step, generation);
+    let directory = name(snapshot.state.step, generation);
     let folder = to.home.join(&directory);
     let mut parts = Vec::new();
     for (kind, tensors) in &snapshot.parts {
@@ -195,16 +189,7 @@ fn make(to: &Destination, generation: u64, snapshot: &Snapshot) -> Result<PartsC
         parts.push(part);
     }
     Ok(PartsCopied {
-        parts: Some(CommitCheckpointRequest {
-            rank: None,
-            step,
-            epoch,
-            epoch_samples,
-            directory,
-            num_classes: snapshot.num_classes,
-            parts,
-            scaler,
-        }),
+        parts: Some(snapshot.announce(directory, parts)),
         nodes: vec![to.node.clone(), to.buddy.0.clone()],
     })
 }

@@ -1,7 +1,7 @@
 //! Who keeps whose copies, what a copier leaves in the memory of two nodes, and what can be got back from there.
 
 use super::*;
-use crate::checkpoint::{PartKind, manifest};
+use crate::checkpoint::{PartKind, TrainState, manifest};
 use arcface_proto::types::ClassRange;
 use arcface_proto::v1::{CheckpointManifest, CheckpointPart, PartCopies};
 use proptest::prelude::*;
