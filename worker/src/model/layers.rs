@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     graph::Op,
+    native::prelu,
     pass::Pass,
     state::{Builder, Init},
 };
@@ -360,7 +361,7 @@ impl PRelu {
 
     /// Same shape and kind as `x`.
     pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
-        let y = x.prelu(&self.weight.to_kind(x.kind()));
+        let y = prelu(x, &self.weight);
         pass.record(&[x], y, || Op::PRelu {
             weight: self.weight.shallow_clone(),
         })

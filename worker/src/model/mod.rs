@@ -13,6 +13,7 @@ mod init;
 pub mod iresnet;
 pub mod layers;
 pub mod mobilefacenet;
+mod native;
 mod pass;
 pub mod registry;
 mod state;
