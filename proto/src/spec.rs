@@ -282,6 +282,8 @@ choice! {
         None = "none",
         /// Horizontal flip with probability 1/2.
         Flip = "flip",
+        /// The same, and size, sharpness and colour as in the reference's DALI pipeline.
+        Dali = "dali",
     }
 }
 choice! {

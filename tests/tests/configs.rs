@@ -10,7 +10,7 @@ use arcface_coordinator::{
 };
 use arcface_proto::{
     convert,
-    spec::{Choice, JobSpec, LossName},
+    spec::{Augment, Choice, JobSpec, LossName},
     v1,
 };
 use serde_json::{Map, Value};
@@ -18,16 +18,15 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 /// Where a recipe means something that its number does not say; each file has a comment beside the value.
 /// (recipe, key, the reference's value, ours)
-const REINTERPRETED: [(&str, &str, &str, &str); 6] = [
+const REINTERPRETED: [(&str, &str, &str, &str); 5] = [
     // Below one class a shard: only the classes of the batch.
     ("wf42m_pfc0008_32gpu_r100", "sample_rate", "0.0", "0.000001"),
     // "No warm-up" is written 0.
     ("3millions", "warmup_epoch", "-1", "0"),
     ("3millions_pfc", "warmup_epoch", "-1", "0"),
     ("3millions_mp", "warmup_epoch", "-1", "0"),
-    // JPEGs are decoded on the CPU, and images are changed by flips alone.
+    // JPEGs are decoded on the CPU.
     ("wf42m_pfc02_vit_h", "dali", "true", "false"),
-    ("wf42m_pfc02_vit_h", "dali_aug", "true", "false"),
 ];
 
 /// A job file through the loader of `submit`.
@@ -91,7 +90,7 @@ fn in_reference_terms(job: &JobSpec) -> Map<String, Value> {
     let output = Some(&job.output).filter(|output| **output != default_output);
     let value = serde_json::json!({
         "dali": false,
-        "dali_aug": false,
+        "dali_aug": job.data.augment == Augment::Dali,
         // A job resumes from its own checkpoints, which hold all states, and from nothing else.
         "resume": false,
         "save_all_states": false,

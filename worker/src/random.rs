@@ -23,6 +23,8 @@ pub enum Purpose {
     DropPath = 8,
     /// Tokens that training hides; counters: step, sample.
     TokenMask = 9,
+    /// Size, sharpness and colour of a training image; counters: epoch, sample.
+    Appearance = 10,
     /// Subjects drawn to see how certain a rate is; counters: repetition, draw.
     Bootstrap = 16,
 }

@@ -545,15 +545,7 @@ impl<'a> Job<'a> {
         }
         let mut found = self.find(("data", "augment"), "dali_aug", Some(Value::Bool(false)));
         if found.value.take().is_some_and(|value| value.is_true()) {
-            found.comments.push(
-                "The recipe has dali_aug: other random changes of the images, which are not here.".into(),
-            );
-            self.remark(
-                found.origin.clone(),
-                "config.dali_aug is not carried over: data.augment has \"flip\", other random changes of images are not here",
-                "",
-            );
-            self.entry("data", "augment", "dali_aug", text("flip"), found);
+            self.entry("data", "augment", "dali_aug", text("dali"), found);
         }
     }
 

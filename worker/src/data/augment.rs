@@ -1,5 +1,8 @@
 //! Random changes of a training image, and its way into the network's input. Pure.
 
+mod appearance;
+
+use appearance::Appearance;
 use arcface_proto::spec::Augment;
 
 use super::decode::{PIXEL_BYTES, Pixels, SIDE};
@@ -10,7 +13,14 @@ use crate::random::{Purpose, uniform};
 pub fn flips(augment: Augment, seed: u64, epoch: u64, index: u64) -> bool {
     match augment {
         Augment::None => false,
-        Augment::Flip => uniform(seed, Purpose::Flip, epoch, index) < 0.5,
+        Augment::Flip | Augment::Dali => uniform(seed, Purpose::Flip, epoch, index) < 0.5,
+    }
+}
+
+/// Changes how the image at `index` looks in `epoch`, if the job wants that; a function of the numbers, as the flip is.
+pub fn change(augment: Augment, seed: u64, epoch: u64, index: u64, pixels: &mut Pixels) {
+    if augment == Augment::Dali {
+        Appearance::draw(seed, epoch, index).apply(pixels);
     }
 }
 
@@ -74,5 +84,22 @@ mod tests {
         let equal = a.iter().zip(&b).filter(|(x, y)| x == y).count() as f64 / 4000.0;
         assert!((equal - 0.5).abs() < 0.04, "{equal}");
         assert!((0..100).all(|i| !flips(Augment::None, 5, 0, i)));
+        assert!((0..100).all(|i| flips(Augment::Dali, 5, 0, i) == flips(Augment::Flip, 5, 0, i)));
+    }
+
+    #[test]
+    fn only_dali_changes_the_looks() {
+        let plain: Pixels = std::array::from_fn(|i| (i * i % 251) as u8);
+        let changed = |augment| -> usize {
+            let differs = |index: &u64| {
+                let mut pixels = plain;
+                change(augment, 1, 0, *index, &mut pixels);
+                pixels != plain
+            };
+            (0..200).filter(differs).count()
+        };
+        assert_eq!((changed(Augment::None), changed(Augment::Flip)), (0, 0));
+        // 1 - 0.9 * 0.8 * 0.8 * 0.9 of all.
+        assert!((70..125).contains(&changed(Augment::Dali)));
     }
 }

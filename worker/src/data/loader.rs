@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     DataError, Dataset, MicroBatch,
-    augment::{flips, normalise},
+    augment::{change, flips, normalise},
     decode::{PIXEL_BYTES, SIDE},
     read_pixels,
 };
@@ -262,6 +262,7 @@ fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> 
             Ok(label) => labels.push(i64::from(label)),
             Err(error) => return Some(Err(error)),
         }
+        change(options.augment, options.seed, micro.epoch, index, &mut pixels);
         normalise(
             &pixels,
             flips(options.augment, options.seed, micro.epoch, index),
