@@ -1,10 +1,7 @@
 //! How fast a step of the head is, and how much memory it takes: alone, or one head against another.
-//!
-//! The two sides of a comparison run in processes of their own, in turn, so that neither's memory or allocator is
-//! warm from the other and a disturbance of the machine meets both.
 
 use super::{
-    Alone, memory,
+    Alone, choice, comparison, memory,
     timing::{median, min, time},
 };
 use crate::{
@@ -12,13 +9,11 @@ use crate::{
     head::{self, Head, HeadConfig, tiled},
     optim::OptimizerConfig,
 };
-use anyhow::{Context, ensure};
 use arcface_proto::{
     failure::{ExitCode, Failure},
-    spec::{self, Choice, HeadImplementation, MarginGradient, Precision},
+    spec::{self, HeadImplementation, MarginGradient, Precision},
 };
 use serde_json::{Value, json};
-use std::{env, process::Command};
 use tch::{Device, Kind, Tensor};
 
 /// Arguments of `bench head`.
@@ -37,13 +32,13 @@ pub struct HeadArgs {
     #[arg(long, visible_alias = "sample-rate", default_value_t = 1.0)]
     rate: f64,
     /// Arithmetic of the products: fp32 or bf16. The plain head always uses fp32.
-    #[arg(long, default_value = "fp32", value_parser = precision)]
+    #[arg(long, default_value = "fp32", value_parser = choice::<Precision>)]
     precision: Precision,
     /// Which head: tiled or plain.
-    #[arg(long, default_value = "tiled", value_parser = implementation)]
+    #[arg(long, default_value = "tiled", value_parser = choice::<HeadImplementation>)]
     implementation: HeadImplementation,
     /// Measure this head too, in turn, and print the ratio of the times; --repetitions is the number of pairs.
-    #[arg(long, value_parser = implementation)]
+    #[arg(long, value_parser = choice::<HeadImplementation>)]
     against: Option<HeadImplementation>,
     /// Steps that count in each process of a comparison.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
@@ -63,30 +58,6 @@ impl HeadArgs {
         self.against.is_some()
     }
 }
-
-fn precision(name: &str) -> Result<Precision, String> {
-    choice(name)
-}
-
-fn implementation(name: &str) -> Result<HeadImplementation, String> {
-    choice(name)
-}
-
-fn choice<T: Choice>(name: &str) -> Result<T, String> {
-    T::parse(name).ok_or_else(|| {
-        let known: Vec<&str> = T::ALL.iter().map(|(known, _)| *known).collect();
-        format!("is none of {}", known.join(", "))
-    })
-}
-
-/// Environment of a tuned allocator (glibc): freed memory stays with the process and is mapped in large pages, so that
-/// steps after the first meet no page faults.
-const TUNED: [(&str, &str); 4] = [
-    ("MALLOC_MMAP_THRESHOLD_", "17179869184"),
-    ("MALLOC_TRIM_THRESHOLD_", "17179869184"),
-    ("MALLOC_TOP_PAD_", "268435456"),
-    ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-];
 
 /// The result as JSON.
 pub(super) fn measure(repetitions: u32, args: &HeadArgs) -> anyhow::Result<Value> {
@@ -182,74 +153,25 @@ fn step_once(
 
 /// Pairs of processes, ours and the other.
 fn compare(pairs: u32, args: &HeadArgs, other: HeadImplementation) -> anyhow::Result<Value> {
-    let mut sides = [Vec::new(), Vec::new()];
-    for _ in 0..pairs {
-        for (side, implementation) in sides.iter_mut().zip([args.implementation, other]) {
-            side.push(in_a_process(args, implementation)?);
-        }
-    }
-    let [ours, plain] = sides;
-    let number = |run: &Value, key: &str| run[key].as_f64().unwrap_or(f64::NAN);
-    let all = |runs: &[Value], key: &str| -> Vec<f64> { runs.iter().map(|run| number(run, key)).collect() };
-    let (ours_ms, plain_ms) = (all(&ours, "median_ms"), all(&plain, "median_ms"));
-    let ratios: Vec<f64> = ours_ms
-        .iter()
-        .zip(&plain_ms)
-        .map(|(ours, plain)| plain / ours)
-        .collect();
-    let peak = |runs: &[Value]| all(runs, "peak_bytes").into_iter().fold(f64::NAN, f64::max) as u64;
-    let state = number(&ours[0], "state_bytes");
-    Ok(json!({
-        "bench": "head", "against": other.as_str(), "implementation": args.implementation.as_str(),
-        "ratio": median(&ratios), "ratios": ratios,
-        "ours_ms": median(&ours_ms), "plain_ms": median(&plain_ms),
-        "ours_min_ms": min(&all(&ours, "min_ms")), "plain_min_ms": min(&all(&plain, "min_ms")),
-        "ours_peak_bytes": peak(&ours), "plain_peak_bytes": peak(&plain), "state_bytes": state as u64,
-        "ours_above_state": peak(&ours) as f64 / state - 1.0,
-        "arithmetic": ours[0]["arithmetic"], "classes": args.classes, "dim": args.dim, "batch": args.batch,
-        "sample_rate": args.rate, "precision": args.precision.as_str(), "threads": ours[0]["threads"],
-        "malloc": args.malloc, "steps": args.steps,
-    }))
+    let [ours, plain] = [args.implementation, other].map(|implementation| arguments(args, implementation));
+    let mut result = comparison::compare(pairs, &ours, &plain, &args.malloc)?;
+    result["against"] = other.as_str().into();
+    Ok(result)
 }
 
-/// One side of a pair: this program again.
-fn in_a_process(args: &HeadArgs, implementation: HeadImplementation) -> anyhow::Result<Value> {
-    let mut command = Command::new(env::current_exe().context("find this program")?);
-    command
-        .args(["bench", "head", "--output", "json"])
-        .args([
-            "--implementation",
-            implementation.as_str(),
-            "--precision",
-            args.precision.as_str(),
-        ])
-        .args([
-            "--classes",
-            &args.classes.to_string(),
-            "--dim",
-            &args.dim.to_string(),
-        ])
-        .args([
-            "--batch",
-            &args.batch.to_string(),
-            "--rate",
-            &args.rate.to_string(),
-        ])
-        .args(["--repetitions", &args.steps.to_string()]);
+/// The arguments that measure one side.
+fn arguments(args: &HeadArgs, implementation: HeadImplementation) -> Vec<String> {
+    let mut arguments = vec!["head".to_owned()];
+    let mut set = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
+    set("--implementation", implementation.as_str().into());
+    set("--precision", args.precision.as_str().into());
+    set("--classes", args.classes.to_string());
+    set("--dim", args.dim.to_string());
+    set("--batch", args.batch.to_string());
+    set("--rate", args.rate.to_string());
+    set("--repetitions", args.steps.to_string());
     if let Some(threads) = args.threads {
-        command.args(["--threads", &threads.to_string()]);
+        set("--threads", threads.to_string());
     }
-    if args.malloc == "tuned" {
-        command.envs(TUNED);
-    }
-    let output = command.output().context("start a process to measure in")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "measuring the {} head: {}: {}",
-        implementation.as_str(),
-        output.status,
-        said.trim()
-    );
-    serde_json::from_slice(&output.stdout).context("read the measurement of a process")
+    arguments
 }

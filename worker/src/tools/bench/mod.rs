@@ -3,15 +3,19 @@
 
 mod backbone;
 mod checkpoint;
+mod collective;
+mod comparison;
 mod head;
 mod ijb;
 mod loader;
 mod memory;
+mod step;
 mod timing;
 
 use super::output::Output;
 use crate::collective::{Collective, CollectiveError, ReduceOp};
 use anyhow::Context;
+use arcface_proto::spec::Choice;
 use serde_json::Value;
 use std::{
     io::{self, Write},
@@ -24,7 +28,9 @@ use tch::Tensor;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:\n  \
     arcface-worker bench head --classes 100000 --batch 128 --against plain --output json\n  \
+    arcface-worker bench step --network r18 --classes 100000 --precision bf16 --against plain\n  \
     arcface-worker bench backbone --network mbf --train\n  \
+    arcface-worker bench collective --ranks 2\n  \
     arcface-worker bench ijb --dir /tmp --output json")]
 pub struct BenchArgs {
     /// What to measure.
@@ -45,6 +51,10 @@ pub enum Part {
     Head(head::HeadArgs),
     /// One forward pass of a network, with --train a backward pass as well.
     Backbone(backbone::BackboneArgs),
+    /// One training step of one rank, from images to updated weights.
+    Step(step::StepArgs),
+    /// The operations between ranks, over loopback.
+    Collective(collective::CollectiveArgs),
     /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
     Loader {
         /// Training data: .rec, image folder, or "synthetic".
@@ -90,7 +100,11 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
 
 /// The result as a JSON object.
 pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
-    let is_comparison = matches!(&args.part, Part::Head(args) if args.is_comparison());
+    let is_comparison = match &args.part {
+        Part::Head(args) => args.is_comparison(),
+        Part::Step(args) => args.is_comparison(),
+        _ => false,
+    };
     let usual = match &args.part {
         Part::Ijb(_) => 1,
         _ if is_comparison => 5,
@@ -100,6 +114,8 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
     let mut result = match &args.part {
         Part::Head(args) => head::measure(repetitions, args)?,
         Part::Backbone(args) => backbone::measure(repetitions, args)?,
+        Part::Step(args) => step::measure(repetitions, args)?,
+        Part::Collective(args) => collective::measure(repetitions, args)?,
         Part::Loader { data, batch, threads } => loader::measure(repetitions, data, *batch, *threads)?,
         Part::Ijb(args) => ijb::measure(repetitions, args)?,
         Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
@@ -111,6 +127,14 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
         .into();
     result["torch_threads"] = tch::get_num_threads().into();
     Ok(result)
+}
+
+/// A setting by the name that job files have for it.
+fn choice<T: Choice>(name: &str) -> Result<T, String> {
+    T::parse(name).ok_or_else(|| {
+        let known: Vec<&str> = T::ALL.iter().map(|(known, _)| *known).collect();
+        format!("is none of {}", known.join(", "))
+    })
 }
 
 /// The communicator of a single rank: what others would add is nothing.
@@ -192,6 +216,15 @@ mod tests {
                 "bench backbone --network tiny --batch 2 --train --gradient-checkpointing --repetitions 1",
                 "images_per_second",
             ),
+            (
+                "bench step --network tiny --classes 30 --batch 4 --precision bf16 --rate 0.5 --repetitions 2",
+                "samples_per_second",
+            ),
+            (
+                "bench collective --ranks 3 --mib 1 --repetitions 2",
+                "all_reduce_gb_per_second",
+            ),
+            ("bench collective --ranks 1 --mib 1 --repetitions 1", "bytes"),
             ("bench loader --batch 2 --repetitions 2", "images_per_second"),
             (checkpoint.as_str(), "copy_median_ms"),
             (checkpoint.as_str(), "read_median_ms"),
@@ -211,7 +244,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_measured_is_a_usage_error() {
-        for line in ["bench head --sample-rate 0", "bench backbone --network nosuch"] {
+        for line in [
+            "bench head --sample-rate 0",
+            "bench backbone --network nosuch",
+            "bench step --network nosuch",
+            "bench step --rate 2",
+        ] {
             let error = bench(line).expect_err("refused");
             assert!(
                 error

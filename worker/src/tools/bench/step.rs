@@ -1,0 +1,191 @@
+//! How fast a whole training step of one rank is, from a batch of images to updated weights, and how much memory it
+//! takes: alone, or against the plain trainer (fp32, with a head that materialises the logits).
+
+use super::{
+    Alone, choice, comparison, memory,
+    timing::{median, min, time},
+};
+use crate::{
+    data::{Batch, MicroBatch},
+    device,
+    rank::{
+        setup::Prepared,
+        step::{Says, Trainer},
+    },
+};
+use arcface_proto::{
+    convert,
+    failure::{ExitCode, Failure},
+    spec::{HeadImplementation, Precision},
+    v1,
+};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+/// Arguments of `bench step`.
+#[derive(clap::Args, Debug)]
+pub struct StepArgs {
+    /// Network.
+    #[arg(long, default_value = "r18")]
+    network: String,
+    /// Classes of the shard.
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
+    classes: u32,
+    /// Samples.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    batch: u32,
+    /// Share of the classes used, in (0, 1].
+    #[arg(long, visible_alias = "sample-rate", default_value_t = 1.0)]
+    rate: f64,
+    /// Arithmetic: fp32, bf16 or fp16.
+    #[arg(long, default_value = "fp32", value_parser = choice::<Precision>)]
+    precision: Precision,
+    /// Which head: tiled or plain.
+    #[arg(long, default_value = "tiled", value_parser = choice::<HeadImplementation>)]
+    implementation: HeadImplementation,
+    /// Measure the plain trainer too, in turn, and print the ratio of the times; --repetitions is the number of pairs.
+    #[arg(long, value_parser = ["plain"])]
+    against: Option<String>,
+    /// Steps that count in each process of a comparison.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Threads; default: one a core.
+    #[arg(long)]
+    threads: Option<u16>,
+    /// Memory allocator of both sides of a comparison: "default", or "tuned", which keeps freed memory and uses large
+    /// pages, as the agent starts its ranks.
+    #[arg(long, default_value = "default", value_parser = ["default", "tuned"])]
+    malloc: String,
+}
+
+impl StepArgs {
+    /// True if two trainers are measured.
+    pub(super) fn is_comparison(&self) -> bool {
+        self.against.is_some()
+    }
+}
+
+/// The result as JSON.
+pub(super) fn measure(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
+    match &args.against {
+        None => alone(repetitions, args),
+        Some(plain) => {
+            let ours = arguments(args, args.precision, args.implementation);
+            let other = arguments(args, Precision::Fp32, HeadImplementation::Plain);
+            let mut result = comparison::compare(repetitions, &ours, &other, &args.malloc)?;
+            result["against"] = plain.as_str().into();
+            Ok(result)
+        }
+    }
+}
+
+fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
+    let threads = args.threads.map_or(device::cores(), usize::from);
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
+    let before = memory::resident();
+    memory::forget_peak();
+    let mut trainer = trainer(repetitions, args)?;
+    let rows = i64::from(args.batch);
+    tch::manual_seed(1);
+    let images = Tensor::rand([rows, 3, 112, 112], (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
+    let labels = Tensor::randint(i64::from(args.classes), [rows], (Kind::Int64, Device::Cpu));
+    let times = time(repetitions, |step| {
+        let batch = Batch {
+            images: images.shallow_clone(),
+            labels: labels.shallow_clone(),
+            micro: MicroBatch {
+                epoch: 0,
+                step: step.into(),
+                micro: 0,
+                first_position: 0,
+                indices: (0..u64::from(args.batch)).collect(),
+            },
+        };
+        trainer.step(step.into(), &mut std::iter::once(Ok(batch)), Says::default())?;
+        Ok(())
+    })?;
+    let peak = memory::peak()
+        .zip(before)
+        .map(|(peak, before)| peak.saturating_sub(before));
+    Ok(json!({
+        "bench": "step", "network": args.network, "implementation": args.implementation.as_str(),
+        "precision": args.precision.as_str(), "classes": args.classes, "batch": args.batch,
+        "sample_rate": args.rate, "threads": threads, "state_bytes": state_bytes(&mut trainer), "peak_bytes": peak,
+        "median_ms": median(&times), "min_ms": min(&times),
+        "samples_per_second": f64::from(args.batch) * 1e3 / median(&times),
+    }))
+}
+
+/// The trainer of a job with these sizes, as a rank has it.
+fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
+    let wire = v1::JobSpec {
+        output: Some("bench".into()),
+        job: Some(v1::JobSection {
+            world_size: Some(1),
+            ..Default::default()
+        }),
+        model: Some(v1::ModelSection {
+            network: Some(args.network.clone()),
+            ..Default::default()
+        }),
+        head: Some(v1::HeadSection {
+            num_classes: Some(args.classes),
+            sample_rate: Some(args.rate),
+            implementation: Some(args.implementation.as_str().into()),
+            ..Default::default()
+        }),
+        data: Some(v1::DataSection {
+            rec: Some("synthetic".into()),
+            num_image: Some(u64::from(args.batch) * (u64::from(repetitions) + 1)),
+            ..Default::default()
+        }),
+        train: Some(v1::TrainSection {
+            batch_size: Some(args.batch),
+            num_epoch: Some(1),
+            precision: Some(args.precision.as_str().into()),
+            // Random images teach nothing; a step that diverges would be measured as one that is left out.
+            lr: Some(1e-6),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let spec = convert::job_spec(&wire).map_err(|violations| {
+        let list: Vec<String> = violations.iter().map(ToString::to_string).collect();
+        Failure::new(ExitCode::Usage, list.join("; "))
+    })?;
+    let prepared = Prepared::open(spec, &[], "cpu")
+        .map_err(|failure| Failure::new(ExitCode::Usage, failure.message).hint(failure.hint))?;
+    let (trainer, _) = prepared.into_trainer(Box::new(Alone))?;
+    Ok(trainer)
+}
+
+/// Weights and optimizer state, of backbone and head.
+fn state_bytes(trainer: &mut Trainer) -> usize {
+    let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
+    let head: usize = trainer.head.state().iter().map(|(_, tensor)| bytes(tensor)).sum();
+    let params: usize = trainer.params.iter().map(bytes).sum();
+    let optimizer = trainer.optimizer.state();
+    let buffers: usize = optimizer
+        .iter()
+        .flat_map(|(_, tensors)| *tensors)
+        .map(bytes)
+        .sum();
+    head + params + buffers
+}
+
+/// The arguments that measure one side.
+fn arguments(args: &StepArgs, precision: Precision, implementation: HeadImplementation) -> Vec<String> {
+    let mut arguments = vec!["step".to_owned()];
+    let mut set = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
+    set("--network", args.network.clone());
+    set("--implementation", implementation.as_str().into());
+    set("--precision", precision.as_str().into());
+    set("--classes", args.classes.to_string());
+    set("--batch", args.batch.to_string());
+    set("--rate", args.rate.to_string());
+    set("--repetitions", args.steps.to_string());
+    if let Some(threads) = args.threads {
+        set("--threads", threads.to_string());
+    }
+    arguments
+}
