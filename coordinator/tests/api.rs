@@ -74,6 +74,38 @@ async fn a_submit_is_idempotent_by_its_request_id_also_after_a_restart() {
     assert_eq!(jobs.len(), 1);
 }
 
+/// Two jobs would write over each other's checkpoints and network.
+#[tokio::test]
+async fn an_output_directory_belongs_to_one_job_until_that_has_ended() {
+    let cluster = Cluster::start().await;
+    let first = spec(1);
+    let id = cluster.submit(first.clone()).await;
+    let written_otherwise = format!("./{}/", first.output());
+    for validate_only in [true, false] {
+        let request = SubmitJobRequest {
+            spec: Some(v1::JobSpec {
+                output: Some(written_otherwise.clone()),
+                ..first.clone()
+            }),
+            validate_only,
+            ..Default::default()
+        };
+        let refused = cluster
+            .jobs()
+            .submit_job(request)
+            .await
+            .expect_err("its output is taken");
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        assert!(refused.message().contains(&id), "{refused}");
+    }
+    let cancel = v1::CancelJobRequest {
+        job_id: id.clone(),
+        ..Default::default()
+    };
+    cluster.jobs().cancel_job(cancel).await.expect("cancelled");
+    assert_ne!(cluster.submit(first).await, id);
+}
+
 #[tokio::test]
 async fn a_bad_job_lists_every_bad_field_and_stores_nothing() {
     let cluster = Cluster::start().await;

@@ -60,9 +60,9 @@ impl StateStore for Mute {
     }
 }
 
-fn spec() -> JobSpec {
+fn spec(output: &str) -> JobSpec {
     let wire = v1::JobSpec {
-        output: Some("out".into()),
+        output: Some(output.into()),
         model: Some(v1::ModelSection {
             network: Some("tiny".into()),
             ..Default::default()
@@ -95,20 +95,20 @@ async fn start() -> (Arc<Mute>, Handle, tempfile::TempDir, CancellationToken) {
 async fn a_submit_whose_answer_was_lost_gives_its_job_when_it_is_repeated() {
     let (store, control, _directory, stop) = start().await;
     store.mute.store(true, Ordering::SeqCst);
-    let lost = control.submit(spec(), "once".into(), false).await;
+    let lost = control.submit(spec("out"), "once".into(), false).await;
     assert!(matches!(lost, Err(ControlError::Unavailable(_))), "{lost:?}");
     store.mute.store(false, Ordering::SeqCst);
-    let ended = control.submit(spec(), "once".into(), false).await;
+    let ended = control.submit(spec("out"), "once".into(), false).await;
     assert!(matches!(ended, Err(ControlError::Unavailable(_))), "{ended:?}");
     let (control, _) = control::start(store.clone(), Timers::default(), stop)
         .await
         .expect("start again");
     let first = control
-        .submit(spec(), "once".into(), false)
+        .submit(spec("out"), "once".into(), false)
         .await
         .expect("the job");
     let again = control
-        .submit(spec(), "once".into(), false)
+        .submit(spec("out"), "once".into(), false)
         .await
         .expect("the job");
     assert_eq!(first.id, again.id);
@@ -125,11 +125,8 @@ async fn submits_at_the_same_time_are_all_there_once() {
         .map(|number| {
             let control = control.clone();
             // Every request comes twice.
-            tokio::spawn(async move {
-                control
-                    .submit(spec(), format!("request-{}", number / 2), false)
-                    .await
-            })
+            let request = format!("request-{}", number / 2);
+            tokio::spawn(async move { control.submit(spec(&request), request.clone(), false).await })
         })
         .collect();
     let mut ids = Vec::new();
@@ -152,7 +149,7 @@ async fn submits_at_the_same_time_are_all_there_once() {
 async fn a_rank_of_a_newer_generation_is_asked_to_try_another_coordinator() {
     let (_store, control, _directory, _stop) = start().await;
     let job = control
-        .submit(spec(), String::new(), false)
+        .submit(spec("out"), String::new(), false)
         .await
         .expect("accepted");
     let rank = RankId {

@@ -3,7 +3,7 @@
 use super::{
     Control, ControlError, Entry, MAX_LIVE_JOBS, MAX_RETRIES, Watch,
     handle::{Command, JobFilter, Submit},
-    keys, measure, not_done, records,
+    keys, ledger, measure, not_done, records,
 };
 use crate::{
     job::{self, Effect, Event, Job, Phase, Process},
@@ -137,7 +137,7 @@ impl Control {
                 self.store_submits(std::mem::take(&mut batch), std::mem::take(&mut transaction))
                     .await;
             }
-            let job = match self.accept(&submit, batch.len(), now).await {
+            let job = match self.accept(&submit, &batch, now).await {
                 Ok(job) => job,
                 Err(answer) => {
                     reply(submit.answer, answer);
@@ -173,7 +173,7 @@ impl Control {
     async fn accept(
         &mut self,
         submit: &Submit,
-        before: usize,
+        before: &[Accepted],
         now: job::Now,
     ) -> Result<Job, Result<v1::Job, ControlError>> {
         match self.repeated(&submit.request_id, &submit.spec).await {
@@ -186,6 +186,14 @@ impl Control {
             id = JobId::from_random(uuid::Uuid::new_v4().as_u64_pair().0);
         }
         let job = Job::new(id, (*submit.spec).clone(), now.unix_ms);
+        let output = &job.spec.output;
+        let same = |accepted: &&Accepted| ledger::folder(&accepted.job.spec.output) == ledger::folder(output);
+        let before_it = before.iter().find(same).map(|accepted| &accepted.job.id);
+        if let Some(writer) = self.ledger.writer(output).or(before_it) {
+            return Err(Err(ControlError::Refused(format!(
+                "output: {output:?} belongs to {writer}, which has not ended: cancel it, or choose another directory (--set output=DIR)"
+            ))));
+        }
         if submit.validate_only {
             return Err(Ok(v1::Job {
                 id: String::new(),
@@ -193,7 +201,7 @@ impl Control {
                 ..records::job_to_wire(&job, 0)
             }));
         }
-        if self.ledger.live().len() + before >= MAX_LIVE_JOBS {
+        if self.ledger.live().len() + before.len() >= MAX_LIVE_JOBS {
             return Err(Err(ControlError::Exhausted(format!(
                 "{MAX_LIVE_JOBS} jobs already wait or run"
             ))));

@@ -6,6 +6,7 @@ use arcface_proto::types::{JobId, NodeId};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Bound,
+    path::{Component, Path, PathBuf},
 };
 
 /// Place of a job in the order of submission: when it was submitted, in ms since the Unix epoch, and its id.
@@ -19,6 +20,8 @@ pub struct Ledger {
     /// Those that recover before those that are queued.
     waiting: BTreeSet<(bool, Age)>,
     placed: BTreeMap<NodeId, BTreeSet<Age>>,
+    /// Who writes where.
+    outputs: BTreeMap<PathBuf, BTreeSet<Age>>,
     queued: u32,
     active: u32,
 }
@@ -53,6 +56,8 @@ impl Ledger {
                 let jobs = self.placed.entry(rank.node.clone()).or_default();
                 jobs.insert(age.clone());
             }
+            let writers = self.outputs.entry(folder(&after.spec.output)).or_default();
+            writers.insert(age.clone());
             self.live.insert(age.clone());
         }
         self.queued += u32::from(after.phase == Phase::Queued);
@@ -63,13 +68,9 @@ impl Ledger {
     fn remove(&mut self, job: &Job) {
         let age = age(job);
         for rank in &job.ranks {
-            if let Some(jobs) = self.placed.get_mut(&rank.node) {
-                jobs.remove(&age);
-                if jobs.is_empty() {
-                    self.placed.remove(&rank.node);
-                }
-            }
+            take_out(&mut self.placed, &rank.node, &age);
         }
+        take_out(&mut self.outputs, &folder(&job.spec.output), &age);
         self.queued -= u32::from(job.phase == Phase::Queued);
         self.active -= u32::from(is_active(job));
         self.live.remove(&age);
@@ -113,6 +114,12 @@ impl Ledger {
         self.placed.values().flatten().map(|(_, id)| id).collect()
     }
 
+    /// The job that needs attention and has this output directory.
+    pub fn writer(&self, output: &str) -> Option<&JobId> {
+        let (_, id) = self.outputs.get(&folder(output))?.first()?;
+        Some(id)
+    }
+
     /// Jobs that wait for their first generation.
     pub fn queued(&self) -> u32 {
         self.queued
@@ -121,6 +128,23 @@ impl Ledger {
     /// Jobs that neither are queued nor have ended.
     pub fn active(&self) -> u32 {
         self.active
+    }
+}
+
+/// An output directory, however it is written: `a/./b/` is `a/b`.
+pub fn folder(output: &str) -> PathBuf {
+    Path::new(output)
+        .components()
+        .filter(|part| *part != Component::CurDir)
+        .collect()
+}
+
+fn take_out<K: Ord>(jobs: &mut BTreeMap<K, BTreeSet<Age>>, key: &K, age: &Age) {
+    if let Some(ages) = jobs.get_mut(key) {
+        ages.remove(age);
+        if ages.is_empty() {
+            jobs.remove(key);
+        }
     }
 }
 
@@ -210,6 +234,7 @@ mod tests {
                 prop_assert_eq!(ledger.live().len(), count(&is_live));
                 prop_assert_eq!(ledger.waiting().count(), count(&|job| waits(job).is_some()));
                 prop_assert_eq!(ledger.newest_first(None, false).count(), jobs.len());
+                prop_assert_eq!(ledger.writer("./out/"), ledger.live().next());
             }
         }
     }
