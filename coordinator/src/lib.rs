@@ -22,3 +22,4 @@ pub mod straggler;
 #[cfg(test)]
 mod tables;
 pub mod telemetry;
+pub mod tls;

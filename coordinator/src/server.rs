@@ -8,6 +8,7 @@ use crate::{
     exporter,
     store::{Candidate, EmbeddedStore, EtcdUrl, StoreError},
     telemetry,
+    tls::Served,
 };
 use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
@@ -33,6 +34,7 @@ use tonic::{
     body::Body,
     codegen::{Service, http},
     server::NamedService,
+    transport::ClientTlsConfig,
 };
 
 /// What `serve` was told.
@@ -47,6 +49,10 @@ pub struct ServeOptions {
     /// Where others find this coordinator, `HOST:PORT`, told by one that stands by when this one leads; `None`: the
     /// address it listens on.
     pub advertise: Option<String>,
+    /// TLS of the gRPC services; `None`: without.
+    pub tls: Option<Served>,
+    /// TLS towards etcd; `None`: without.
+    pub etcd_tls: Option<ClientTlsConfig>,
     /// File that gets `grpc=HOST:PORT` and `metrics=HOST:PORT` once the services answer.
     pub address_file: Option<PathBuf>,
     /// How long to wait for what.
@@ -72,7 +78,7 @@ impl FromStr for StoreUrl {
             }
             Some(("etcd", url)) if !url.is_empty() => url.parse().map(Self::Etcd),
             _ => Err(format!(
-                "store {text:?} is neither embedded:DIR nor etcd:http://HOST:PORT,...[/PREFIX]"
+                "store {text:?} is neither embedded:DIR nor etcd:http[s]://HOST:PORT,...[/PREFIX]"
             )),
         }
     }
@@ -191,7 +197,7 @@ pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
         .map(TcpListener::local_addr)
         .transpose()
         .context("read the metrics address")?;
-    warn_if_exposed(grpc, metrics_address);
+    warn_if_exposed(grpc, options.tls.as_ref(), metrics_address);
 
     let recorder = exporter::recorder()?;
     metrics::gauge!(telemetry::BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
@@ -210,7 +216,7 @@ pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
     if let Some(listener) = metrics {
         tokio::spawn(exporter::serve(listener, recorder, stop.clone()));
     }
-    let serving = tokio::spawn(serve(listener, front, terms, stops));
+    let serving = tokio::spawn(serve(listener, options.tls.clone(), front, terms, stops));
     if let Some(path) = &options.address_file
         && let Err(error) = write_address_file(path, grpc, metrics_address)
     {
@@ -229,18 +235,24 @@ pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
 /// the leader's key is released.
 async fn serve(
     listener: TcpListener,
+    tls: Option<Served>,
     front: Front,
     mut terms: JoinHandle<anyhow::Result<()>>,
     stops: Stops,
 ) -> anyhow::Result<()> {
-    let mut server = pin!(
-        tonic::transport::Server::builder()
-            .tcp_nodelay(true)
-            .max_concurrent_streams(MAX_STREAMS)
-            .http2_keepalive_interval(Some(PING_EVERY))
-            .http2_keepalive_timeout(Some(PING_LIMIT))
-            .serve_with_incoming_shutdown(front, incoming(listener), stops.streams.clone().cancelled_owned())
-    );
+    let mut builder = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_keepalive_interval(Some(PING_EVERY))
+        .http2_keepalive_timeout(Some(PING_LIMIT));
+    if let Some(tls) = tls {
+        builder = builder.tls_config(tls.config).context("TLS")?;
+    }
+    let mut server = pin!(builder.serve_with_incoming_shutdown(
+        front,
+        incoming(listener),
+        stops.streams.clone().cancelled_owned()
+    ));
     tokio::select! {
         ended = &mut server => {
             stops.streams.cancel();
@@ -304,6 +316,19 @@ async fn open_store(options: &ServeOptions, grpc: SocketAddr) -> anyhow::Result<
             Ok(Leadership::Alone(Arc::new(store)))
         }
         StoreUrl::Etcd(url) => {
+            if url.is_encrypted() != options.etcd_tls.is_some() {
+                let (message, hint) = match url.is_encrypted() {
+                    true => (
+                        "--store has https addresses, and nobody vouches for them",
+                        "name the authorities with --etcd-ca FILE",
+                    ),
+                    false => (
+                        "--etcd-ca was given, and --store has http addresses",
+                        "write https:// there",
+                    ),
+                };
+                return Err(Failure::new(ExitCode::Usage, message).hint(hint).into());
+            }
             let address = match &options.advertise {
                 Some(address) => address.clone(),
                 None if grpc.ip().is_unspecified() => {
@@ -314,7 +339,7 @@ async fn open_store(options: &ServeOptions, grpc: SocketAddr) -> anyhow::Result<
                 None => grpc.to_string(),
             };
             let ttl = Duration::from_millis(options.timers.leader_ms);
-            let candidate = Candidate::connect(url.clone(), address, ttl)
+            let candidate = Candidate::connect(url.clone(), options.etcd_tls.clone(), address, ttl)
                 .await
                 .map_err(|error| {
                     Failure::new(ExitCode::Unreachable, error.to_string())
@@ -346,12 +371,17 @@ fn store_failure(error: StoreError) -> anyhow::Error {
 }
 
 /// Says what anybody who reaches the address can do.
-fn warn_if_exposed(grpc: SocketAddr, metrics: Option<SocketAddr>) {
-    if !grpc.ip().is_loopback() {
+fn warn_if_exposed(grpc: SocketAddr, tls: Option<&Served>, metrics: Option<SocketAddr>) {
+    let lacking = match tls {
+        None => Some("without TLS"),
+        Some(tls) if !tls.authenticated => Some("without --tls-client-ca"),
+        Some(_) => None,
+    };
+    if let Some(lacking) = lacking.filter(|_| !grpc.ip().is_loopback()) {
         tracing::warn!(
             %grpc,
-            "listening beyond loopback without TLS or authentication: whoever reaches this address can submit and \
-             cancel jobs, join as a worker and read all results"
+            "listening beyond loopback {lacking}: whoever reaches this address can submit and cancel jobs, join as a \
+             worker and read all results"
         );
     }
     if let Some(metrics) = metrics.filter(|address| !address.ip().is_loopback()) {

@@ -10,6 +10,7 @@ pub mod redirect;
 mod skip;
 pub mod spec;
 pub mod timestamp;
+pub mod tls;
 pub mod types;
 
 /// Generated messages, clients and servers of package `arcface.v1`. Their documentation is in the `.proto` files.

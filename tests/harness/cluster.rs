@@ -1,7 +1,9 @@
 //! Coordinators and their workers on this machine, for the time of one test.
 
+mod run;
+
 use crate::{
-    Etcd, Finished, JobFile, Network, Process, command, http, process,
+    Certificates, Etcd, Finished, JobFile, Network, Process, command, http, process,
     wait::{self, Seen},
 };
 use anyhow::{Context, Result, ensure};
@@ -9,14 +11,9 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::{
     fs,
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
     time::Duration,
 };
-
-/// Clusters of one test executable run one after the other: each wants the whole (small) machine.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// For commands that only ask the coordinator something.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -44,17 +41,6 @@ struct Seat {
     address: String,
 }
 
-/// What a cluster has around it.
-#[derive(Default)]
-struct Surroundings {
-    /// Where several coordinators keep their state.
-    etcd: Option<Etcd>,
-    /// Where the workers live.
-    network: Option<Network>,
-    /// What the workers are started with.
-    environment: Vec<(String, String)>,
-}
-
 /// A coordinator and its workers, or several coordinators that share an etcd.
 pub struct Cluster {
     scratch: tempfile::TempDir,
@@ -67,119 +53,10 @@ pub struct Cluster {
     network: Option<Network>,
     /// What workers are started with.
     environment: Vec<(String, String)>,
+    certificates: Option<Certificates>,
 }
 
 impl Cluster {
-    /// Starts a cluster, waits until its workers are there, and gives it to a test. If the test fails, every log of
-    /// every process is printed.
-    ///
-    /// # Errors
-    /// What the test or the start failed with.
-    pub fn run(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        Self::run_with(options, 1, Surroundings::default(), test)
-    }
-
-    /// The same with every worker in a network namespace of its own. Where there are none the test is skipped, see
-    /// [`Network::start`].
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn run_in_network(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        match Network::start()? {
-            Some(network) => {
-                let around = Surroundings {
-                    network: Some(network),
-                    ..Surroundings::default()
-                };
-                Self::run_with(options, 1, around, test)
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// The same with these variables in the environment of the workers.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn run_in_environment(
-        options: Options,
-        environment: Vec<(String, String)>,
-        test: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<()> {
-        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let around = Surroundings {
-            environment,
-            ..Surroundings::default()
-        };
-        Self::run_with(options, 1, around, test)
-    }
-
-    /// The same with several coordinators that keep their state in an etcd of this test. Where no etcd is installed
-    /// the test is skipped, see [`Etcd::start`].
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn run_on_etcd(
-        options: Options,
-        coordinators: usize,
-        test: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<()> {
-        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        match Etcd::start()? {
-            Some(etcd) => {
-                let around = Surroundings {
-                    etcd: Some(etcd),
-                    ..Surroundings::default()
-                };
-                Self::run_with(options, coordinators, around, test)
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn run_with(
-        options: Options,
-        coordinators: usize,
-        around: Surroundings,
-        test: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<()> {
-        let host = around
-            .network
-            .as_ref()
-            .map_or("127.0.0.1".to_owned(), |network| network.host().to_string());
-        let seat = || Seat {
-            process: None,
-            address: format!("{host}:0"),
-        };
-        let mut cluster = Self {
-            scratch: tempfile::tempdir()?,
-            coordinators: std::iter::repeat_with(seat).take(coordinators).collect(),
-            workers: Vec::new(),
-            past: Vec::new(),
-            slots: options.slots,
-            etcd: around.etcd,
-            network: around.network,
-            environment: around.environment,
-        };
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            for index in 0..coordinators {
-                cluster.start_coordinator_at(index)?;
-            }
-            for _ in 0..options.workers {
-                cluster.start_worker()?;
-            }
-            cluster.wait_for_nodes(options.workers)?;
-            test(&mut cluster)?;
-            cluster.check_no_panic()
-        }));
-        if !matches!(outcome, Ok(Ok(()))) {
-            cluster.print_logs();
-        }
-        outcome.unwrap_or_else(|panic| resume_unwind(panic))
-    }
-
     /// The network that the workers are in, by number in the order of their start.
     ///
     /// # Errors
@@ -206,6 +83,16 @@ impl Cluster {
             .map(|seat| seat.address.as_str())
             .collect();
         addresses.join(",")
+    }
+
+    /// The certificates of this cluster.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn certificates(&self) -> Result<&Certificates> {
+        self.certificates
+            .as_ref()
+            .context("this cluster has no certificates")
     }
 
     /// The etcd of this cluster.
@@ -292,6 +179,18 @@ impl Cluster {
             .args(["--metrics", "127.0.0.1:0", "--store", &store])
             .arg("--address-file")
             .arg(&file);
+        if let Some(certificates) = &self.certificates {
+            for (flag, file) in [
+                ("--tls-cert", certificates.cert("server")),
+                ("--tls-key", certificates.key("server")),
+                ("--tls-client-ca", certificates.cert("ca")),
+                ("--etcd-ca", certificates.cert("ca")),
+                ("--etcd-cert", certificates.cert("client")),
+                ("--etcd-key", certificates.key("client")),
+            ] {
+                command.arg(flag).arg(file);
+            }
+        }
         let name = match index {
             0 => "coordinator".to_owned(),
             _ => format!("coordinator-{index}"),
@@ -450,6 +349,9 @@ impl Cluster {
         command
             .args(arguments)
             .env("ARCFACE_COORDINATOR", self.addresses());
+        if let Some(certificates) = &self.certificates {
+            command.envs(certificates.environment("client"));
+        }
         Ok(command)
     }
 

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, bail};
 use std::{
     env,
+    ffi::OsString,
     fs::File,
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
@@ -23,6 +24,11 @@ pub struct Etcd {
     scratch: tempfile::TempDir,
     client: SocketAddr,
     peer: SocketAddr,
+    /// Where it is asked for its health, also when clients must speak TLS.
+    health: SocketAddr,
+    scheme: &'static str,
+    /// Arguments beside the usual ones.
+    more: Vec<OsString>,
     server: Option<Child>,
 }
 
@@ -33,6 +39,14 @@ impl Etcd {
     /// # Errors
     /// If it does not come up, or is missing in CI.
     pub fn start() -> Result<Option<Self>> {
+        Self::start_with("http", Vec::new())
+    }
+
+    /// The same with the scheme of its clients' URL and further arguments.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(scheme: &'static str, more: Vec<OsString>) -> Result<Option<Self>> {
         let missing = "no etcd server is installed (apt: etcd-server, or run scripts/setup.sh)";
         if Command::new("etcd")
             .arg("--version")
@@ -50,15 +64,18 @@ impl Etcd {
             scratch: tempfile::tempdir()?,
             client: free_port()?,
             peer: free_port()?,
+            health: free_port()?,
+            scheme,
+            more,
             server: None,
         };
         etcd.resume()?;
         Ok(Some(etcd))
     }
 
-    /// Where clients find it: `http://HOST:PORT`.
+    /// Where clients find it: `http://HOST:PORT`, or https.
     pub fn url(&self) -> String {
-        format!("http://{}", self.client)
+        format!("{}://{}", self.scheme, self.client)
     }
 
     /// Kills it at once; its data stays.
@@ -82,6 +99,7 @@ impl Etcd {
         let log = self.scratch.path().join("log");
         let sink = File::options().create(true).append(true).open(&log)?;
         let server = Command::new("etcd")
+            .args(&self.more)
             .arg("--data-dir")
             .arg(self.scratch.path().join("data"))
             .args(["--name", "test", "--logger", "zap"])
@@ -97,6 +115,7 @@ impl Etcd {
                 "--initial-advertise-peer-urls",
                 &peer,
             ])
+            .args(["--listen-metrics-urls", &format!("http://{}", self.health)])
             .args(["--initial-cluster", &format!("test={peer}")])
             .stdin(Stdio::null())
             .stdout(sink.try_clone()?)
@@ -105,7 +124,7 @@ impl Etcd {
             .context("start etcd")?;
         self.server = Some(server);
         let start = Instant::now();
-        while !is_healthy(self.client) {
+        while !is_healthy(self.health) {
             let ended = self.server.as_mut().map(Child::try_wait).transpose()?.flatten();
             if ended.is_some() || start.elapsed() > START {
                 bail!("etcd does not come up ({ended:?}): {}", text_of(&log));

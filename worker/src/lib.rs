@@ -4,6 +4,7 @@
 //! `collective` neither head nor model; `agent` no tensor. See `docs/architecture.md`.
 
 pub mod agent;
+pub mod channel;
 pub mod checkpoint;
 pub mod collective;
 pub mod data;

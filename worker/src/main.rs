@@ -5,6 +5,7 @@ use anyhow::Context;
 use arcface_proto::failure::{self, ExitCode, Failure};
 use arcface_proto::types::NodeId;
 use arcface_worker::agent::{self, AgentOptions, MemoryRoot, RankCommand};
+use arcface_worker::channel::ClientTls;
 use arcface_worker::device::{self, Device, DeviceChoice};
 use arcface_worker::telemetry::{self, LogFormat};
 use arcface_worker::tools;
@@ -49,6 +50,8 @@ struct AgentArgs {
         env = "ARCFACE_COORDINATOR"
     )]
     join: Vec<String>,
+    #[command(flatten)]
+    tls: ClientTls,
     /// What computes; `auto` takes the best that this version can use.
     #[arg(long, value_enum, default_value = "auto", env = "ARCFACE_DEVICE")]
     device: DeviceChoice,
@@ -183,6 +186,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
     for address in &args.join {
         check_address(address)?;
     }
+    args.tls.config()?;
     let device = device::resolve(args.device)?;
     telemetry::init_logs(args.log_format);
     if args.device == DeviceChoice::Auto && device == Device::Cpu && device::nvidia_gpu_present() {
@@ -205,8 +209,11 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         Some(id) => id,
         None => default_node_id()?,
     };
+    let mut rank_command = RankCommand::of_this_executable()?;
+    rank_command.args.extend(args.tls.arguments());
     let options = AgentOptions {
         coordinators: args.join,
+        tls: args.tls,
         memory_root: memory_root(args.memory_root.as_deref(), &node_id)?,
         node_id,
         advertise: args.advertise,
@@ -215,7 +222,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         output_root,
         data_roots,
         hang_after: Some(Duration::from_secs(args.hang_after.into())).filter(|after| !after.is_zero()),
-        rank_command: RankCommand::of_this_executable()?,
+        rank_command,
         leave: args.leave.into(),
         state_dir: args.state_dir,
     };

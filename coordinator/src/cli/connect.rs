@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::StatusExt;
 
@@ -157,6 +157,7 @@ pub fn parse_address(text: &str) -> Result<String, String> {
 #[derive(Clone, Debug)]
 pub struct Coordinator {
     addresses: Arc<Vec<String>>,
+    tls: Option<ClientTlsConfig>,
     connection: Arc<Mutex<Connection>>,
 }
 
@@ -167,17 +168,23 @@ struct Connection {
 }
 
 impl Connection {
-    async fn open(address: &str) -> Result<Self, CallError> {
+    async fn open(address: &str, tls: Option<&ClientTlsConfig>) -> Result<Self, CallError> {
         let unreachable = |cause: String| CallError::Unreachable {
             address: address.into(),
             cause,
         };
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
             .map_err(|error| unreachable(root_cause(&error)))?
             .connect_timeout(CONNECT)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE)
             .keep_alive_while_idle(true);
+        if let Some(tls) = tls {
+            endpoint = endpoint
+                .tls_config(tls.clone())
+                .map_err(|error| unreachable(root_cause(&error)))?;
+        }
         match timeout(CONNECT, endpoint.connect()).await {
             Ok(Ok(channel)) => Ok(Self {
                 address: address.into(),
@@ -226,16 +233,17 @@ impl Coordinator {
     ///
     /// # Errors
     /// [`CallError::Unreachable`] if none is, with the reason of the last.
-    pub async fn connect(addresses: &[String]) -> Result<Self, CallError> {
+    pub async fn connect(addresses: &[String], tls: Option<ClientTlsConfig>) -> Result<Self, CallError> {
         let mut failure = CallError::Unreachable {
             address: String::new(),
             cause: "no address".into(),
         };
         for address in addresses {
-            match Connection::open(address).await {
+            match Connection::open(address, tls.as_ref()).await {
                 Ok(connection) => {
                     return Ok(Self {
                         addresses: Arc::new(addresses.to_vec()),
+                        tls,
                         connection: Arc::new(Mutex::new(connection)),
                     });
                 }
@@ -317,7 +325,7 @@ impl Coordinator {
                 search.wait = (search.wait * 2).min(LONGEST_WAIT);
                 continue;
             };
-            match Connection::open(&address).await {
+            match Connection::open(&address, self.tls.as_ref()).await {
                 Ok(connection) => {
                     *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = connection;
                     return Ok(());

@@ -17,6 +17,7 @@ mod words;
 mod workers;
 
 use crate::spec::SpecError;
+use crate::tls::ClientTls;
 use arcface_proto::failure::{self, ExitCode, Failure};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use connect::{CallError, Coordinator, parse_address};
@@ -81,11 +82,13 @@ struct Target {
     )]
     #[arg(value_parser = parse_address, value_delimiter = ',')]
     coordinator: Vec<String>,
+    #[command(flatten)]
+    tls: ClientTls,
 }
 
 impl Target {
-    async fn connect(&self) -> Result<Coordinator, CallError> {
-        Coordinator::connect(&self.coordinator).await
+    async fn connect(&self) -> anyhow::Result<Coordinator> {
+        Ok(Coordinator::connect(&self.coordinator, self.tls.config()?).await?)
     }
 }
 

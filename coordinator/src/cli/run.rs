@@ -105,6 +105,8 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
         metrics: Some(args.metrics),
         store: StoreUrl::Embedded(places.run.join("store")),
         advertise: None,
+        tls: None,
+        etcd_tls: None,
         address_file: None,
         timers: Timers::default(),
     })
@@ -113,7 +115,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
     let stop = running.stopper();
     let mut serving = pin!(running.wait());
 
-    let coordinator = Coordinator::connect(&[grpc.to_string()]).await?;
+    let coordinator = Coordinator::connect(&[grpc.to_string()], None).await?;
     end_leftovers(&coordinator).await?;
     let job = coordinator.submit(uuid::Uuid::new_v4().to_string(), wire).await?;
     let mut workers = Workers::start(&Plan {

@@ -3,6 +3,7 @@
 use super::connect::parse_address;
 use crate::server::{self, ServeOptions, StoreUrl, Timers};
 use crate::telemetry::{self, DEFAULT_FILTER, LogFormat, LogSink};
+use crate::tls::{EtcdTls, ServerTls};
 use clap::Args;
 use std::{env, net::SocketAddr, path::PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
@@ -12,7 +13,8 @@ use tokio::signal::unix::{SignalKind, signal};
 Examples:
   arcface-coordinator serve
   arcface-coordinator serve --listen 10.0.0.1:1234 --store embedded:/var/lib/arcface
-  arcface-coordinator serve --listen 10.0.0.1:1234 --store etcd:http://10.0.0.1:2379,http://10.0.0.2:2379")]
+  arcface-coordinator serve --listen 10.0.0.1:1234 --store etcd:http://10.0.0.1:2379,http://10.0.0.2:2379
+  arcface-coordinator serve --listen 10.0.0.1:1234 --tls-cert c1.pem --tls-key c1.key --tls-client-ca ca.pem")]
 pub(super) struct ServeArgs {
     /// Address of the gRPC services; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:1234", value_parser = parse_socket)]
@@ -32,6 +34,10 @@ pub(super) struct ServeArgs {
     /// Where clients, workers and ranks find this coordinator when it leads [default: the address of --listen]
     #[arg(long, value_name = "HOST:PORT", value_parser = parse_address)]
     advertise: Option<String>,
+    #[command(flatten)]
+    tls: ServerTls,
+    #[command(flatten)]
+    etcd_tls: EtcdTls,
     /// File that gets the addresses in use once the services answer
     #[arg(long, value_name = "FILE")]
     address_file: Option<PathBuf>,
@@ -75,6 +81,8 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         metrics: Some(args.metrics),
         store: store.clone(),
         advertise: args.advertise,
+        tls: args.tls.config()?,
+        etcd_tls: args.etcd_tls.config()?,
         address_file: args.address_file,
         timers: Timers::default(),
     };

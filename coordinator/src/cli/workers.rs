@@ -116,6 +116,10 @@ impl Workers {
                 .stdout(file.try_clone()?)
                 .stderr(file)
                 .kill_on_drop(true);
+            // The coordinator of `run` is on loopback, without TLS, whatever the user's own cluster has.
+            for variable in ["ARCFACE_TLS_CA", "ARCFACE_TLS_CERT", "ARCFACE_TLS_KEY"] {
+                command.env_remove(variable);
+            }
             if let Some(device) = &plan.device {
                 command.args(["--device", device]);
             }

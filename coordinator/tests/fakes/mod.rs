@@ -14,7 +14,10 @@ use arcface_proto::v1::{
 use std::{
     collections::BTreeMap,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 use tempfile::TempDir;
@@ -185,15 +188,19 @@ pub fn options(store: &Path) -> ServeOptions {
         metrics: Some("127.0.0.1:0".parse().expect("address")),
         store: StoreUrl::Embedded(store.to_owned()),
         advertise: None,
+        tls: None,
+        etcd_tls: None,
         address_file: Some(store.join("addresses")),
         timers: TIMERS,
     }
 }
 
-/// The smallest job of a world size.
+/// The smallest job of a world size, with an output directory of its own.
 pub fn spec(world_size: u32) -> v1::JobSpec {
+    static JOBS: AtomicU32 = AtomicU32::new(0);
+    let number = JOBS.fetch_add(1, Ordering::Relaxed);
     v1::JobSpec {
-        output: Some("work_dirs/test".into()),
+        output: Some(format!("work_dirs/{number}")),
         job: Some(v1::JobSection {
             world_size: Some(world_size),
             ..Default::default()

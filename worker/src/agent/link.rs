@@ -1,6 +1,7 @@
 //! The agent's one connection: tries the coordinators in order, says Hello, waits for Welcome, and hands messages
 //! up. It decides nothing; a broken connection is an event, and the next try comes after a jittered delay.
 
+use crate::channel::ClientTls;
 use crate::dial::{Answer, Dial};
 use arcface_proto::redirect;
 use arcface_proto::v1::worker_service_client::WorkerServiceClient;
@@ -10,7 +11,6 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use tonic::transport::Endpoint;
 
 /// Time for connecting and being welcomed.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -90,14 +90,16 @@ enum State {
 /// The connection, up or being tried.
 pub struct Link {
     dial: Dial,
+    tls: ClientTls,
     state: State,
 }
 
 impl Link {
     /// Not connected; the first try is due at once. `addresses` are `host:port`, at least one.
-    pub fn new(addresses: Vec<String>) -> Self {
+    pub fn new(addresses: Vec<String>, tls: ClientTls) -> Self {
         Self {
             dial: Dial::new(addresses),
+            tls,
             state: State::Waiting(tokio::time::Instant::now()),
         }
     }
@@ -110,7 +112,7 @@ impl Link {
     /// Begins a try with the next coordinator; `hello` opens the stream.
     pub fn connect(&mut self, hello: JoinRequest) {
         let address = self.dial.next_address().unwrap_or_default();
-        let attempt = open(address.clone(), hello);
+        let attempt = open(address.clone(), self.tls.clone(), hello);
         let task = tokio::spawn(async move {
             match tokio::time::timeout(JOIN_TIMEOUT, attempt).await {
                 Ok(result) => result,
@@ -204,17 +206,11 @@ fn random_unit() -> f64 {
     f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
 }
 
-async fn open(address: String, hello: JoinRequest) -> Result<Opened, NotJoined> {
-    let channel = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| NotJoined::because(error.to_string()))?
-        .connect_timeout(JOIN_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(5))
-        .keep_alive_timeout(Duration::from_secs(5))
-        .keep_alive_while_idle(true)
-        .connect()
+async fn open(address: String, tls: ClientTls, hello: JoinRequest) -> Result<Opened, NotJoined> {
+    let channel = tls
+        .connect(&address, JOIN_TIMEOUT)
         .await
-        .map_err(|error| NotJoined::because(root_cause(&error)))?;
+        .map_err(NotJoined::because)?;
     let (outgoing, receiver) = mpsc::channel(OUTGOING);
     // The coordinator answers the call only when it has read Hello, so that goes first.
     outgoing
@@ -256,12 +252,4 @@ fn describe(status: &tonic::Status) -> String {
         }
         code => format!("{code:?}: {}", status.message()),
     }
-}
-
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

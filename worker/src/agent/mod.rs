@@ -19,6 +19,7 @@ mod tests;
 pub use memory::MemoryRoot;
 pub use process::RankCommand;
 
+use crate::channel::ClientTls;
 use crate::telemetry as names;
 use arcface_proto::types::{Generation, JobId, NodeId};
 use arcface_proto::v1::{
@@ -50,6 +51,8 @@ const FIRST_HEARTBEAT: Duration = Duration::from_millis(500);
 pub struct AgentOptions {
     /// Coordinators, `host:port`, in the order of trying; at least one.
     pub coordinators: Vec<String>,
+    /// How they are connected to.
+    pub tls: ClientTls,
     /// Node's id.
     pub node_id: NodeId,
     /// Host at which this node's ranks listen for their peers; `None`: the address that faces the coordinator.
@@ -179,7 +182,7 @@ impl Agent {
             processes: HashMap::new(),
             watchdogs: HashMap::new(),
             exits,
-            link: Link::new(options.coordinators.clone()),
+            link: Link::new(options.coordinators.clone(), options.tls.clone()),
             outbox: Outbox::default(),
             liveness: Liveness::new(Instant::now()),
             epoch,

@@ -221,6 +221,7 @@ impl Running {
     ) -> Self {
         let scratch = tempfile::tempdir().unwrap();
         let options = AgentOptions {
+            tls: ClientTls::default(),
             coordinators: coordinators.iter().map(SocketAddr::to_string).collect(),
             node_id: "node-a".parse().unwrap(),
             advertise: None,

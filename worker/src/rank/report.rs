@@ -4,6 +4,7 @@
 
 use super::failure::RankFailure;
 use super::outbox::Outbox;
+use crate::channel::ClientTls;
 use crate::dial::{Answer, Dial};
 use arcface_proto::redirect;
 use arcface_proto::v1::rank_service_client::RankServiceClient;
@@ -18,7 +19,7 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tracing::{info, warn};
 
@@ -47,6 +48,7 @@ struct Shared {
     rank: RankId,
     /// Nobody tried yet; every connection has its own.
     dial: Dial,
+    tls: ClientTls,
     outbox: Mutex<Outbox>,
     news: Notify,
     /// A report stream was opened after one had broken: what the coordinator only remembers may be lost.
@@ -70,7 +72,7 @@ impl Reporter {
     ///
     /// # Errors
     /// If the thread cannot be started.
-    pub fn start(rank: RankId, coordinators: Vec<String>) -> Result<Self, RankFailure> {
+    pub fn start(rank: RankId, coordinators: Vec<String>, tls: ClientTls) -> Result<Self, RankFailure> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("report")
@@ -80,6 +82,7 @@ impl Reporter {
         let shared = Arc::new(Shared {
             rank,
             dial: Dial::new(coordinators),
+            tls,
             outbox: Mutex::default(),
             news: Notify::new(),
             found_again: Notify::new(),
@@ -126,7 +129,7 @@ impl Reporter {
             let mut dial = self.shared.dial.clone();
             loop {
                 let tried = async {
-                    let (mut client, _) = connect(&mut dial).await?;
+                    let (mut client, _) = connect(&mut dial, &self.shared.tls).await?;
                     client.rendezvous(request.clone()).await
                 };
                 match tried.await {
@@ -259,7 +262,7 @@ async fn stream(
     opened_before: bool,
     commands: &mpsc::Sender<Command>,
 ) -> Result<(), Status> {
-    let (mut client, address) = connect(dial).await?;
+    let (mut client, address) = connect(dial, &shared.tls).await?;
     let (sender, receiver) = mpsc::channel(16);
     let mut incoming = client.report(ReceiverStream::new(receiver)).await?.into_inner();
     *opened = Some(address);
@@ -315,7 +318,7 @@ async fn commit(
         tokio::select! {
             request = requests.recv() => {
                 let Some(request) = request else { return };
-                match answered(&mut dial, &request).await {
+                match answered(&mut dial, &shared.tls, &request).await {
                     Ok(true) => {}
                     Ok(false) => {
                         offered.push_back(request);
@@ -334,7 +337,7 @@ async fn commit(
             () = shared.found_again.notified() => {
                 for request in std::mem::take(&mut offered) {
                     // Refused means that a newer checkpoint is committed, or that the generation is over.
-                    if let Ok(false) = answered(&mut dial, &request).await {
+                    if let Ok(false) = answered(&mut dial, &shared.tls, &request).await {
                         offered.push_back(request);
                     }
                 }
@@ -344,10 +347,14 @@ async fn commit(
 }
 
 /// Whether the checkpoint is committed by now. The error is a refusal.
-async fn answered(dial: &mut Dial, request: &CommitCheckpointRequest) -> Result<bool, Status> {
+async fn answered(
+    dial: &mut Dial,
+    tls: &ClientTls,
+    request: &CommitCheckpointRequest,
+) -> Result<bool, Status> {
     loop {
         let tried = async {
-            let (mut client, address) = connect(dial).await?;
+            let (mut client, address) = connect(dial, tls).await?;
             let answer = client.commit_checkpoint(request.clone()).await?;
             Ok((answer.into_inner().committed, address))
         };
@@ -364,20 +371,14 @@ async fn answered(dial: &mut Dial, request: &CommitCheckpointRequest) -> Result<
 }
 
 /// A connection to the next coordinator to try, and its address.
-async fn connect(dial: &mut Dial) -> Result<(RankServiceClient<Channel>, String), Status> {
+async fn connect(dial: &mut Dial, tls: &ClientTls) -> Result<(RankServiceClient<Channel>, String), Status> {
     let address = dial
         .next_address()
         .ok_or_else(|| Status::invalid_argument("the assignment names no coordinator"))?;
-    let channel = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| Status::invalid_argument(format!("coordinator {address:?}: {error}")))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(5))
-        .keep_alive_timeout(Duration::from_secs(5))
-        .keep_alive_while_idle(true)
-        .connect()
+    let channel = tls
+        .connect(&address, CONNECT_TIMEOUT)
         .await
-        .map_err(|error| Status::unavailable(format!("{address}: {error}")))?;
+        .map_err(|why| Status::unavailable(format!("{address}: {why}")))?;
     Ok((RankServiceClient::new(channel), address))
 }
 

@@ -11,6 +11,7 @@ use super::report::Reporter;
 use super::setup::Prepared;
 use super::train::{Outside, Sinks, train};
 use super::watched::Watched;
+use crate::channel::ClientTls;
 use crate::checkpoint::location::Remote;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::progress::{Activity, Board};
@@ -39,7 +40,7 @@ const LAST_COMMIT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// Whatever ended the training before its end; the coordinator was told, if it could be reached.
-pub fn run(assignment: RankAssignment, board: &Board) -> anyhow::Result<()> {
+pub fn run(assignment: RankAssignment, tls: ClientTls, board: &Board) -> anyhow::Result<()> {
     let threads = device::threads_per_rank(device::cores(), assignment.local_world_size);
     tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
     let id = RankId {
@@ -47,7 +48,7 @@ pub fn run(assignment: RankAssignment, board: &Board) -> anyhow::Result<()> {
         generation: assignment.generation,
         rank: assignment.rank,
     };
-    let mut reporter = Reporter::start(id, assignment.coordinators.clone()).map_err(Failure::from)?;
+    let mut reporter = Reporter::start(id, assignment.coordinators.clone(), tls).map_err(Failure::from)?;
     let worked = work(&assignment, &mut reporter, board);
     board.enter(Activity::Finishing);
     match worked {

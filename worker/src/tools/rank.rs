@@ -1,5 +1,6 @@
 //! `arcface-worker rank`: one training process. The agent starts it; people do not.
 
+use crate::channel::ClientTls;
 use crate::progress::Board;
 use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
@@ -21,6 +22,8 @@ pub struct RankArgs {
     /// Standard output is the memory where the agent reads our progress.
     #[arg(long)]
     progress: bool,
+    #[command(flatten)]
+    tls: ClientTls,
 }
 
 /// Runs `rank`: the assignment comes as JSON on standard input.
@@ -44,7 +47,7 @@ pub fn run(args: RankArgs) -> anyhow::Result<()> {
         )
         .hint("the agent starts ranks by itself: arcface-worker --join HOST:PORT")
     })?;
-    crate::rank::run(assignment, &board)
+    crate::rank::run(assignment, args.tls, &board)
 }
 
 /// Asks the kernel for SIGKILL when the agent ends, so that no rank is left behind on its device.

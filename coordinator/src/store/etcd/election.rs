@@ -6,7 +6,7 @@
 use super::{AGAIN, ATTEMPT, Endpoints, EtcdStore, EtcdUrl, first_of, transact};
 use crate::store::{StateStore, StoreError};
 use etcd_client::{
-    Client, Compare, CompareOp, Error, EventType, GetResponse, KeyValue, PutOptions, Txn, TxnOp,
+    Client, Compare, CompareOp, Error, EventType, GetResponse, KeyValue, PutOptions, TlsOptions, Txn, TxnOp,
     WatchOptions, WatchStream,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -53,14 +53,19 @@ pub(super) enum Try {
 }
 
 impl Candidate {
-    /// Reaches etcd. `address` is where clients find this coordinator; `ttl` is the lease's time in whole seconds
+    /// Reaches etcd, with TLS where the URL is https. `address` is where clients find this coordinator; `ttl` is the lease's time in whole seconds
     /// (etcd raises one under 2 s).
     ///
     /// # Errors
     /// [`StoreError::Failed`] if no member answers.
-    pub async fn connect(url: EtcdUrl, address: String, ttl: Duration) -> Result<Self, StoreError> {
+    pub async fn connect(
+        url: EtcdUrl,
+        tls: Option<TlsOptions>,
+        address: String,
+        ttl: Duration,
+    ) -> Result<Self, StoreError> {
         let candidate = Self {
-            endpoints: Arc::new(Endpoints::new(&url).await?),
+            endpoints: Arc::new(Endpoints::new(&url, tls.as_ref()).await?),
             url,
             address,
             ttl,

@@ -3,7 +3,7 @@
 
 use super::EtcdUrl;
 use crate::store::StoreError;
-use etcd_client::{Client, ConnectOptions, Error};
+use etcd_client::{Client, ConnectOptions, Error, TlsOptions};
 use std::{
     error::Error as _,
     io,
@@ -45,7 +45,7 @@ pub(super) struct Endpoints {
 
 impl Endpoints {
     /// Prepares connections; none is made yet.
-    pub async fn new(url: &EtcdUrl) -> Result<Self, StoreError> {
+    pub async fn new(url: &EtcdUrl, tls: Option<&TlsOptions>) -> Result<Self, StoreError> {
         let mut members = Vec::new();
         for endpoint in url.endpoints() {
             let options = ConnectOptions::new()
@@ -53,7 +53,10 @@ impl Endpoints {
                 .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE)
                 .with_keep_alive_while_idle(true);
             // A member that lost the rest of its cluster refuses instead of letting calls wait.
-            let options = options.with_require_leader(true);
+            let mut options = options.with_require_leader(true);
+            if let Some(tls) = tls {
+                options = options.with_tls(tls.clone());
+            }
             let client = Client::connect([endpoint.as_str()], Some(options))
                 .await
                 .map_err(|error| StoreError::Failed(format!("etcd at {endpoint}: {error}")))?;

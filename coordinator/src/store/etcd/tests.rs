@@ -33,7 +33,7 @@ fn start() -> Option<Etcd> {
 
 async fn candidate(url: &str, name: &str) -> Candidate {
     let url = url.parse().expect("url");
-    Candidate::connect(url, name.to_owned(), TTL)
+    Candidate::connect(url, None, name.to_owned(), TTL)
         .await
         .expect("reach etcd")
 }
@@ -402,7 +402,7 @@ async fn an_etcd_that_is_not_there_is_said_within_seconds() {
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
     let url = format!("http://{}", nobody.local_addr().expect("address"));
     drop(nobody);
-    let gone = Candidate::connect(url.parse().expect("url"), "a:1".into(), TTL).await;
+    let gone = Candidate::connect(url.parse().expect("url"), None, "a:1".into(), TTL).await;
     let error = gone.err().expect("nobody is there").to_string();
     assert!(error.contains(&url) && error.contains("refused"), "{error}");
 }

@@ -16,9 +16,14 @@ pub struct EtcdUrl {
 }
 
 impl EtcdUrl {
-    /// `http://HOST:PORT` of every member.
+    /// `http://HOST:PORT` of every member, or `https://HOST:PORT` of every one.
     pub fn endpoints(&self) -> &[String] {
         &self.endpoints
+    }
+
+    /// Whether the members speak TLS.
+    pub fn is_encrypted(&self) -> bool {
+        self.endpoints.iter().any(|url| url.starts_with("https:"))
     }
 
     pub(super) fn leader_key(&self) -> String {
@@ -49,9 +54,12 @@ impl FromStr for EtcdUrl {
         let mut prefix = DEFAULT_PREFIX.to_owned();
         let last = text.split(',').count() - 1;
         for (index, url) in text.split(',').map(str::trim).enumerate() {
-            let address = url
-                .strip_prefix("http://")
-                .ok_or_else(|| format!("etcd member {url:?} is not http://HOST:PORT"))?;
+            let not_an_address = || format!("etcd member {url:?} is not http[s]://HOST:PORT");
+            let (scheme, address) = match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
+                (Some(address), _) => ("http", address),
+                (_, Some(address)) => ("https", address),
+                (None, None) => return Err(not_an_address()),
+            };
             let (address, path) = address.split_once('/').unwrap_or((address, ""));
             let is_address = address.rsplit_once(':').is_some_and(|(host, port)| {
                 !host.is_empty()
@@ -59,7 +67,7 @@ impl FromStr for EtcdUrl {
                     && port.parse::<u16>().is_ok_and(|port| port > 0)
             });
             if !is_address {
-                return Err(format!("etcd member {url:?} is not http://HOST:PORT"));
+                return Err(not_an_address());
             }
             let path = path.trim_matches('/');
             if !path.is_empty() && index != last {
@@ -70,7 +78,11 @@ impl FromStr for EtcdUrl {
             if !path.is_empty() {
                 prefix = format!("/{path}/");
             }
-            endpoints.push(format!("http://{address}"));
+            endpoints.push(format!("{scheme}://{address}"));
+        }
+        let encrypted = endpoints.iter().filter(|url| url.starts_with("https:")).count();
+        if encrypted > 0 && encrypted < endpoints.len() {
+            return Err("some members of etcd are http, others https".into());
         }
         let plain = prefix.len() <= MAX_PREFIX_BYTES
             && prefix
@@ -110,6 +122,9 @@ mod tests {
         let url: EtcdUrl = "http://[::1]:2379/teams/faces/".parse().expect("valid");
         assert_eq!(url.leader_key(), "/teams/faces/leader");
         assert_eq!(url.to_string().parse(), Ok(url));
+        let url: EtcdUrl = "https://a:2379,https://b:2379".parse().expect("valid");
+        assert!(url.is_encrypted());
+        assert_eq!(url.to_string(), "https://a:2379,https://b:2379/arcface");
     }
 
     #[test]
@@ -124,6 +139,7 @@ mod tests {
             "http://a:1/x,http://b:1",
             "http://a:1/ä",
             "http://u@a:1",
+            "http://a:1,https://b:1",
         ] {
             assert!(text.parse::<EtcdUrl>().is_err(), "{text:?}");
         }
