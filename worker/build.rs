@@ -1,5 +1,6 @@
 //! Lets the worker's executables find libtorch without environment variables: the directory that it was built
-//! against becomes their run path. `LD_LIBRARY_PATH` still comes first. And compiles what the worker adds to libtorch.
+//! against becomes their run path. `LD_LIBRARY_PATH` still comes first. Tells them its version, and compiles what the worker
+//! adds to it.
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -7,6 +8,9 @@ fn main() {
     match std::env::var("LIBTORCH") {
         Ok(dir) => {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{dir}/lib");
+            if let Ok(version) = std::fs::read_to_string(format!("{dir}/build-version")) {
+                println!("cargo:rustc-env=ARCFACE_LIBTORCH_VERSION={}", version.trim());
+            }
             cc::Build::new()
                 .cpp(true)
                 .std("c++17")

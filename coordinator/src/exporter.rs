@@ -2,7 +2,7 @@
 //!
 //! A server of our own, because the exporter's cannot tell which port it took when it was given port 0.
 
-use crate::telemetry;
+use crate::{histograms, telemetry};
 use anyhow::Context;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{
@@ -71,6 +71,7 @@ pub fn retire(job_id: &str) {
     retired
         .get_or_insert_with(HashSet::new)
         .insert(format!("job_id=\"{job_id}\""));
+    histograms::forget(job_id);
 }
 
 /// Shows the series of these nodes and of no others: every worker that was ever started anew leaves some.
@@ -85,7 +86,8 @@ pub fn show_cluster(shown: bool) {
 
 /// The text that a scrape gets.
 pub fn render(recorder: &PrometheusHandle) -> String {
-    let text = recorder.render();
+    let mut text = recorder.render();
+    histograms::render(&mut text);
     let retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
     let nodes = NODES.lock().unwrap_or_else(PoisonError::into_inner);
     shown(

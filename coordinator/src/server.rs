@@ -200,7 +200,8 @@ pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
     warn_if_exposed(grpc, options.tls.as_ref(), metrics_address);
 
     let recorder = exporter::recorder()?;
-    metrics::gauge!(telemetry::BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::gauge!(telemetry::BUILD_INFO, "version" => env!("CARGO_PKG_VERSION"), "commit" => telemetry::COMMIT)
+        .set(1.0);
     let leadership = open_store(&options, grpc).await?;
     let stop = CancellationToken::new();
     let stops = Stops {

@@ -1,9 +1,18 @@
 //! What the coordinator tells its operators: log lines on standard error, and the one list of metric names, kinds
 //! and labels behind `/metrics`. Knows nothing of who records what, and opens no socket.
 
-use arcface_proto::failure::{ExitCode, Failure};
+use arcface_proto::{
+    buckets::{COLLECTIVE_SECONDS, DECODE_SECONDS},
+    failure::{ExitCode, Failure},
+};
 use std::{fs::File, io::IsTerminal, sync::Mutex};
 use tracing_subscriber::{EnvFilter, fmt::writer::BoxMakeWriter};
+
+/// The commit that was built, where the build said so.
+pub const COMMIT: &str = match option_env!("ARCFACE_COMMIT") {
+    Some(commit) => commit,
+    None => "unknown",
+};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -103,6 +112,9 @@ const RECOVERY_BUCKETS: &[f64] = &[
     0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 ];
 
+/// From a small network on a local disk to hundreds of gigabytes in an object store.
+const CHECKPOINT_BUCKETS: &[f64] = &[0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+
 macro_rules! metrics {
     ($($constant:ident = $name:literal, $kind:expr, [$($label:literal),*], $help:literal;)+) => {
         $(#[doc = $help] pub const $constant: &str = $name;)+
@@ -116,7 +128,7 @@ macro_rules! metrics {
 
 metrics! {
     BUILD_INFO =
-        "arcface_build_info", MetricKind::Gauge, ["version"],
+        "arcface_build_info", MetricKind::Gauge, ["version", "commit"],
         "Always 1; the labels tell the version.";
     COORDINATOR_IS_LEADER =
         "arcface_coordinator_is_leader", MetricKind::Gauge, [],
@@ -142,6 +154,9 @@ metrics! {
     JOB_WORLD_SIZE_TARGET =
         "arcface_job_world_size_target", MetricKind::Gauge, ["job_id"],
         "Ranks that a job asked for.";
+    JOB_TIME_SECONDS_TOTAL =
+        "arcface_job_time_seconds_total", MetricKind::Counter, ["job_id", "kind"],
+        "Seconds of a job by what they went into: productive, redone (steps that were lost), restart (starting, failing, stopping), checkpoint (holding up training), queued.";
     RENDEZVOUS_GENERATION =
         "arcface_rendezvous_generation", MetricKind::Gauge, ["job_id"],
         "Newest generation of a job.";
@@ -172,6 +187,12 @@ metrics! {
     TRAIN_GRAD_NORM =
         "arcface_train_grad_norm", MetricKind::Gauge, ["job_id"],
         "Norm of the gradient of the backbone before clipping.";
+    EMBEDDING_NORM =
+        "arcface_embedding_norm", MetricKind::Gauge, ["job_id"],
+        "Norm of embeddings, mean of the last log interval.";
+    TRAIN_FLOPS_PER_SAMPLE =
+        "arcface_train_flops_per_sample", MetricKind::Gauge, ["job_id"],
+        "Floating-point operations of the backbone to train on one sample, three times those of a forward pass.";
     TRAIN_LOSS_SCALE =
         "arcface_train_loss_scale", MetricKind::Gauge, ["job_id"],
         "Loss scale of a job that trains in fp16.";
@@ -190,6 +211,45 @@ metrics! {
     STRAGGLER_RATIO =
         "arcface_train_straggler_ratio", MetricKind::Gauge, ["job_id", "rank"],
         "Own time a step of a rank that holds up the others, over their median, when it was found; 0 once it keeps up.";
+    HEAD_CLASSES =
+        "arcface_head_classes", MetricKind::Gauge, ["job_id"],
+        "Classes of a job over all ranks.";
+    HEAD_SHARD_ROWS =
+        "arcface_head_shard_rows", MetricKind::Gauge, ["job_id", "rank"],
+        "Classes in a rank's shard; 0 between generations.";
+    HEAD_SAMPLED_ROWS =
+        "arcface_head_sampled_rows", MetricKind::Gauge, ["job_id", "rank"],
+        "Classes of a rank's shard in the softmax of the newest micro-batch.";
+    HEAD_POSITIVE_ROWS =
+        "arcface_head_positive_rows", MetricKind::Gauge, ["job_id", "rank"],
+        "Classes of a rank's shard that have samples in the newest micro-batch.";
+    HEAD_SAMPLE_RATIO =
+        "arcface_head_sample_ratio", MetricKind::Gauge, ["job_id", "rank"],
+        "Share of a rank's shard in the softmax of the newest micro-batch, 0 to 1.";
+    HEAD_TARGET_COSINE =
+        "arcface_head_target_cosine", MetricKind::Gauge, ["job_id"],
+        "Cosine of samples with their own class, before the margin, mean since the report of a rank before.";
+    DATA_SAMPLES_TOTAL =
+        "arcface_data_samples_total", MetricKind::Counter, ["job_id", "rank"],
+        "Images that a rank has read and decoded, some of them ahead of training.";
+    DATA_BYTES_TOTAL =
+        "arcface_data_bytes_total", MetricKind::Counter, ["job_id", "rank"],
+        "Bytes of the images that a rank has read, as they lie in the data set.";
+    DATA_ERRORS_TOTAL =
+        "arcface_data_errors_total", MetricKind::Counter, ["job_id", "rank"],
+        "Records that a rank could not read.";
+    DATA_QUEUE_DEPTH =
+        "arcface_data_queue_depth", MetricKind::Gauge, ["job_id", "rank"],
+        "Micro-batches that lie ready on a rank, 4 at most.";
+    DATA_DECODE_SECONDS =
+        "arcface_data_decode_seconds", MetricKind::Histogram(DECODE_SECONDS), ["job_id"],
+        "Seconds that a loader thread takes to read and decode an image.";
+    COMM_COLLECTIVE_SECONDS =
+        "arcface_comm_collective_seconds", MetricKind::Histogram(COLLECTIVE_SECONDS), ["job_id", "op"],
+        "Seconds that a collective operation takes on a rank, waiting for the slowest rank included.";
+    COMM_BYTES_TOTAL =
+        "arcface_comm_bytes_total", MetricKind::Counter, ["job_id", "op"],
+        "Bytes of the tensors that ranks gave to collective operations.";
     WORKER_FAILURES_TOTAL =
         "arcface_worker_failures_total", MetricKind::Counter, ["job_id", "reason"],
         "Failures that ended a generation, by kind.";
@@ -198,7 +258,7 @@ metrics! {
         "Generations that were opened after a failure.";
     RECOVERY_DURATION_SECONDS =
         "arcface_recovery_duration_seconds", MetricKind::Histogram(RECOVERY_BUCKETS), ["job_id", "stage"],
-        "Seconds from the last sign of life: stage detect until the failure was seen, total until the next new step.";
+        "Seconds by stage: detect (last sign of life until the failure was seen), rendezvous (launch until the ranks had met), load (until they could train), total (last sign of life until the next new step).";
     CHECKPOINT_BYTES =
         "arcface_checkpoint_bytes", MetricKind::Gauge, ["job_id"],
         "Bytes of the newest committed checkpoint.";
@@ -208,6 +268,15 @@ metrics! {
     CHECKPOINT_STALL_SECONDS =
         "arcface_checkpoint_stall_seconds", MetricKind::Gauge, ["job_id"],
         "Seconds that the last checkpoint held up training on rank 0.";
+    CHECKPOINT_PERSIST_SECONDS =
+        "arcface_checkpoint_persist_seconds", MetricKind::Histogram(CHECKPOINT_BUCKETS), ["job_id"],
+        "Seconds that the slowest rank took to write its parts of a committed checkpoint, beside training.";
+    CHECKPOINT_RESTORE_SECONDS =
+        "arcface_checkpoint_restore_seconds", MetricKind::Histogram(CHECKPOINT_BUCKETS), ["job_id"],
+        "Seconds that a rank took to read, verify and take over what it resumed from.";
+    CHECKPOINT_FAILURES_TOTAL =
+        "arcface_checkpoint_failures_total", MetricKind::Counter, ["job_id", "stage"],
+        "Failures by stage: write (a rank's parts), commit (the store), manifest (the file beside the parts), remove (what is not kept), restore (damaged files or copies).";
     CHECKPOINT_SUGGESTED_INTERVAL_SECONDS =
         "arcface_checkpoint_suggested_interval_seconds", MetricKind::Gauge, ["job_id"],
         "Seconds between checkpoints that would lose the least time at that stall and checkpoint.rank_mttf_hours.";

@@ -16,6 +16,7 @@ async fn a_slow_rank_is_named_and_forgotten_with_its_generation() {
             step: 10,
             steps: 5,
             busy_seconds: seconds.map(|(phase, seconds)| (phase.to_owned(), seconds)).into(),
+            figures: None,
         })
     };
     within("rank 1 is named", async {

@@ -457,6 +457,7 @@ fn train_spec(c: &mut Checker, train: v1::TrainSection) -> TrainSpec {
             &train.on_nonfinite,
             crate::spec::OnNonfinite::Stop,
         ),
+        tensorboard: train.tensorboard.unwrap_or(true),
     }
 }
 
@@ -517,6 +518,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             max_steps: spec.train.max_steps,
             accumulation: Some(spec.train.accumulation.as_str().into()),
             on_nonfinite: Some(spec.train.on_nonfinite.as_str().into()),
+            tensorboard: Some(spec.train.tensorboard),
         }),
         eval: Some(v1::EvalSection {
             verbose: Some(spec.eval.every_steps.unwrap_or(0)),

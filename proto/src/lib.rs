@@ -3,6 +3,7 @@
 //!
 //! This crate opens no socket, reads no file and no clock. Everything else may import it.
 
+pub mod buckets;
 pub mod convert;
 pub mod failure;
 pub mod location;

@@ -169,6 +169,8 @@ pub struct TrainSpec {
     pub max_steps: Option<u64>,
     /// What follows a loss or gradient that is not finite.
     pub on_nonfinite: OnNonfinite,
+    /// Event files for TensorBoard are written.
+    pub tensorboard: bool,
 }
 
 /// `[eval]`

@@ -24,15 +24,17 @@ struct Rule {
 }
 
 /// Logic that is decided by its arguments alone.
-const PURE: [&str; 18] = [
+const PURE: [&str; 20] = [
     "proto/src/",
     "coordinator/src/plan",
     "coordinator/src/job",
     "coordinator/src/membership",
     "coordinator/src/straggler",
+    "coordinator/src/goodput",
     "coordinator/src/control/ledger",
     "coordinator/src/recipe",
     "worker/src/random.rs",
+    "worker/src/timings.rs",
     "worker/src/data/sampler",
     "worker/src/optim/schedule",
     "worker/src/optim/grad_scaler",

@@ -20,4 +20,5 @@ pub mod progress;
 pub mod random;
 pub mod rank;
 pub mod telemetry;
+pub mod timings;
 pub mod tools;

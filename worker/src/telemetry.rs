@@ -15,6 +15,17 @@ pub enum LogFormat {
     Json,
 }
 
+/// The commit that was built, where the build said so.
+const COMMIT: &str = match option_env!("ARCFACE_COMMIT") {
+    Some(commit) => commit,
+    None => "unknown",
+};
+/// The libtorch that it was built against, where that told its version.
+const LIBTORCH: &str = match option_env!("ARCFACE_LIBTORCH_VERSION") {
+    Some(version) => version,
+    None => "unknown",
+};
+
 /// Always 1; labelled with the version.
 pub const BUILD_INFO: &str = "arcface_build_info";
 /// Rank processes that run on this node.
@@ -102,5 +113,6 @@ fn describe() {
         "Connections to a coordinator that were lost."
     );
     describe_gauge!(AGENT_JOINED, "1 while joined to a coordinator.");
-    metrics::gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION"), "commit" => COMMIT, "libtorch" => LIBTORCH)
+        .set(1.0);
 }

@@ -6,6 +6,7 @@ use super::{
     keys, ledger, measure, not_done, records,
 };
 use crate::{
+    goodput::Goodput,
     job::{self, Effect, Event, Job, Phase, Process},
     planted::{Bug, planted},
     store::{StoreError, Transaction},
@@ -245,7 +246,8 @@ impl Control {
     }
 
     /// A job that the store has is ours from now on.
-    pub(super) fn take_in(&mut self, entry: Entry) {
+    pub(super) fn take_in(&mut self, mut entry: Entry) {
+        entry.goodput = Goodput::begin(self.clock.now().mono_ms, entry.job.progress.step);
         measure::job_loaded(&entry.job);
         self.ledger.change(None, &entry.job);
         self.unplanned.job(&entry.job);
@@ -399,6 +401,15 @@ impl Control {
                 reason = %after.reason, "job changed");
         }
         measure::job_changed(&before, after);
+        if before.phase != after.phase {
+            entry.goodput.moved(before.phase, after.phase, now.mono_ms);
+            measure::job_time(after, &entry.goodput);
+        }
+        if after.phase == Phase::Running
+            && let Some(met_ms) = entry.met_ms.take()
+        {
+            measure::loaded(after, now.mono_ms.saturating_sub(met_ms));
+        }
         let mut keepers = BTreeSet::new();
         if after.phase.is_terminal() && !before.phase.is_terminal() {
             self.retiring.push_back((now.mono_ms, id.clone()));

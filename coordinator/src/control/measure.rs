@@ -1,8 +1,9 @@
 //! Turns what happened into metrics. Labels are ids of jobs and nodes, names of jobs and data sets, and words of closed
 //! sets; series of jobs that ended and of nodes that are forgotten are hidden by the exporter.
 
-use super::Control;
+use super::{Control, figures::RANK_STAGES};
 use crate::{
+    goodput::{Goodput, Use},
     job::{FailureKind, Job, Now, Phase},
     membership::Liveness,
     straggler::{Paces, Straggler},
@@ -29,6 +30,11 @@ const PHASES: [&str; 8] = [
 
 /// The series of a job that has ended are shown for so long: several scrapes see how it ended.
 const RETIRE_MS: u64 = 15 * 60 * 1000;
+
+/// Stages of checkpoints that fail on this side; see also [`RANK_STAGES`].
+pub(super) const COMMIT: &str = "commit";
+/// Likewise.
+pub(super) const RESTORE: &str = "restore";
 
 /// Seconds by phase over a job's life with this coordinator.
 pub(super) type PhaseSeconds = BTreeMap<&'static str, f64>;
@@ -57,6 +63,9 @@ fn start_counters(job: &Job) {
         t::CHECKPOINT_DAMAGED_TOTAL,
     ] {
         counter!(name, "job_id" => id.clone()).increment(0);
+    }
+    for stage in RANK_STAGES.into_iter().chain([COMMIT, RESTORE]) {
+        checkpoint_failed(&job.id, stage, 0);
     }
     for kind in FailureKind::ALL {
         counter!(t::WORKER_FAILURES_TOTAL, "job_id" => id.clone(), "reason" => kind.as_str()).increment(0);
@@ -107,6 +116,55 @@ pub(super) fn job_changed(before: &Job, after: &Job) {
 pub(super) fn met(job: &Job, now: Now) {
     let seconds = now.mono_ms.saturating_sub(job.launched_ms) as f64 / 1000.0;
     histogram!(t::RENDEZVOUS_DURATION_SECONDS, "job_id" => job.id.to_string()).record(seconds);
+    recovers(job, "rendezvous", seconds);
+}
+
+/// All ranks of a generation are ready to train, so long after they had met.
+pub(super) fn loaded(job: &Job, since_met_ms: u64) {
+    recovers(job, "load", since_met_ms as f64 / 1000.0);
+}
+
+/// A stage of a recovery took so long. What a first generation does is none.
+fn recovers(job: &Job, stage: &'static str, seconds: f64) {
+    let under_way = job
+        .recoveries
+        .last()
+        .is_some_and(|recovery| recovery.total_s.is_none());
+    if under_way {
+        histogram!(t::RECOVERY_DURATION_SECONDS, "job_id" => job.id.to_string(), "stage" => stage)
+            .record(seconds);
+    }
+}
+
+/// What a job's time went into. Jobs that wait for their first ranks, of which there may be thousands, show nothing.
+pub(super) fn job_time(job: &Job, goodput: &Goodput) {
+    if job.generation.0 == 0 {
+        return;
+    }
+    for what in Use::ALL {
+        // Counters are whole numbers.
+        counter!(t::JOB_TIME_SECONDS_TOTAL, "job_id" => job.id.to_string(), "kind" => what.as_str())
+            .absolute(goodput.spent_ms(what) / 1000);
+    }
+}
+
+/// A rank took so long to take over what it resumes from.
+pub(super) fn restored(id: &JobId, seconds: f64) {
+    if seconds.is_finite() && seconds >= 0.0 {
+        histogram!(t::CHECKPOINT_RESTORE_SECONDS, "job_id" => id.to_string()).record(seconds);
+    }
+}
+
+/// Parts of a checkpoint that was committed were written in so long a time.
+pub(super) fn persisted(id: &JobId, seconds: f64) {
+    if seconds.is_finite() {
+        histogram!(t::CHECKPOINT_PERSIST_SECONDS, "job_id" => id.to_string()).record(seconds);
+    }
+}
+
+/// So many failures of a stage.
+pub(super) fn checkpoint_failed(id: &JobId, stage: &'static str, count: u64) {
+    counter!(t::CHECKPOINT_FAILURES_TOTAL, "job_id" => id.to_string(), "stage" => stage).increment(count);
 }
 
 /// Steps skipped since the report before, where `known` is what that one said: ranks count from the start of their
@@ -151,6 +209,7 @@ pub(super) fn trained(
         gauge!(name, "job_id" => id.clone()).set(value);
     }
     for (name, value) in [
+        (t::EMBEDDING_NORM, metrics.embedding_norm),
         (t::CHECKPOINT_STALL_SECONDS, metrics.checkpoint_stall_seconds),
         (
             t::CHECKPOINT_SUGGESTED_INTERVAL_SECONDS,
@@ -239,6 +298,20 @@ impl Control {
         {
             if let Some((_, id)) = self.retiring.pop_front() {
                 crate::exporter::retire(id.as_str());
+            }
+        }
+        // Time passes for jobs that start or recover too, although nothing happens to them.
+        let unsettled: Vec<JobId> = self
+            .ledger
+            .waiting()
+            .map_while(|id| self.jobs.get(id).filter(|entry| entry.job.phase != Phase::Queued))
+            .map(|entry| entry.job.id.clone())
+            .chain(self.ledger.placed().into_iter().cloned())
+            .collect();
+        for id in unsettled {
+            if let Some(entry) = self.jobs.get_mut(&id) {
+                entry.goodput.passed(entry.job.phase, now.mono_ms);
+                job_time(&entry.job, &entry.goodput);
             }
         }
         let count = |wanted: fn(Liveness) -> bool| {

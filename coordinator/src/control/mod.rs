@@ -6,6 +6,7 @@
 
 mod copies;
 mod error;
+mod figures;
 mod handle;
 mod jobs;
 mod ledger;
@@ -24,6 +25,7 @@ pub use nodes::rank_list;
 pub use watch::{BUFFER as WATCH_BUFFER, Watcher};
 
 use crate::{
+    goodput::Goodput,
     job::{self, Job, Now},
     membership::{self, Membership},
     server::Timers,
@@ -123,6 +125,12 @@ struct Entry {
     skipped: (Generation, u64),
     /// What the ranks of this generation do by themselves.
     paces: Paces,
+    /// What they count.
+    figures: figures::Figures,
+    /// When they had met, monotonic, until they are ready to train.
+    met_ms: Option<u64>,
+    /// What the job's time went into.
+    goodput: Goodput,
 }
 
 impl Entry {
@@ -142,6 +150,9 @@ impl Entry {
             phase_seconds: measure::PhaseSeconds::new(),
             skipped: (Generation(0), 0),
             paces: Paces::default(),
+            figures: figures::Figures::default(),
+            met_ms: None,
+            goodput: Goodput::default(),
         }
     }
 
@@ -163,6 +174,8 @@ impl Entry {
         self.reports.clear();
         measure::stragglers_over(&self.job.id, &self.paces);
         self.paces = Paces::default();
+        self.figures.over(&self.job.id);
+        self.met_ms = None;
     }
 }
 

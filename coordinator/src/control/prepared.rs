@@ -20,6 +20,8 @@ struct Step {
     num_classes: u32,
     scaler: Option<LossScaler>,
     parts: BTreeMap<u32, Vec<CheckpointPart>>,
+    /// Longest that a rank took to write its parts.
+    persist_seconds: Option<f64>,
 }
 
 /// Parts of the checkpoints that one generation is writing.
@@ -37,6 +39,11 @@ impl Prepared {
     /// Forgets a step and all before it: it was committed.
     pub fn committed(&mut self, step: u64) {
         self.steps = self.steps.split_off(&step.saturating_add(1));
+    }
+
+    /// Seconds that the slowest of the ranks which have written their parts of a step took for it, if any has told.
+    pub fn persist_seconds(&self, step: u64) -> Option<f64> {
+        self.steps.get(&step)?.persist_seconds
     }
 
     /// Takes a rank's parts; the manifest once all `world_size` ranks' parts are there. Repeating it changes nothing.
@@ -57,6 +64,7 @@ impl Prepared {
             num_classes: request.num_classes,
             scaler: request.scaler,
             parts: BTreeMap::new(),
+            persist_seconds: None,
         });
         let ours = (
             step.epoch,
@@ -82,6 +90,8 @@ impl Prepared {
             ));
         }
         step.parts.insert(id.rank, request.parts.clone());
+        let told = request.persist_seconds.filter(|seconds| *seconds >= 0.0);
+        step.persist_seconds = told.into_iter().chain(step.persist_seconds).reduce(f64::max);
         let enough = world_size - u32::from(world_size > 1 && planted(Bug::CommitBeforeLastPart));
         let complete = step.parts.len() as u32 >= enough;
         let manifest = match complete {
@@ -226,6 +236,7 @@ mod tests {
                 scale: 32768.0,
                 good_updates: 9,
             }),
+            persist_seconds: None,
         }
     }
 
@@ -240,7 +251,10 @@ mod tests {
     #[test]
     fn a_checkpoint_is_complete_with_the_last_ranks_parts() {
         let mut prepared = Prepared::default();
-        let one = request(5, vec![part("head-5-10.safetensors", 5, 10)]);
+        let one = CommitCheckpointRequest {
+            persist_seconds: Some(2.5),
+            ..request(5, vec![part("head-5-10.safetensors", 5, 10)])
+        };
         let zero = request(
             5,
             vec![
@@ -248,12 +262,14 @@ mod tests {
                 part("backbone.safetensors", 0, 0),
             ],
         );
+        assert_eq!(prepared.persist_seconds(5), None);
         assert_eq!(prepared.add(&rank(1), &one, 2).expect("valid"), None);
         assert_eq!(prepared.add(&rank(1), &one, 2).expect("repeated"), None);
         let manifest = prepared
             .add(&rank(0), &zero, 2)
             .expect("valid")
             .expect("complete");
+        assert_eq!(prepared.persist_seconds(5), Some(2.5), "of the slowest");
         let files: Vec<_> = manifest.parts.iter().map(|part| part.file.as_str()).collect();
         assert_eq!(
             files,

@@ -4,6 +4,7 @@ use super::{
     Control, ControlError, ReportSession, copies::Holder, keys, measure, nodes::tame, records, rendezvous,
 };
 use crate::{
+    goodput::Steps,
     job::{self, Event, Progress, Refused},
     planted::{Bug, planted},
     store::{Transaction, Write},
@@ -104,6 +105,7 @@ impl Control {
                     now.mono_ms,
                 );
                 if complete {
+                    entry.met_ms = Some(now.mono_ms);
                     measure::met(&entry.job, now);
                     tracing::info!(job = %entry.job.id, generation = rank.generation, world_size, "ranks have met");
                 }
@@ -165,6 +167,10 @@ impl Control {
         let none = Transaction::default();
         match report {
             Report::Started(started) => {
+                let is_new = self.jobs.get(&id).is_some_and(|entry| {
+                    let state = entry.job.ranks.get(rank.0 as usize);
+                    state.is_some_and(|state| !state.started)
+                });
                 let event = Event::Started {
                     generation,
                     rank,
@@ -172,10 +178,20 @@ impl Control {
                     total_steps: started.total_steps,
                     from_memory: started.from_memory,
                 };
-                self.apply(&id, &event, none).await
+                self.apply(&id, &event, none).await?;
+                // It is said again on every new stream.
+                if let Some(seconds) = started.restore_seconds.filter(|_| is_new) {
+                    measure::restored(&id, seconds);
+                }
+                Ok(())
             }
             Report::Metrics(metrics) => self.metrics(&id, generation, metrics).await,
-            Report::Pace(pace) => {
+            Report::Pace(mut pace) => {
+                if let Some(figures) = pace.figures.take()
+                    && let Some(entry) = self.jobs.get_mut(&id)
+                {
+                    entry.figures.told(&id, rank, figures);
+                }
                 self.pace(&id, rank, &pace);
                 Ok(())
             }
@@ -240,6 +256,15 @@ impl Control {
             let steps = metrics.step.saturating_sub(before);
             let skipped = measure::newly_skipped(&mut entry.skipped, generation, metrics.skipped_steps);
             measure::trained(&entry.job, steps, skipped, &metrics, &mut entry.phase_seconds);
+            let checkpoint_s = metrics.phase_seconds.get("checkpoint").copied().unwrap_or(0.0);
+            let trained = Steps {
+                from: before,
+                to: metrics.step,
+                // Casts saturate, and make 0 of what is no number.
+                checkpoint_ms: (checkpoint_s * 1000.0) as u64,
+            };
+            entry.goodput.trained(trained, now.mono_ms);
+            measure::job_time(&entry.job, &entry.goodput);
             entry.watchers.publish(
                 from_unix_ms(now.unix_ms),
                 &watch_job_response::Event::Metrics(metrics),
@@ -372,6 +397,7 @@ impl Control {
             && entry.job.generation == generation
         {
             entry.copies.lose_newest();
+            measure::checkpoint_failed(id, measure::RESTORE, 1);
         }
         let event = Event::Error {
             generation,
@@ -443,6 +469,7 @@ impl Control {
             return applied;
         }
         measure::damaged(id);
+        measure::checkpoint_failed(id, measure::RESTORE, 1);
         let event = watch_job_response::Event::Checkpoint(manifest);
         entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
         Ok(())
@@ -488,6 +515,7 @@ impl Control {
         let Some(mut manifest) = entry.prepared.add(rank, request, world_size)? else {
             return Ok(false);
         };
+        let persist_seconds = entry.prepared.persist_seconds(request.step);
         let keep = entry.job.spec.checkpoint.kept() as usize;
         manifest.committed_at = Some(from_unix_ms(now.unix_ms));
         let retention = self.retention(&id, keep, &manifest).await?;
@@ -515,7 +543,13 @@ impl Control {
             if let Some(entry) = self.jobs.get_mut(&id) {
                 entry.resume = before;
             }
+            if matches!(error, ControlError::Unavailable(_)) {
+                measure::checkpoint_failed(&id, measure::COMMIT, 1);
+            }
             return Err(error);
+        }
+        if let Some(seconds) = persist_seconds {
+            measure::persisted(&id, seconds);
         }
         let committed = CheckpointCommitted {
             manifest: Some(manifest.clone()),

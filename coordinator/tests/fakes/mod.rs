@@ -474,6 +474,7 @@ impl Rank {
             num_classes: 10,
             num_image: 640,
             from_memory: !self.assignment.resume_copies.is_empty(),
+            restore_seconds: None,
         }))
         .await;
     }
@@ -508,6 +509,16 @@ impl Rank {
     }
 
     /// Says that its parts are in the memory of nodes.
+    /// The same after writing for so long; true once it is committed.
+    pub async fn commit_after(&self, step: u64, seconds: f64) -> bool {
+        let request = CommitCheckpointRequest {
+            persist_seconds: Some(seconds),
+            ..self.parts(step)
+        };
+        let answer = within("commit", self.client.clone().commit_checkpoint(request)).await;
+        answer.expect("an answer").into_inner().committed
+    }
+
     pub async fn copied(&self, step: u64, nodes: &[&str]) {
         self.report(Report::Copied(v1::PartsCopied {
             parts: Some(self.parts(step)),
@@ -543,6 +554,7 @@ impl Rank {
             num_classes: 10,
             parts,
             scaler: None,
+            persist_seconds: None,
         }
     }
 

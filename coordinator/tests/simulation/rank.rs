@@ -208,6 +208,7 @@ impl Rank {
             num_classes: NUM_CLASSES,
             parts,
             scaler: None,
+            persist_seconds: None,
         };
         loop {
             let answer = self
@@ -276,6 +277,7 @@ impl Rank {
             num_classes: NUM_CLASSES,
             num_image: 640,
             from_memory: false,
+            restore_seconds: None,
         }))
         .await?;
         changes.mark_changed();

@@ -9,20 +9,22 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use arcface_proto::spec::Augment;
+use arcface_proto::{buckets::DECODE_SECONDS, spec::Augment};
 use tch::{Kind, Tensor};
+
+use crate::timings::Timings;
 
 use super::{
     DataError, Dataset, MicroBatch,
     augment::{change, flips, normalise},
     decode::{PIXEL_BYTES, SIDE},
-    read_pixels,
+    read_counted,
 };
 
 /// How to load.
@@ -67,6 +69,29 @@ struct Shared {
     stop: AtomicBool,
     dataset: Arc<dyn Dataset>,
     options: LoaderOptions,
+    counts: Counts,
+}
+
+/// What the threads count, by image.
+struct Counts {
+    bytes: AtomicU64,
+    errors: AtomicU64,
+    decode: Timings,
+}
+
+/// What a loader has done so far.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// Images read and decoded.
+    pub samples: u64,
+    /// Their bytes as they lie in the data set; pixels that were drawn count as they are.
+    pub bytes: u64,
+    /// Records that could not be read.
+    pub errors: u64,
+    /// Micro-batches that lie ready now.
+    pub ready: usize,
+    /// Times to read and decode an image: counts and seconds in the buckets of [`DECODE_SECONDS`].
+    pub decode: (Vec<u64>, Vec<f64>),
 }
 
 struct State {
@@ -99,6 +124,11 @@ impl Loader {
             stop: AtomicBool::new(false),
             dataset,
             options,
+            counts: Counts {
+                bytes: AtomicU64::new(0),
+                errors: AtomicU64::new(0),
+                decode: Timings::new(DECODE_SECONDS),
+            },
         });
         let threads = (0..threads)
             .map(|_| {
@@ -116,6 +146,19 @@ impl Loader {
     /// How long [`next`](Iterator::next) has waited for data, all calls together.
     pub fn data_wait(&self) -> Duration {
         self.wait
+    }
+
+    /// What was loaded so far.
+    pub fn loaded(&self) -> Loaded {
+        let counts = &self.shared.counts;
+        let decode = counts.decode.read();
+        Loaded {
+            samples: decode.0.iter().sum(),
+            bytes: counts.bytes.load(Ordering::Relaxed),
+            errors: counts.errors.load(Ordering::Relaxed),
+            ready: self.shared.lock().shelf.len(),
+            decode,
+        }
     }
 }
 
@@ -249,7 +292,12 @@ fn work(shared: &Shared) {
 
 /// Loads one micro-batch; `None` when the loader is being dropped.
 fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> {
-    let Shared { dataset, options, .. } = shared;
+    let Shared {
+        dataset,
+        options,
+        counts,
+        ..
+    } = shared;
     let rows = micro.indices.len();
     let mut pixels = [0u8; PIXEL_BYTES];
     let mut images = vec![0f32; rows * PIXEL_BYTES];
@@ -258,9 +306,17 @@ fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> 
         if shared.stopped() {
             return None;
         }
-        match read_pixels(dataset.as_ref(), index, &mut pixels) {
-            Ok(label) => labels.push(i64::from(label)),
-            Err(error) => return Some(Err(error)),
+        let begin = Instant::now();
+        match read_counted(dataset.as_ref(), index, &mut pixels) {
+            Ok((label, bytes)) => {
+                counts.decode.add(begin.elapsed());
+                counts.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+                labels.push(i64::from(label));
+            }
+            Err(error) => {
+                counts.errors.fetch_add(1, Ordering::Relaxed);
+                return Some(Err(error));
+            }
         }
         change(options.augment, options.seed, micro.epoch, index, &mut pixels);
         normalise(
@@ -378,6 +434,24 @@ mod tests {
             items[2].as_ref().unwrap_err().to_string(),
             format!("number {broken}: broken")
         );
+    }
+
+    #[test]
+    fn what_was_loaded_is_counted() {
+        let order = Epochs::new(12, 6, 3).unwrap();
+        let set = Numbers {
+            broken: Some(order.position(0, 7)),
+            ..numbers(12)
+        };
+        let mut loader = loader(set, 1, 4, 2);
+        assert!(loader.next().is_some());
+        // One thread, four ahead: once the last one is delivered, it has read everything and nothing lies ready.
+        assert_eq!(loader.by_ref().count(), 3);
+        let loaded = loader.loaded();
+        // The image after the broken one, in the same micro-batch, was not read.
+        assert_eq!((loaded.samples, loaded.errors, loaded.ready), (10, 1, 0));
+        assert_eq!(loaded.bytes, 10 * PIXEL_BYTES as u64);
+        assert!(loaded.decode.1.iter().sum::<f64>() > 0.0, "{loaded:?}");
     }
 
     #[test]

@@ -29,7 +29,7 @@ use arcface_proto::spec::DataSpec;
 pub use self::{
     decode::{OtherSize, Pixels},
     error::DataError,
-    loader::{Batch, Loader, LoaderOptions},
+    loader::{Batch, Loaded, Loader, LoaderOptions},
     mmap::{Access, MappedFile},
     sampler::{Epochs, MicroBatch},
 };
@@ -78,13 +78,24 @@ pub enum Image<'a> {
 
 /// Reads, checks and decodes one image into `out`; gives its label.
 pub fn read_pixels(dataset: &dyn Dataset, index: u64, out: &mut Pixels) -> Result<u32, DataError> {
+    read_counted(dataset, index, out).map(|(label, _)| label)
+}
+
+/// The same, with the number of bytes that were decoded.
+fn read_counted(dataset: &dyn Dataset, index: u64, out: &mut Pixels) -> Result<(u32, usize), DataError> {
     let record = dataset.record(index)?;
-    match &record.image {
-        Image::Encoded(bytes, other_size) => decode::decode(bytes, *other_size, out)
-            .map_err(|message| DataError::record(dataset.name(index), message))?,
-        Image::Pixels(pixels) => out.copy_from_slice(pixels.as_slice()),
-    }
-    Ok(record.label)
+    let bytes = match &record.image {
+        Image::Encoded(bytes, other_size) => {
+            decode::decode(bytes, *other_size, out)
+                .map_err(|message| DataError::record(dataset.name(index), message))?;
+            bytes.len()
+        }
+        Image::Pixels(pixels) => {
+            out.copy_from_slice(pixels.as_slice());
+            pixels.len()
+        }
+    };
+    Ok((record.label, bytes))
 }
 
 /// Opens the training set of a job: a folder with `train.rec` and `train.idx` (or a `.rec` file), an image folder, or

@@ -34,6 +34,17 @@ pub(super) struct Chosen {
     pub(super) classes: Option<Vec<u32>>,
     /// For each row the column of its class among them, or -1.
     pub(super) targets: Vec<i64>,
+    /// How many classes rows have here.
+    pub(super) positives: u32,
+}
+
+impl Chosen {
+    /// Classes that take part, of a shard of `rows`.
+    pub(super) fn sampled(&self, rows: u32) -> u32 {
+        self.classes
+            .as_ref()
+            .map_or(rows, |classes| u32::try_from(classes.len()).unwrap_or(rows))
+    }
 }
 
 /// Asks the sampler, and finds each row's class.
@@ -50,11 +61,13 @@ pub(super) fn choose(
     let mut positives: Vec<u32> = labels.iter().filter_map(|&label| local(label)).collect();
     positives.sort_unstable();
     positives.dedup();
+    let count = u32::try_from(positives.len()).unwrap_or(u32::MAX);
     let Some(classes) = sampler.sample(step, shard, &positives) else {
         let targets = labels.iter().map(|&label| local(label).map_or(-1, i64::from));
         return Ok(Chosen {
             classes: None,
             targets: targets.collect(),
+            positives: count,
         });
     };
     let fault = |detail: String| HeadError::Sampling { step, detail };
@@ -75,6 +88,7 @@ pub(super) fn choose(
     Ok(Chosen {
         targets: targets?,
         classes: Some(classes),
+        positives: count,
     })
 }
 

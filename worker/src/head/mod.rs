@@ -160,6 +160,53 @@ pub struct HeadOutput {
     /// If the loss is not finite, the rows behind it, counted over all ranks: those whose embedding is not finite, or where
     /// there are none, those whose loss is not. The same on every rank.
     pub not_finite: Vec<u32>,
+    /// What the head saw on the way.
+    pub seen: Seen,
+}
+
+/// What a head saw of a micro-batch: numbers that it has in any case, for people who watch. Nothing follows from them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Seen {
+    /// Classes of this shard in the softmax.
+    pub sampled_rows: u32,
+    /// Of these, classes of samples.
+    pub positive_rows: u32,
+    /// Cosines of samples with their own class, before the margin, where that is in this shard.
+    pub target_cosines: Total,
+    /// Norms of the embeddings of all ranks.
+    pub norms: Total,
+}
+
+/// Values added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Total {
+    /// Their sum.
+    pub sum: f64,
+    /// How many.
+    pub count: u64,
+}
+
+impl Total {
+    /// Adds one.
+    pub fn add(&mut self, value: f64) {
+        self.sum += value;
+        self.count += 1;
+    }
+}
+
+impl FromIterator<f64> for Total {
+    fn from_iter<I: IntoIterator<Item = f64>>(values: I) -> Self {
+        let mut total = Self::default();
+        values.into_iter().for_each(|value| total.add(value));
+        total
+    }
+}
+
+impl std::ops::AddAssign for Total {
+    fn add_assign(&mut self, other: Self) {
+        self.sum += other.sum;
+        self.count += other.count;
+    }
 }
 
 /// [`HeadOutput::not_finite`], from the norms of all rows and their losses.

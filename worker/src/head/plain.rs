@@ -5,7 +5,7 @@
 //! that take part in the step, w their centres (w = c but for sub-centres), d embedding.
 
 use super::{
-    Head, HeadConfig, HeadError, HeadOutput,
+    Head, HeadConfig, HeadError, HeadOutput, Seen,
     centers::Nearest,
     check_form, classes, exchange,
     margin::{Loss, Rows, target_cosines},
@@ -147,6 +147,7 @@ impl Head for PlainHead {
                     loss: 0.0,
                     grad_embedding: Tensor::zeros([0, embedding_size], (Kind::Float, Device::Cpu)),
                     not_finite: Vec::new(),
+                    seen: Seen::default(),
                 });
             }
             let embedding_bd = exchange::gather_rows(comm, &embedding.to_kind(Kind::Float), rows)?;
@@ -155,6 +156,7 @@ impl Head for PlainHead {
             classes::check_labels(self.num_classes, &labels, rows)?;
             let chosen = classes::choose(self.sampler.as_mut(), step, self.shard, &labels)?;
             let target_b = Tensor::from_slice(&chosen.targets);
+            let (sampled_rows, positive_rows) = (chosen.sampled(self.shard.len()), chosen.positives);
             let index_c = chosen.classes.map(|classes| {
                 let classes: Vec<i64> = classes.into_iter().map(i64::from).collect();
                 Tensor::from_slice(&classes)
@@ -170,8 +172,19 @@ impl Head for PlainHead {
             let raw_bc = &nearest.cos_bc;
             let cos_bc = raw_bc.clamp(-1.0, 1.0);
             let target_cos = self.targets_of_all(comm, &cos_bc, &target_b)?;
+            let norms = doubles(&norm_b1);
+            let here = chosen.targets.iter().zip(&target_cos);
+            let seen = Seen {
+                sampled_rows,
+                positive_rows,
+                target_cosines: here
+                    .filter(|(column, _)| **column >= 0)
+                    .map(|(_, cos)| *cos)
+                    .collect(),
+                norms: norms.iter().copied().collect(),
+            };
             let prepared = self.loss.prepare(&Rows {
-                norms: &doubles(&norm_b1),
+                norms: &norms,
                 target_cos: &target_cos,
                 share,
             });
@@ -212,7 +225,8 @@ impl Head for PlainHead {
             Ok(HeadOutput {
                 loss,
                 grad_embedding,
-                not_finite: rows_not_finite(loss, &doubles(&norm_b1), losses),
+                not_finite: rows_not_finite(loss, &norms, losses),
+                seen,
             })
         })
     }

@@ -8,8 +8,11 @@ use crate::optim::GradScaler;
 use arcface_proto::v1::{CheckpointCommitted, CheckpointPart, CommitCheckpointRequest};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
@@ -47,6 +50,7 @@ impl Snapshot {
             num_classes: self.num_classes,
             parts,
             scaler,
+            persist_seconds: None,
         }
     }
 }
@@ -163,9 +167,34 @@ enum Job {
 /// Memory of an older copy, by part.
 pub type Room = Vec<Vec<NamedTensor>>;
 
+/// What went wrong with checkpoints so far. Clones count together.
+#[derive(Clone, Debug, Default)]
+pub struct Failures(Arc<[AtomicU64; 3]>);
+
+/// What can go wrong: writing the parts, putting the manifest beside them, removing what is not kept.
+#[derive(Clone, Copy)]
+enum Stage {
+    Write,
+    Manifest,
+    Remove,
+}
+
+impl Failures {
+    fn count(&self, stage: Stage) {
+        self.0[stage as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many, by stage.
+    pub fn read(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        ["write", "manifest", "remove"].into_iter().zip(counts)
+    }
+}
+
 /// The thread that writes.
 pub struct Writer {
     location: Location,
+    failures: Failures,
     jobs: Option<SyncSender<Job>>,
     /// Memory that the thread has written out.
     returned: Receiver<Room>,
@@ -188,8 +217,13 @@ impl Writer {
             drop(give_back.try_send(Room::new()));
         }
         let place = location.clone();
+        let failures = Failures::default();
+        let failed = failures.clone();
         let thread = std::thread::spawn(move || {
-            let mut written = Written::default();
+            let mut written = Written {
+                failures: failed,
+                ..Written::default()
+            };
             for job in receiver {
                 match job {
                     Job::Write(snapshot) => {
@@ -199,7 +233,7 @@ impl Writer {
                         drop(give_back.try_send(room.collect()));
                     }
                     Job::Committed(committed) => {
-                        settle(&place, &committed);
+                        settle(&place, &committed, &written.failures);
                         written.sweep(&place, &committed);
                     }
                 }
@@ -207,11 +241,17 @@ impl Writer {
         });
         Self {
             location,
+            failures,
             jobs: Some(jobs),
             returned,
             room: RefCell::default(),
             thread: Some(thread),
         }
+    }
+
+    /// What went wrong so far.
+    pub fn failures(&self) -> &Failures {
+        &self.failures
     }
 
     /// True while there is no room for another copy. Room does not go away but by [`Writer::room`].
@@ -265,9 +305,13 @@ impl Writer {
     }
 }
 
-/// What this generation has written and not seen committed: directories by step.
+/// What this generation has written and not seen committed.
 #[derive(Default)]
-struct Written(BTreeMap<u64, String>);
+struct Written {
+    /// Directories by step.
+    steps: BTreeMap<u64, String>,
+    failures: Failures,
+}
 
 impl Written {
     /// A checkpoint that cannot be written is a warning: the older ones stand, and training goes on. Nobody can commit it
@@ -281,6 +325,7 @@ impl Written {
     ) {
         let step = snapshot.state.step;
         let directory = directory(location, step, generation);
+        let begin = Instant::now();
         let written: Result<Vec<_>, _> = snapshot
             .parts
             .iter()
@@ -288,12 +333,18 @@ impl Written {
             .collect();
         match written {
             Ok(parts) => {
-                self.0.insert(step, directory.clone());
-                commit(snapshot.announce(directory, parts));
+                self.steps.insert(step, directory.clone());
+                let took = begin.elapsed();
+                commit(CommitCheckpointRequest {
+                    persist_seconds: Some(took.as_secs_f64()),
+                    ..snapshot.announce(directory, parts)
+                });
             }
             Err(error) => {
+                self.failures.count(Stage::Write);
                 warn!(step, "no checkpoint, training goes on: {error}");
                 if let Err(error) = location.remove(&directory) {
+                    self.failures.count(Stage::Remove);
                     warn!(step, "what was written of it stays: {error}");
                 }
             }
@@ -306,14 +357,15 @@ impl Written {
         let Some(manifest) = &committed.manifest else {
             return;
         };
-        let later = self.0.split_off(&manifest.step);
-        let older = std::mem::replace(&mut self.0, later);
+        let later = self.steps.split_off(&manifest.step);
+        let older = std::mem::replace(&mut self.steps, later);
         for directory in older.into_values() {
             let kept = &committed.kept_directories;
             if kept.is_empty() || kept.contains(&directory) {
                 continue;
             }
             if let Err(error) = location.remove(&directory) {
+                self.failures.count(Stage::Remove);
                 warn!("cannot remove {directory}, which was never committed: {error}");
             }
         }
@@ -321,18 +373,22 @@ impl Written {
 }
 
 /// Puts the manifest of a committed checkpoint beside its parts, and removes the expired ones.
-pub fn settle(location: &Location, committed: &CheckpointCommitted) {
+pub fn settle(location: &Location, committed: &CheckpointCommitted, failures: &Failures) {
     if let Some(manifest) = &committed.manifest {
         match location.write_manifest(manifest) {
             Ok(()) => info!(
                 step = manifest.step,
                 "checkpoint committed: {}", manifest.directory
             ),
-            Err(error) => warn!(step = manifest.step, "no manifest beside the checkpoint: {error}"),
+            Err(error) => {
+                failures.count(Stage::Manifest);
+                warn!(step = manifest.step, "no manifest beside the checkpoint: {error}");
+            }
         }
     }
     for expired in &committed.expired_directories {
         if let Err(error) = location.remove(expired) {
+            failures.count(Stage::Remove);
             warn!("cannot remove the expired checkpoint {expired}: {error}");
         }
     }

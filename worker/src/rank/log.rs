@@ -1,7 +1,9 @@
 //! What people and programs read of a training in its output directory: `training.log`, one line an interval, and
-//! `metrics.jsonl`, one JSON object for each interval and each evaluation. Written by rank 0 alone.
+//! `metrics.jsonl`, one JSON object for each interval and each evaluation; and event files for TensorBoard. Written by rank 0
+//! alone.
 
 use super::failure::RankFailure;
+use super::tensorboard::Events;
 use arcface_proto::v1::{Evaluation, StepMetrics};
 use serde_json::json;
 use std::fs::File;
@@ -13,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 pub struct TrainingLog {
     lines: File,
     metrics: File,
+    events: Option<Events>,
 }
 
 impl TrainingLog {
@@ -29,7 +32,17 @@ impl TrainingLog {
         Ok(Self {
             lines: open("training.log")?,
             metrics: open("metrics.jsonl")?,
+            events: None,
         })
+    }
+
+    /// Writes event files for TensorBoard too, of a training that begins after `start` steps. One that cannot be written is a
+    /// warning: nothing but pictures is lost.
+    pub fn draw(&mut self, output: &Path, start: u64) {
+        match Events::create(output, start) {
+            Ok(events) => self.events = Some(events),
+            Err(error) => tracing::warn!("no event file for TensorBoard: {error}"),
+        }
     }
 
     /// A line of text, with the time before it.
@@ -51,9 +64,13 @@ impl TrainingLog {
             "loss_scale": metrics.loss_scale, "skipped_steps": metrics.skipped_steps,
             "checkpoint_stall_seconds": metrics.checkpoint_stall_seconds,
             "checkpoint_suggested_seconds": metrics.checkpoint_suggested_seconds,
+            "embedding_norm": metrics.embedding_norm, "target_cosine": metrics.target_cosine,
             "phase_seconds": metrics.phase_seconds.iter().collect::<std::collections::BTreeMap<_, _>>(),
         });
         let _lost = writeln!(self.metrics, "{value}");
+        if let Some(events) = &mut self.events {
+            events.metrics(metrics);
+        }
     }
 
     /// An evaluation.
@@ -66,6 +83,9 @@ impl TrainingLog {
             "seconds": evaluation.seconds,
         });
         let _lost = writeln!(self.metrics, "{value}");
+        if let Some(events) = &mut self.events {
+            events.evaluation(evaluation);
+        }
     }
 }
 

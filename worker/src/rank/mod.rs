@@ -8,6 +8,7 @@ pub mod checkpoints;
 pub mod copies;
 pub mod evaluate;
 pub mod failure;
+pub mod figures;
 pub mod head_start;
 pub mod log;
 mod meeting;
@@ -21,6 +22,7 @@ pub mod report;
 mod run;
 pub mod setup;
 pub mod step;
+mod tensorboard;
 #[cfg(test)]
 mod tests;
 pub mod train;

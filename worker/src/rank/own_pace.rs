@@ -40,6 +40,7 @@ impl OwnPace {
                 .into_iter()
                 .map(|(phase, seconds)| (phase.to_owned(), seconds))
                 .collect(),
+            figures: None,
         }
     }
 }

@@ -3,12 +3,13 @@
 
 use super::checkpoints::{self, Writer};
 use super::failure::RankFailure;
+use super::figures;
 use super::log::TrainingLog;
 use super::meeting::{agree, meet};
 use super::outputs;
 use super::phases::Together;
 use super::report::Reporter;
-use super::setup::Prepared;
+use super::setup::{Job, Prepared};
 use super::train::{Outside, Sinks, train};
 use super::watched::Watched;
 use crate::channel::ClientTls;
@@ -98,12 +99,17 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
 
     let prepared = Prepared::open(spec, &data_roots, &assignment.device)?;
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
+    // Before the others are kept waiting.
+    let flops_per_sample = (rank == 0).then(|| figures::flops_per_sample(&prepared.backbone));
+    let begin = Instant::now();
     let checkpoint = resumable(assignment, &location, board)?;
+    let mut restoring = begin.elapsed();
     board.enter(Activity::Starting);
     let met = meet(assignment, reporter, prepared.spec.checkpoint.buddy_steps)?;
     let together = Together::default();
     let comm = Watched::new(met.comm, board.clone(), together.clone());
     let (mut trainer, job) = prepared.into_trainer(Box::new(comm))?;
+    let begin = Instant::now();
     let checkpoint = match (&assignment.resume, &met.memory) {
         (Some(manifest), Some(memory)) if !assignment.resume_copies.is_empty() => {
             Some(memory.gather(manifest, assignment)?)
@@ -114,10 +120,12 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         }
         _ => checkpoint,
     };
+    restoring += begin.elapsed();
     agree(trainer.comm.as_mut(), assignment.resume.as_ref())?;
     trainer.phases.show_on(board.clone());
     trainer.phases.know(together);
     trainer.settings.left_out.clone_from(&assignment.left_out_steps);
+    let begin = Instant::now();
     let start = match &checkpoint {
         Some(checkpoint) => {
             let state = checkpoints::restore(&mut trainer, checkpoint)?;
@@ -130,6 +138,8 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         }
         None => 0,
     };
+    restoring += begin.elapsed();
+    let restore_seconds = checkpoint.is_some().then_some(restoring.as_secs_f64());
     drop(checkpoint);
     // All ranks hold the same state before anyone says that training begins.
     trainer.comm.barrier()?;
@@ -139,10 +149,11 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         num_classes: job.num_classes,
         num_image: job.dataset.len(),
         from_memory: !assignment.resume_copies.is_empty(),
+        restore_seconds,
     }));
 
     let log = match rank {
-        0 => Some(begin_log(&output, assignment, start, job.end_step)?),
+        0 => Some(begin_log(&output, assignment, start, &job)?),
         _ => None,
     };
     let committer = reporter.committer();
@@ -155,6 +166,7 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
         copier: met
             .memory
             .and_then(|memory| memory.copier(&job.spec, assignment, reporter)),
+        flops_per_sample,
         outside: &mut Told {
             reporter,
             writer: &writer,
@@ -176,12 +188,15 @@ fn begin_log(
     output: &Path,
     assignment: &RankAssignment,
     start: u64,
-    end: u64,
+    job: &Job,
 ) -> Result<TrainingLog, RankFailure> {
     let mut log = TrainingLog::open(output)?;
+    if job.spec.train.tensorboard {
+        log.draw(output, start);
+    }
     log.line(&format!(
-        "{} generation {}: training from step {start} to {end} on {} ranks",
-        assignment.job_id, assignment.generation, assignment.world_size
+        "{} generation {}: training from step {start} to {} on {} ranks",
+        assignment.job_id, assignment.generation, job.end_step, assignment.world_size
     ));
     Ok(log)
 }
@@ -232,6 +247,7 @@ fn resumable(
 
 /// Waits until the last checkpoint is durable, committed and described.
 fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
+    let failures = writer.failures().clone();
     let location = writer.finish();
     if !reporter.wait_for_commits(LAST_WORD) {
         warn!("the last checkpoint was not committed: the coordinator is away");
@@ -246,7 +262,7 @@ fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
         let Command::CheckpointCommitted(committed) = command else {
             continue;
         };
-        checkpoints::settle(&location, &committed);
+        checkpoints::settle(&location, &committed, &failures);
         if committed.manifest.is_some_and(|manifest| manifest.step >= step) {
             return;
         }

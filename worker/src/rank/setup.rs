@@ -3,6 +3,7 @@
 
 use super::evaluate;
 use super::failure::RankFailure;
+use super::figures::Sight;
 use super::head_start::HeadStart;
 use super::nonfinite::{Guard, Samples};
 use super::phases::Phases;
@@ -130,6 +131,7 @@ impl Prepared {
             },
             window: Window::default(),
             phases: Phases::default(),
+            sight: Sight::default(),
             backbone: self.backbone,
             params,
             comm,

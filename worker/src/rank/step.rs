@@ -13,6 +13,7 @@
 //! rank 0 are the model's.
 
 use super::failure::RankFailure;
+use super::figures::Sight;
 use super::nonfinite::{Guard, Samples, Site, Verdict};
 use super::phases::Phases;
 use crate::collective::{Collective, ReduceOp};
@@ -140,6 +141,8 @@ pub struct Trainer {
     pub window: Window,
     /// Where the time went.
     pub phases: Phases,
+    /// What the head saw.
+    pub sight: Sight,
 }
 
 impl Trainer {
@@ -235,6 +238,7 @@ impl Trainer {
             self.not_finite(step, site, &format!("the loss is {} for {names}", output.loss))?;
             return Ok(0.0);
         }
+        self.sight.add(&output.seen);
         let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
         self.phases.time("backward", || {
             forward.backward(&(output.grad_embedding * scale));

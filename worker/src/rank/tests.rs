@@ -70,6 +70,7 @@ fn job(world_size: u32, change: impl FnOnce(&mut v1::JobSpec)) -> JobSpec {
 #[derive(Default)]
 struct Recorder {
     metrics: Vec<StepMetrics>,
+    paces: Vec<RankPace>,
     wants_checkpoint: bool,
 }
 
@@ -78,7 +79,9 @@ impl Outside for Recorder {
         self.metrics.push(metrics);
     }
 
-    fn pace(&mut self, _: RankPace) {}
+    fn pace(&mut self, pace: RankPace) {
+        self.paces.push(pace);
+    }
 
     fn evaluation(&mut self, _: Evaluation) {}
 
@@ -135,6 +138,7 @@ fn losses(rank: u32, trainer: &mut Trainer, job: &Job, start: u64, output: &Path
         log,
         writer: None::<&Writer>,
         copier: None,
+        flops_per_sample: None,
         outside: &mut recorder,
     };
     train(trainer, job, start, &mut sinks).expect("trained");
@@ -415,6 +419,62 @@ fn a_job_that_cannot_train_says_why_before_it_starts() {
         |wire| wire.model.get_or_insert_default().init = Some("/no/such/weights.safetensors".into()),
         "/no/such/weights.safetensors",
     );
+}
+
+#[test]
+fn what_ranks_count_adds_up() {
+    for implementation in ["plain", "tiled"] {
+        what_ranks_count_adds_up_in(implementation);
+    }
+}
+
+fn what_ranks_count_adds_up_in(implementation: &str) {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(2, |wire| {
+        let head = wire.head.get_or_insert_default();
+        head.sample_rate = Some(0.4);
+        head.implementation = Some(implementation.into());
+    });
+    let told = on_ranks(&spec, 2, |rank, trainer, job| {
+        let mut recorder = Recorder::default();
+        let mut sinks = Sinks {
+            output: scratch.path().to_owned(),
+            log: (rank == 0).then(|| super::log::TrainingLog::open(scratch.path()).expect("a log")),
+            writer: None::<&Writer>,
+            copier: None,
+            flops_per_sample: (rank == 0).then(|| super::figures::flops_per_sample(&trainer.backbone)),
+            outside: &mut recorder,
+        };
+        train(trainer, job, 0, &mut sinks).expect("trained");
+        recorder
+    });
+    let last = |rank: usize| told[rank].paces.last().and_then(|pace| pace.figures.clone());
+    let figures = [
+        last(0).expect("told at the end"),
+        last(1).expect("told at the end"),
+    ];
+    let mut cosines = 0;
+    for own in &figures {
+        assert_eq!((own.classes, own.shard_rows), (10, 5));
+        // Two of five, or the classes of the batch if those are more.
+        assert_eq!(own.sampled_rows, own.positive_rows.max(2), "{own:?}");
+        // Five steps of four images, and none is left to read.
+        assert_eq!((own.samples, own.data_errors, own.queue_depth), (20, 0, 0));
+        assert_eq!(own.sample_bytes, 20 * 3 * 112 * 112);
+        let decode = own.decode.as_ref().expect("times");
+        assert_eq!(decode.counts.iter().sum::<u64>(), 20);
+        let own = own.target_cosines.expect("cosines");
+        assert!(own.sum.abs() <= own.count as f64, "{own:?}");
+        cosines += own.count;
+    }
+    assert_eq!(cosines, 40, "each sample's class is in one shard");
+    // 5,419,008 and more multiply-accumulates, three times, two operations each.
+    assert!(figures[0].flops_per_sample > 6.0 * 5_419_008.0 && figures[1].flops_per_sample == 0.0);
+    for metrics in &told[0].metrics {
+        let (norm, cosine) = (metrics.embedding_norm, metrics.target_cosine);
+        assert!(norm.is_some_and(|norm| norm > 0.0), "{metrics:?}");
+        assert!(cosine.is_none_or(|cosine| cosine.abs() <= 1.0), "{metrics:?}");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use super::checkpoints::{self, Writer};
 use super::copies::Copier;
 use super::failure::RankFailure;
+use super::figures::{self, Counted};
 use super::log::{Meter, TrainingLog};
 use super::own_pace::OwnPace;
 use super::pace::Pace;
@@ -14,7 +15,7 @@ use crate::data::{Batch, DataError, Loader, LoaderOptions};
 use crate::eval::Verification;
 use arcface_proto::v1::{Evaluation, LossScaler, RankPace, StepMetrics};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tracing::warn;
 
 /// Micro-batches decoded ahead.
@@ -42,6 +43,8 @@ pub struct Sinks<'a> {
     pub writer: Option<&'a Writer>,
     /// Copies in memory, unless none are wanted.
     pub copier: Option<Copier>,
+    /// Floating-point operations to train on one sample, told by rank 0.
+    pub flops_per_sample: Option<f64>,
     /// Reports and wishes.
     pub outside: &'a mut dyn Outside,
 }
@@ -118,17 +121,20 @@ pub fn train(
         };
         let batches: &mut dyn Iterator<Item = Result<Batch, DataError>> = &mut loader;
         let step_begin = Instant::now();
-        let outcome = trainer.step(step, batches, says)?;
+        let stepped = trainer.step(step, batches, says);
+        if stepped.is_err() && loader.loaded().errors > 0 {
+            // The last word follows, and the record that cannot be read is to be counted.
+            tell(trainer, job, step, &loader, &mut own_pace, begin.elapsed(), sinks);
+        }
+        let outcome = stepped?;
         meter.step(outcome.loss, outcome.grad_norm);
         let done = step + 1;
         trainer.phases.stepped(done, step_begin.elapsed());
         let due = due(job, done);
         if due.log {
             log_interval(trainer, job, done, &outcome, &mut meter, &pace, sinks);
-            // One rank alone is slower than nobody.
-            if world_size > 1 && own_pace.is_due(begin.elapsed()) {
-                let own = own_pace.tell(begin.elapsed(), done, trainer.phases.take_own());
-                sinks.outside.pace(own);
+            if done == job.end_step || own_pace.is_due(begin.elapsed()) {
+                tell(trainer, job, done, &loader, &mut own_pace, begin.elapsed(), sinks);
             }
         }
         let aside = Instant::now();
@@ -171,6 +177,33 @@ pub fn train(
         meter.aside(aside);
     }
     Ok(job.end_step.max(start))
+}
+
+/// Tells what this rank did by itself, and what it counts.
+fn tell(
+    trainer: &mut Trainer,
+    job: &Job,
+    done: u64,
+    loader: &Loader,
+    own_pace: &mut OwnPace,
+    now: Duration,
+    sinks: &mut Sinks<'_>,
+) {
+    let counted = Counted {
+        classes: job.num_classes,
+        shard_rows: trainer.head.shard().len(),
+        sight: &trainer.sight,
+        loaded: loader.loaded(),
+        calls: trainer.phases.calls(),
+        checkpoint_failures: sinks.writer.map(Writer::failures),
+        flops_per_sample: sinks.flops_per_sample,
+    };
+    let figures = Some(figures::to_wire(counted));
+    let own = trainer.phases.take_own();
+    sinks.outside.pace(RankPace {
+        figures,
+        ..own_pace.tell(now, done, own)
+    });
 }
 
 fn checkpoint(
@@ -228,6 +261,7 @@ fn log_interval(
     sinks: &mut Sinks<'_>,
 ) {
     let phases = trainer.phases.take();
+    let seen = trainer.sight.take();
     let (Some((loss, step_seconds, grad_norm)), Some(log)) = (meter.take(), sinks.log.as_mut()) else {
         return;
     };
@@ -250,6 +284,8 @@ fn log_interval(
         skipped_steps: trainer.guard.skipped_steps(),
         checkpoint_stall_seconds: pace.stall().map(|stall| stall.as_secs_f64()),
         checkpoint_suggested_seconds: pace.suggested().map(|interval| interval.as_secs_f64()),
+        embedding_norm: figures::mean(seen.norms),
+        target_cosine: figures::mean(seen.target_cosines),
     };
     log.metrics(&metrics);
     sinks.outside.metrics(metrics);

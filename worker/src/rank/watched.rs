@@ -33,7 +33,7 @@ impl Watched {
         self.board.begin(operation, bytes as u64);
         let begin = Instant::now();
         let result = call(self.inner.as_mut());
-        self.together.add(begin.elapsed());
+        self.together.add(operation, bytes, begin.elapsed());
         self.board.end();
         result
     }

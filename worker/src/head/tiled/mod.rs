@@ -21,7 +21,7 @@ mod micro;
 mod sweep;
 
 use super::{
-    Head, HeadConfig, HeadError, HeadOutput, check_form,
+    Head, HeadConfig, HeadError, HeadOutput, Seen, check_form,
     classes::{check_labels, choose, initial_weight, to_vec},
     exchange::{check_forms, gather_rows, scatter_rows},
     lazy_sgd::History,
@@ -357,6 +357,7 @@ impl Head for TiledHead {
                 loss: 0.0,
                 grad_embedding: Tensor::zeros([0, dim], (Kind::Float, Device::Cpu)),
                 not_finite: Vec::new(),
+                seen: Seen::default(),
             });
         }
         let _no_grad = tch::no_grad_guard();
@@ -374,6 +375,7 @@ impl Head for TiledHead {
             )
         };
         let target_rows: Vec<Option<usize>> = chosen.targets.iter().map(row_of).collect();
+        let (sampled_rows, positive_rows) = (chosen.sampled(self.shard.len()), chosen.positives);
 
         if self.micros.len() == self.pending {
             self.micros.push(Micro::default());
@@ -424,11 +426,22 @@ impl Head for TiledHead {
         let loss = loss + prepared.norm_loss();
         let norms = &self.micros[self.pending].norms;
         let not_finite = rows_not_finite(loss, norms, probabilities.into_iter());
+        let here = target_rows.iter().zip(&cosines);
+        let seen = Seen {
+            sampled_rows,
+            positive_rows,
+            target_cosines: here
+                .filter(|(row, _)| row.is_some())
+                .map(|(_, cos)| cos.0)
+                .collect(),
+            norms: norms.iter().copied().collect(),
+        };
         self.pending += 1;
         Ok(HeadOutput {
             loss,
             grad_embedding,
             not_finite,
+            seen,
         })
     }
 

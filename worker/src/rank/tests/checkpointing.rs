@@ -62,6 +62,7 @@ fn train_at(
         log: (rank == 0).then(|| crate::rank::log::TrainingLog::open(output).expect("a log")),
         writer: Some(&writer),
         copier: None,
+        flops_per_sample: None,
         outside: &mut Listener(listen),
     };
     assert_eq!(train(trainer, job, 0, &mut sinks).expect("trained"), job.end_step);
