@@ -237,13 +237,16 @@ def job():
     return dashboard("arcface-job", "ArcFace / Job", "One job: state, speed, learning, evaluations.", [
         stat("State", "State that the job is in.", f"max by (state) (arcface_job_state{{{ONE}}}) == 1", legend="{{state}}", words=True,
              links=["job_failed", "job_recovering"]),
-        stat("Ranks", "Ranks of the newest generation.", f"max(arcface_job_world_size{{{ONE}}})", links=["job_shrunk"]),
-        stat("Ranks asked for", "Ranks that the job file asks for.", f"max(arcface_job_world_size_target{{{ONE}}})"),
+        stat("Ranks", "Ranks of the newest generation.", f"max(arcface_job_world_size{{{ONE}}})", size=(3, 4), links=["job_shrunk"]),
+        stat("Ranks asked for", "Ranks that the job file asks for.", f"max(arcface_job_world_size_target{{{ONE}}})", size=(3, 4)),
         stat("Progress", "Share of the steps that are done.", f"max(arcface_train_progress_ratio{{{ONE}}})", "percentunit", decimals=1),
         stat("Time left", "At the present speed.", f"max(arcface_train_eta_seconds{{{ONE}}})", "dtdurations"),
         stat("Running", "Share of the last hour that the job trained in; the rest went into waiting, starting and recovering.",
              "max(job_id:arcface_job_running:ratio1h{" + ONE + "})", "percentunit", decimals=1, steps=[(None, RED), (0.8, YELLOW), (0.9, GREEN)],
-             links=["job_recovering"]),
+             size=(3, 4), links=["job_recovering"]),
+        stat("Goodput", "Share of the last hour, waiting for the first ranks left out, that went into steps which were not lost.",
+             f"max(job_id:arcface_job_goodput:ratio1h{{{ONE}}})", "percentunit", decimals=1, steps=[(None, RED), (0.8, YELLOW), (0.9, GREEN)],
+             size=(3, 4), links=["goodput_low"]),
         graph("Loss", "Mean of each log interval.", [(f"max(arcface_train_loss{{{ONE}}})", "loss")], links=["steps_not_finite"]),
         graph("Samples a second", "All ranks: as rank 0 reports it, and as the counter shows it (with pauses and recoveries).", [
             (f"max(arcface_train_samples_per_second{{{ONE}}})", "reported"),
@@ -258,6 +261,14 @@ def job():
               [(f"job_id_phase:arcface_train_phase_seconds:share5m{{{ONE}}}", "{{phase}}")], "percentunit", stacked=True, top=1, links=["data_wait"]),
         graph("Learning rate", "Of the last step.", [(f"max(arcface_train_learning_rate{{{ONE}}})", "learning rate")], "sci", size=(8, 7)),
         graph("Gradient norm", "Of the backbone, before clipping.", [(f"max(arcface_train_grad_norm{{{ONE}}})", "norm")], size=(8, 7)),
+        graph("Embedding norm", "Mean of the last log interval. It falls where the network unlearns and grows without bound where it diverges.",
+              [(f"max(arcface_embedding_norm{{{ONE}}})", "norm")], size=(8, 7)),
+        graph("Target cosine", "Of samples with their own class, before the margin, mean over all ranks: how well classes are learnt.",
+              [(f"max(arcface_head_target_cosine{{{ONE}}})", "cosine")], size=(8, 7)),
+        graph("What the time went into", "Seconds in five minutes: steps that count, steps that were lost and done again, starting and failing, checkpoints, "
+              "waiting for the first ranks.",
+              [(f"sum by (kind) (increase(arcface_job_time_seconds_total{{{ONE}}}[5m]))", "{{kind}}")], "s", stacked=True, size=(8, 7),
+              links=["goodput_low"]),
         graph("Loss scale (fp16)", "Only of jobs that train in fp16.", [(f"max(arcface_train_loss_scale{{{ONE}}})", "scale")], size=(8, 7)),
         graph("Verification accuracy", "Newest result of each data set.", [(f"max by (dataset) (arcface_eval_accuracy_ratio{{{ONE}}})", "{{dataset}}")],
               "percentunit", points=True, links=["accuracy_regressed"]),
@@ -320,14 +331,15 @@ def recovery():
         stat("Damaged", "Committed checkpoints that did not verify, within the time range.",
              f"sum(increase(arcface_checkpoint_damaged_total{{{SOME}}}[$__range]))", decimals=0, steps=[(None, GREEN), (0.5, RED)],
              links=["checkpoint_damaged"]),
-        stat("Running", "Least share of the last hour that a job trained in.", f"min(job_id:arcface_job_running:ratio1h{{{SOME}}})", "percentunit",
-             decimals=1, steps=[(None, RED), (0.8, YELLOW), (0.9, GREEN)]),
+        stat("Goodput", "Least share of the last hour of a job that went into steps which were not lost.",
+             f"min(job_id:arcface_job_goodput:ratio1h{{{SOME}}})", "percentunit", decimals=1, steps=[(None, RED), (0.8, YELLOW), (0.9, GREEN)],
+             links=["goodput_low"]),
         graph("Failures by reason", "Failures that ended a generation, in each interval.",
               [(f"sum by (job_id, reason) (increase(arcface_worker_failures_total{{{SOME}}}[$__rate_interval])) > 0", "{{job_id}}: {{reason}}")],
               bars=True, links=["rank_failed", "job_crash_loop"]),
         # Means since the beginning: these series begin with their first event, in which rate() sees no increase.
-        graph("Recovery by stage", "Mean seconds from the last sign of life, since the coordinator took over: until the failure was seen (detect), until the "
-              "next new step (total).",
+        graph("Recovery by stage", "Mean seconds since the coordinator took over: from the last sign of life until the failure was seen (detect), from the launch "
+              "until the ranks had met (rendezvous), until they could train (load), and all of it until the next new step (total).",
               [(f"sum by (stage) (arcface_recovery_duration_seconds_sum{{{SOME}}}) / "
                 f"(sum by (stage) (arcface_recovery_duration_seconds_count{{{SOME}}}) > 0)", "{{stage}}")],
               "s", links=["job_recovering"]),
@@ -347,12 +359,23 @@ def recovery():
               [(f"max by (job_id) (arcface_checkpoint_stall_seconds{{{SOME}}})", "{{job_id}}")], "s", size=(8, 7)),
         graph("Suggested interval", "Seconds between checkpoints that would lose the least time at that stall (Young's rule).",
               [(f"max by (job_id) (arcface_checkpoint_suggested_interval_seconds{{{SOME}}})", "{{job_id}}")], "s", size=(8, 7)),
+        graph("Persist time, mean", "Seconds that the slowest rank took to write its parts of a committed checkpoint, since the coordinator took over. "
+              "Training goes on meanwhile.",
+              [(f"sum by (job_id) (arcface_checkpoint_persist_seconds_sum{{{SOME}}}) / "
+                f"(sum by (job_id) (arcface_checkpoint_persist_seconds_count{{{SOME}}}) > 0)", "{{job_id}}")], "s", size=(8, 7)),
+        graph("Restore time, mean", "Seconds that a rank took to read, verify and take over what it resumed from, since the coordinator took over.",
+              [(f"sum by (job_id) (arcface_checkpoint_restore_seconds_sum{{{SOME}}}) / "
+                f"(sum by (job_id) (arcface_checkpoint_restore_seconds_count{{{SOME}}}) > 0)", "{{job_id}}")], "s", size=(8, 7)),
+        graph("Failures of checkpoints", "By stage, in each interval: parts that were not written, a store that did not take one, files that did not go away or "
+              "did not verify.",
+              [(f"sum by (stage) (increase(arcface_checkpoint_failures_total{{{SOME}}}[$__rate_interval]))", "{{stage}}")], bars=True, size=(8, 7),
+              links=["checkpoint_fails", "checkpoint_damaged"]),
     ], JOBS, generations=SOME)
 
 
 def data():
-    return dashboard("arcface-data", "ArcFace / Data pipeline", "Whether training waits for data. Measured on rank 0; the loader's queue, its decoding times and "
-                     "the bytes it reads are not exported.", [
+    return dashboard("arcface-data", "ArcFace / Data pipeline", "Whether training waits for data. Waiting is measured on rank 0, reading and decoding on all "
+                     "ranks.", [
         stat("Waiting for data", "Share of the time of rank 0, mean of five minutes, of the job that waits most.",
              f'max(job_id_phase:arcface_train_phase_seconds:share5m{{{SOME}, phase="data_wait"}})', "percentunit", decimals=1,
              steps=[(None, GREEN), (0.05, YELLOW), (0.1, RED)], size=(6, 4), links=["data_wait"]),
@@ -375,12 +398,51 @@ def data():
                 f"(sum(rate(arcface_train_phase_seconds_total{{{SOME}}}[5m])) > 0)", "{{phase}}")], "percentunit", stacked=True, top=1),
         graph("Samples", "Counted since the coordinator took over, steps done again counted again.",
               [(f"sum by (job_id) (arcface_train_samples_total{{{SOME}}})", "{{job_id}}")]),
+        graph("Queue depth", "Micro-batches that lie ready on each rank, four at most. None means that training waits.",
+              [(f"max by (job_id, rank) (arcface_data_queue_depth{{{SOME}}})", "{{job_id}}: {{rank}}")], links=["data_wait"]),
+        graph("Decode time", "Seconds that a loader thread takes to read and decode an image, on all ranks.", [
+            (f"histogram_quantile(0.5, sum by (job_id, le) (rate(arcface_data_decode_seconds_bucket{{{SOME}}}[5m])))", "{{job_id}}: p50"),
+            (f"histogram_quantile(0.95, sum by (job_id, le) (rate(arcface_data_decode_seconds_bucket{{{SOME}}}[5m])))", "{{job_id}}: p95"),
+        ], "s", links=["data_wait"]),
+        graph("Images read", "A second, all ranks; they are read ahead of training.",
+              [(f"sum by (job_id) (rate(arcface_data_samples_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}")], size=(8, 7)),
+        graph("Bytes read", "A second, all ranks, as images lie in the data set.",
+              [(f"sum by (job_id) (rate(arcface_data_bytes_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}")], "Bps", size=(8, 7)),
+        graph("Records that cannot be read", "In each interval.",
+              [(f"sum by (job_id) (increase(arcface_data_errors_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}")], bars=True, size=(8, 7),
+              links=["job_failed"]),
     ], JOBS, generations=SOME)
+
+
+def ranks():
+    return dashboard("arcface-ranks", "ArcFace / Head and network", "What the ranks of one job do: the shards of its classes, and their collective operations.", [
+        stat("Classes", "Over all ranks.", f"max(arcface_head_classes{{{ONE}}})", size=(6, 4), decimals=0),
+        stat("Rows a shard", "The largest.", f"max(arcface_head_shard_rows{{{ONE}}})", size=(6, 4), decimals=0),
+        stat("Arithmetic", "Of the backbone, all ranks, mean of five minutes: samples a second times the operations to train on one.",
+             f"sum(job_id:arcface_train_samples:rate5m{{{ONE}}}) * max(arcface_train_flops_per_sample{{{ONE}}})", "flops", size=(6, 4), decimals=1),
+        stat("Target cosine", "Of samples with their own class, before the margin.", f"max(arcface_head_target_cosine{{{ONE}}})", size=(6, 4), decimals=3),
+        graph("Rows per shard", "Classes of each rank.", [(f"max by (rank) (arcface_head_shard_rows{{{ONE}}})", "{{rank}}")]),
+        graph("Sampled and positive rows", "Of the newest micro-batch, all ranks: classes in the softmax, and those that have samples in it.", [
+            (f"sum(arcface_head_sampled_rows{{{ONE}}})", "sampled"), (f"sum(arcface_head_positive_rows{{{ONE}}})", "positive")]),
+        graph("Sample ratio", "Share of each rank's shard that is in the softmax.", [(f"max by (rank) (arcface_head_sample_ratio{{{ONE}}})", "{{rank}}")],
+              "percentunit", top=1),
+        graph("Time in the head", "Share of the time of rank 0, mean of five minutes.",
+              [(f'job_id_phase:arcface_train_phase_seconds:share5m{{{ONE}, phase="head"}}', "head")], "percentunit"),
+        graph("Collective latency, mean", "Seconds of a call on a rank, waiting for the slowest rank included.",
+              [(f"sum by (op) (rate(arcface_comm_collective_seconds_sum{{{ONE}}}[5m])) / (sum by (op) (rate(arcface_comm_collective_seconds_count{{{ONE}}}[5m])) > 0)",
+                "{{op}}")], "s", links=["straggler"]),
+        graph("Collective latency, p99", "By operation.",
+              [(f"histogram_quantile(0.99, sum by (op, le) (rate(arcface_comm_collective_seconds_bucket{{{ONE}}}[5m])))", "{{op}}")], "s", links=["straggler"]),
+        graph("Bytes", "A second, all ranks, as they are given to the operations; a ring sends up to twice that.",
+              [(f"sum by (op) (rate(arcface_comm_bytes_total{{{ONE}}}[$__rate_interval]))", "{{op}}")], "Bps"),
+        graph("Calls", "A second, all ranks.",
+              [(f"sum by (op) (rate(arcface_comm_collective_seconds_count{{{ONE}}}[$__rate_interval]))", "{{op}}")], "ops"),
+    ], JOB, generations=ONE)
 
 
 def main():
     check = "--check" in sys.argv[1:]
-    files = {made["uid"].removeprefix("arcface-") + ".json": made for made in (overview(), job(), node(), recovery(), data())}
+    files = {made["uid"].removeprefix("arcface-") + ".json": made for made in (overview(), job(), node(), recovery(), data(), ranks())}
     stale = [path.name for path in FOLDER.glob("*.json") if path.name not in files]
     for name, made in files.items():
         text = json.dumps(made, indent=2, sort_keys=True) + "\n"

@@ -140,6 +140,29 @@ impl Watched {
         self.prometheus.recorded(&expression)
     }
 
+    /// The newest value of each series of a query, by one label.
+    fn newest(&self, expression: &str, label: &str) -> Result<BTreeMap<String, f64>> {
+        let newest = |series: &Value| -> Result<(String, f64)> {
+            let last = list(&series["values"]).last();
+            let value = last.and_then(|pair| pair[1].as_str()).context("a value")?;
+            Ok((text(&series["metric"], label)?.to_owned(), value.parse()?))
+        };
+        self.ask(expression)?.iter().map(newest).collect()
+    }
+
+    /// What the panel of recoveries shows of the one that took `total_s` seconds; none if it does not show it as it was.
+    fn stages(&self, panel: &str, total_s: f64) -> Result<Result<BTreeMap<String, f64>, String>> {
+        let stages = self.newest(panel, "stage")?;
+        let of = |stage: &str| stages.get(stage).copied().unwrap_or(f64::NAN);
+        let known = of("detect") + of("rendezvous") + of("load");
+        let shown = (of("total") - total_s).abs() < 0.01 && of("load") > 0.0 && known <= total_s + 0.5;
+        Ok(if shown {
+            Ok(stages)
+        } else {
+            Err(format!("{stages:?}, {total_s} s"))
+        })
+    }
+
     fn wait_for(&self, what: &str, mut look: impl FnMut() -> Result<Option<String>>) -> Result<()> {
         wait::until(what, SEEN, || {
             Ok(match look()? {
@@ -282,6 +305,7 @@ fn a_killed_rank_fires_the_alert_and_every_panel_shows_something() -> Result<()>
     };
     Cluster::run(options, |cluster| {
         let watched = Watched::start(cluster)?;
+        let submitted = Instant::now();
         let id = watched.job.clone();
         cluster.wait_for_job(&id, "to be evaluated and to have a checkpoint", TRAINED, |job| {
             job["checkpoint_step"].as_u64() >= Some(4) && !list(&job["evaluations"]).is_empty()
@@ -294,10 +318,12 @@ fn a_killed_rank_fires_the_alert_and_every_panel_shows_something() -> Result<()>
             let series = watched.ask("arcface_checkpoint_last_committed_step{job_id=\"$job_id\"}")?;
             Ok(series.is_empty().then(|| "no checkpoint".into()))
         })?;
-        let failures = queries()?
-            .into_iter()
-            .find(|query| query.name == "ArcFace / Recovery and checkpoints / Failures by reason: A")
-            .context("the panel of failures")?;
+        let panel = |title: &str| {
+            let name = format!("ArcFace / Recovery and checkpoints / {title}: A");
+            let query = queries()?.into_iter().find(|query| query.name == name);
+            query.with_context(|| format!("no panel {name}"))
+        };
+        let (failures, stages) = (panel("Failures by reason")?, panel("Recovery by stage")?);
         ensure!(
             watched.ask(&failures.expression)?.is_empty(),
             "nothing has failed yet"
@@ -325,14 +351,50 @@ fn a_killed_rank_fires_the_alert_and_every_panel_shows_something() -> Result<()>
                 && alert["annotations"]["summary"] == *format!("Job {id} lost a rank: {reason}"),
             "{alert}"
         );
-        cluster.wait_for_job(&id, "to train again", TRAINED, |job| {
+        let job = cluster.wait_for_job(&id, "to train again", TRAINED, |job| {
             job["recoveries"][0]["total_s"].is_number()
         })?;
+        let total_s = job["recoveries"][0]["total_s"].as_f64().context("a time")?;
         watched.wait_for("the recovery panel to show it", || {
             let series = watched.ask(&failures.expression)?;
             let shown = series.iter().any(|one| one["metric"]["reason"] == reason);
             Ok((!shown).then(|| format!("{series:?}")))
         })?;
+        watched.wait_for("the recovery panel to show its stages", || {
+            Ok(match watched.stages(&stages.expression, total_s)? {
+                Ok(stages) => {
+                    println!("the recovery: {stages:.2?} s");
+                    None
+                }
+                Err(seen) => Some(seen),
+            })
+        })?;
+        let spent = watched.newest(
+            "sum by (kind) (arcface_job_time_seconds_total{job_id=\"$job_id\"})",
+            "kind",
+        )?;
+        let (all_s, since_s) = (spent.values().sum::<f64>(), submitted.elapsed().as_secs_f64());
+        println!("{since_s:.0} s of the job: {spent:?}");
+        // Whole seconds of five kinds, a scrape and a step old.
+        ensure!(
+            spent.len() == 5 && (since_s - 12.0..since_s + 2.0).contains(&all_s) && spent["restart"] >= 1.0,
+            "{spent:?} make {all_s} of {since_s} s"
+        );
+        let page = http::get(&watched.pages[0], "/metrics")?;
+        let series = page
+            .lines()
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let of_job = series
+            .clone()
+            .filter(|line| line.contains(&format!("job_id=\"{id}\"")));
+        println!(
+            "the coordinator's page: {} series, {} of them of the job, {} kB",
+            series.count(),
+            of_job.count(),
+            page.len() / 1000
+        );
+        let events = fs::read_dir(cluster.scratch().join("out/watched/tensorboard"))?.count();
+        ensure!(events == 2, "{events} event files of two generations");
         watched.wait_for("all panels", || {
             let unexpected = watched.unexpected()?;
             Ok((!unexpected.is_empty()).then(|| format!("\n{}", unexpected.join("\n"))))

@@ -219,7 +219,7 @@ fn dashboards_are_what_their_script_writes_and_are_whole() -> Result<()> {
             "{title}: numbers {numbers:?}"
         );
     }
-    for uid in ["overview", "job", "node", "recovery", "data"] {
+    for uid in ["overview", "job", "node", "recovery", "data", "ranks"] {
         ensure!(uids.contains(&format!("arcface-{uid}")), "no dashboard {uid}");
     }
     Ok(())
