@@ -20,10 +20,11 @@ setup: ## Fetch what the build needs: compiler, pip, libtorch
 	@scripts/setup.sh libtorch
 
 build: setup ## Build target/release/arcface-coordinator and arcface-worker
-	@$(ENV) $(CARGO) build --release --locked $(CARGO_FLAGS)
+	@$(ENV) ARCFACE_COMMIT="$$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)" \
+		$(CARGO) build --release --locked $(CARGO_FLAGS)
 
-demo: build ## Train on synthetic identities with a coordinator and two workers on this machine
-	@scripts/demo.sh
+demo: build ## Train on synthetic identities with a coordinator and two workers on this machine (PROMETHEUS=1: recorded)
+	@PROMETHEUS="$(PROMETHEUS)" scripts/demo.sh
 
 test: setup ## Run all tests: unit, property, golden and cluster
 	@scripts/setup.sh python etcd prometheus deploy

@@ -2,6 +2,7 @@
 # The demonstration behind `make demo`: draws identities into RecordIO files, starts a coordinator and two workers
 # with one rank each on this machine, trains configs/demo_cpu.toml to its end and evaluates on identities that were
 # never trained on. Everything lies in work_dirs/demo; a second run keeps the data and starts the training anew.
+# With PROMETHEUS=1 a Prometheus (as on the PATH) records it with the shipped rules, and stays until Ctrl-C on a terminal.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,4 +36,34 @@ rm -rf "$work/run"
     python3 -c 'import json, sys; print("untrained accuracy %.4f" % json.load(sys.stdin)[0]["accuracy"])'
 
 # Shows a progress bar on a terminal, then says where model, log and metrics are and the final accuracy.
-exec "$coordinator" run configs/demo_cpu.toml --nodes 2 --slots 1 --device cpu
+demo=("$coordinator" run configs/demo_cpu.toml --nodes 2 --slots 1 --device cpu)
+if [ -z "${PROMETHEUS:-}" ]; then
+    exec "${demo[@]}"
+fi
+
+if ! command -v prometheus >/dev/null; then
+    printf 'demo: no prometheus is installed\nhint: apt-get install prometheus, or scripts/setup.sh prometheus\n' >&2
+    exit 1
+fi
+metrics=127.0.0.1:9464
+page=127.0.0.1:9090
+rm -rf "$work/prometheus"
+mkdir -p "$work/prometheus"
+# The demonstration takes a minute or two: everything is looked at more often than in a cluster.
+cat >"$work/prometheus/prometheus.yml" <<END
+global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 2s}
+rule_files: ["$PWD/deploy/prometheus/rules/*.yml"]
+scrape_configs:
+  - job_name: arcface-coordinator
+    static_configs: [{targets: ["$metrics"]}]
+END
+prometheus --config.file="$work/prometheus/prometheus.yml" --storage.tsdb.path="$work/prometheus/data" \
+    --web.listen-address="$page" --log.level=warn &
+recorder=$!
+trap 'kill "$recorder" 2>/dev/null || true' EXIT
+echo "Prometheus  http://$page   alerts  http://$page/alerts"
+"${demo[@]}" --metrics "$metrics"
+if [ -t 0 ]; then
+    echo "Prometheus keeps the record of the run at http://$page until Ctrl-C"
+    wait "$recorder"
+fi
