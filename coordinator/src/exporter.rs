@@ -1,37 +1,18 @@
-//! `/metrics` over HTTP. Knows the recorder and one request; which metrics there are is `telemetry`'s.
-//!
-//! A server of our own, because the exporter's cannot tell which port it took when it was given port 0.
+//! The text of `/metrics`. Knows the recorder; which metrics there are is `telemetry`'s, and `web` serves it.
 
 use crate::{histograms, telemetry};
-use anyhow::Context;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{
     collections::HashSet,
-    io,
     sync::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    time::timeout,
-};
-use tokio_util::sync::CancellationToken;
 
-/// Longest request head that is read.
-const MAX_HEAD_BYTES: usize = 8192;
-/// Longest that a scrape may take.
-const SCRAPE_LIMIT: Duration = Duration::from_secs(10);
-/// Scrapes at the same time.
-const MAX_SCRAPES: usize = 16;
 /// Between two clean-ups of the recorder, which bound its memory.
-const UPKEEP: Duration = Duration::from_secs(5);
-/// Wait after a failed accept (no file descriptors left): trying at once would only spin.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+pub const UPKEEP: Duration = Duration::from_secs(5);
 
 static RECORDER: OnceLock<Result<PrometheusHandle, String>> = OnceLock::new();
 /// Jobs whose series are not shown any more.
@@ -134,70 +115,6 @@ fn shown(
             shown.push('\n');
             shown
         })
-}
-
-/// Serves scrapes until `stop` is cancelled.
-pub async fn serve(listener: TcpListener, recorder: &'static PrometheusHandle, stop: CancellationToken) {
-    static SCRAPES: Semaphore = Semaphore::const_new(MAX_SCRAPES);
-    let mut upkeep = tokio::time::interval(UPKEEP);
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = upkeep.tick() => recorder.run_upkeep(),
-            accepted = listener.accept() => match accepted {
-                Ok((socket, _)) => {
-                    // One over the limit is closed at once; Prometheus comes again.
-                    let Ok(permit) = SCRAPES.try_acquire() else { continue };
-                    tokio::spawn(async move {
-                        let outcome = timeout(SCRAPE_LIMIT, answer(socket, recorder)).await;
-                        tracing::debug!(?outcome, "scrape");
-                        drop(permit);
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "accept a scrape");
-                    tokio::time::sleep(ACCEPT_AGAIN).await;
-                }
-            },
-        }
-    }
-}
-
-async fn answer(mut socket: TcpStream, recorder: &PrometheusHandle) -> anyhow::Result<()> {
-    let head = read_head(&mut socket).await.context("read the request")?;
-    let mut words = head.split_whitespace();
-    let (status, body) = match (
-        words.next(),
-        words.next().and_then(|target| target.split('?').next()),
-    ) {
-        (Some("GET"), Some("/metrics" | "/")) => ("200 OK", render(recorder)),
-        (Some("GET"), _) => ("404 Not Found", "the metrics are at /metrics\n".to_owned()),
-        _ => ("405 Method Not Allowed", "only GET is answered\n".to_owned()),
-    };
-    let response = format!(
-        "HTTP/1.1 {status}\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\ncontent-length: {}\r\n\
-         connection: close\r\n\r\n{body}",
-        body.len()
-    );
-    socket.write_all(response.as_bytes()).await.context("answer")?;
-    socket.shutdown().await.context("close")
-}
-
-/// The request's head, of bounded length.
-async fn read_head(socket: &mut TcpStream) -> io::Result<String> {
-    let mut head = Vec::new();
-    let mut chunk = [0; 1024];
-    while !head.windows(4).any(|end| end == b"\r\n\r\n") {
-        let read = socket.read(&mut chunk).await?;
-        if read == 0 || head.len() + read > MAX_HEAD_BYTES {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "no request head of a reasonable length",
-            ));
-        }
-        head.extend_from_slice(&chunk[..read]);
-    }
-    Ok(String::from_utf8_lossy(&head).into_owned())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //!
 //! Pure logic (`plan`, `job`, `membership`, `straggler`, `goodput`) has no I/O, no clock and no async; `control` is the one task that owns
 //! state and the only reader of the clock; `store` keeps what must survive; `api` is the gRPC rim; `spec` reads job
-//! files, `recipe` turns those of arcface_torch into them, `cli` is the command line.
+//! files, `recipe` turns those of arcface_torch into them, `cli` is the command line, `web` serves `/metrics` and the status page.
 
 pub mod api;
 pub mod cli;
@@ -25,3 +25,5 @@ pub mod straggler;
 mod tables;
 pub mod telemetry;
 pub mod tls;
+pub mod view;
+pub mod web;

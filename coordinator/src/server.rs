@@ -1,4 +1,4 @@
-//! Puts a coordinator together and takes it apart: binds, opens the store, serves gRPC and metrics, writes the
+//! Puts a coordinator together and takes it apart: binds, opens the store, serves gRPC, metrics and the status page, writes the
 //! address file, and stops in a stated order. Jobs go on while no coordinator runs. When it leads is decided in `terms`.
 
 mod terms;
@@ -9,13 +9,14 @@ use crate::{
     store::{Candidate, EmbeddedStore, EtcdUrl, StoreError},
     telemetry,
     tls::Served,
+    web,
 };
 use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
 use std::{
     convert::Infallible,
     fmt, io,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     pin::pin,
     str::FromStr,
@@ -42,7 +43,7 @@ use tonic::{
 pub struct ServeOptions {
     /// Address of the gRPC services; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Address of `/metrics`; `None` serves none.
+    /// Address of `/metrics` and the status page; `None` serves neither.
     pub metrics: Option<SocketAddr>,
     /// Where state is kept.
     pub store: StoreUrl,
@@ -150,13 +151,25 @@ const PING_LIMIT: Duration = Duration::from_secs(10);
 pub struct Running {
     /// Address of the gRPC services, with the port that was really taken.
     pub grpc: SocketAddr,
-    /// Address of `/metrics`.
+    /// Address of `/metrics` and the status page.
     pub metrics: Option<SocketAddr>,
     stop: CancellationToken,
     serving: JoinHandle<anyhow::Result<()>>,
 }
 
 impl Running {
+    /// Where a browser on this machine finds the status page.
+    pub fn status_page(&self) -> Option<String> {
+        let mut address = self.metrics?;
+        if address.ip().is_unspecified() {
+            address.set_ip(match address.ip() {
+                IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        Some(format!("http://{address}/"))
+    }
+
     /// Ends the coordinator: streams are closed, accepted changes are stored, jobs and their ranks go on.
     ///
     /// # Errors
@@ -213,9 +226,10 @@ pub async fn start(options: ServeOptions) -> anyhow::Result<Running> {
     let always = always(health_service)?;
     let desk = Desk::new(health).await;
     let front = Front::new(always, desk.role());
+    let pages = desk.role();
     let terms = terms::start(leadership, options.timers, desk, stops.clone()).await?;
     if let Some(listener) = metrics {
-        tokio::spawn(exporter::serve(listener, recorder, stop.clone()));
+        tokio::spawn(web::serve(listener, recorder, pages, stop.clone()));
     }
     let serving = tokio::spawn(serve(listener, options.tls.clone(), front, terms, stops));
     if let Some(path) = &options.address_file
@@ -386,7 +400,11 @@ fn warn_if_exposed(grpc: SocketAddr, tls: Option<&Served>, metrics: Option<Socke
         );
     }
     if let Some(metrics) = metrics.filter(|address| !address.ip().is_loopback()) {
-        tracing::warn!(%metrics, "metrics are readable by whoever reaches this address");
+        tracing::warn!(
+            %metrics,
+            "metrics and the status page are readable by whoever reaches this address: jobs with their settings, nodes, \
+             process ids, errors"
+        );
     }
 }
 

@@ -294,7 +294,7 @@ async fn foreign_clients_find_health_and_reflection_and_prometheus_its_metrics()
     let scrape = async || {
         let mut socket = tokio::net::TcpStream::connect(address).await.expect("connect");
         socket
-            .write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            .write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             .await
             .expect("ask");
         let mut text = String::new();

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use std::{
     fmt::Write as _,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     time::Duration,
 };
@@ -32,6 +32,45 @@ pub fn get(address: &str, path: &str) -> Result<String> {
         "{address}{path} answered {head}: {body}"
     );
     Ok(body.to_owned())
+}
+
+/// The status and the body of an answer to any request. The answer says how long it is, or ends with the connection.
+///
+/// # Errors
+/// If there is no answer.
+pub fn request(address: &str, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
+    let mut socket = TcpStream::connect(address).with_context(|| format!("connect to {address}"))?;
+    socket.set_read_timeout(Some(ANSWER))?;
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(head.as_bytes())?;
+    socket.write_all(body.as_bytes())?;
+    let mut reader = BufReader::new(socket);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let status = line
+        .split_whitespace()
+        .nth(1)
+        .and_then(|status| status.parse().ok());
+    let status = status.with_context(|| format!("{method} {address}{path} answered {line:?}"))?;
+    let mut length = None;
+    loop {
+        line.clear();
+        reader.read_line(&mut line)?;
+        match line.trim_end().split_once(':') {
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                length = Some(value.trim().parse().context("a length")?);
+            }
+            Some(_) => {}
+            None => break,
+        }
+    }
+    let mut answer = Vec::new();
+    reader.take(length.unwrap_or(u64::MAX)).read_to_end(&mut answer)?;
+    Ok((status, String::from_utf8(answer)?))
 }
 
 /// Text as it may stand in a query.

@@ -24,15 +24,17 @@ struct Rule {
 }
 
 /// Logic that is decided by its arguments alone.
-const PURE: [&str; 20] = [
+const PURE: [&str; 22] = [
     "proto/src/",
     "coordinator/src/plan",
     "coordinator/src/job",
     "coordinator/src/membership",
     "coordinator/src/straggler",
     "coordinator/src/goodput",
+    "coordinator/src/control/curve",
     "coordinator/src/control/ledger",
     "coordinator/src/recipe",
+    "coordinator/src/view",
     "worker/src/random.rs",
     "worker/src/timings.rs",
     "worker/src/data/sampler",
@@ -47,7 +49,7 @@ const PURE: [&str; 20] = [
     "worker/src/agent/stall",
 ];
 
-const RULES: [Rule; 15] = [
+const RULES: [Rule; 17] = [
     Rule {
         reason: "pure modules get what they need as arguments and return what is to be done or logged",
         within: &PURE,
@@ -81,6 +83,8 @@ const RULES: [Rule; 15] = [
             // Leases lapse.
             "coordinator/src/store/etcd/election",
             "coordinator/src/telemetry",
+            // How old an answer is that viewers of the status page share.
+            "coordinator/src/web/cache",
             "worker/src/agent",
             "worker/src/rank",
             "worker/src/tools",
@@ -152,6 +156,27 @@ const RULES: [Rule; 15] = [
         within: &["coordinator/src/api"],
         except: &[],
         names: &["crate::store", "crate::plan", "crate::membership"],
+    },
+    Rule {
+        reason: "the status page looks and changes nothing: web asks control what there is",
+        within: &["coordinator/src/web"],
+        except: &[],
+        names: &[
+            "crate::store",
+            "crate::plan",
+            "crate::membership",
+            "crate::job",
+            "crate::cli",
+            ".submit(",
+            ".cancel(",
+            ".drain(",
+        ],
+    },
+    Rule {
+        reason: "HTTP for people and Prometheus is web's; gRPC's is tonic's",
+        within: &["coordinator/src/"],
+        except: &["coordinator/src/web"],
+        names: &["axum", "hyper::", "hyper_util"],
     },
     Rule {
         reason: "the agent never touches a tensor: it must outlive what ranks do to libtorch and the GPU",
@@ -284,8 +309,9 @@ fn sources() -> Result<Vec<Source>> {
 }
 
 fn is_text(path: &Path) -> bool {
-    const ENDINGS: [&str; 13] = [
-        "rs", "cpp", "toml", "proto", "sh", "py", "md", "yml", "yaml", "service", "env", "json", "txt",
+    const ENDINGS: [&str; 16] = [
+        "rs", "cpp", "toml", "proto", "sh", "py", "md", "yml", "yaml", "service", "env", "json", "txt", "html",
+        "css", "js",
     ];
     let name = path.file_name().unwrap_or_default();
     name == "Makefile"

@@ -2,6 +2,7 @@
 //! others say who does.
 
 use super::{Router, status};
+use crate::control::Handle;
 use std::{
     convert::Infallible,
     future::Future,
@@ -20,8 +21,13 @@ const OURS: &str = "/arcface.v1.";
 /// What this coordinator is at the moment.
 #[derive(Clone)]
 pub enum Role {
-    /// It answers with these services.
-    Leads(Router),
+    /// It answers.
+    Leads {
+        /// With these services.
+        services: Router,
+        /// Who knows the state of the cluster.
+        control: Handle,
+    },
     /// Another one may lead; its address, if it is known.
     StandsBy(Option<String>),
 }
@@ -55,7 +61,7 @@ impl Service<http::Request<Body>> for Front {
         }
         let role = self.role.borrow().clone();
         match role {
-            Role::Leads(mut services) => services.call(request),
+            Role::Leads { mut services, .. } => services.call(request),
             Role::StandsBy(leader) => {
                 let status = status::not_leading(leader.as_deref());
                 Box::pin(async move { Ok(status.into_http()) })

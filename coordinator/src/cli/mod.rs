@@ -5,7 +5,6 @@ mod connect;
 mod convert_config;
 mod follow;
 mod jobs;
-mod json;
 mod nodes;
 mod output;
 mod progress;
@@ -18,6 +17,7 @@ mod workers;
 
 use crate::spec::SpecError;
 use crate::tls::ClientTls;
+use crate::view::json;
 use arcface_proto::failure::{self, ExitCode, Failure};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use connect::{CallError, Coordinator, parse_address};

@@ -1,5 +1,7 @@
 //! Standard output: data and nothing else. A reader that has gone away (`| head`) ends the command quietly.
 
+pub use crate::view::words::clean;
+
 use serde_json::Value;
 use std::io::{self, Write};
 
@@ -36,11 +38,4 @@ pub fn reader_is_gone(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<io::Error>()
         .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-}
-
-/// Text from elsewhere with control characters replaced: it cannot move a terminal's cursor or break a table.
-pub fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
 }

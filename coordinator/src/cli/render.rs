@@ -318,7 +318,7 @@ pub fn nodes(nodes: &[v1::Node]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::json;
+    use crate::view::json;
     use arcface_proto::timestamp::from_unix_ms;
     use serde_json::json as value;
 

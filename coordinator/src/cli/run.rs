@@ -52,7 +52,7 @@ pub(super) struct RunArgs {
     /// What the workers compute on: auto, cpu or cuda
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
-    /// Address of /metrics while the job runs; port 0 takes a free one
+    /// Address of the status page and of /metrics while the job runs; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = parse_socket)]
     metrics: SocketAddr,
     #[command(flatten)]
@@ -112,6 +112,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
     })
     .await?;
     let (grpc, metrics) = (running.grpc, running.metrics);
+    let status_page = running.status_page();
     let stop = running.stopper();
     let mut serving = pin!(running.wait());
 
@@ -136,6 +137,9 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
     ));
     if let Some(metrics) = metrics {
         say(&format!("metrics  http://{metrics}/metrics"));
+    }
+    if let Some(page) = status_page {
+        say(&format!("status   {page}#/jobs/{}", job.id));
     }
 
     let mut server_ended = false;

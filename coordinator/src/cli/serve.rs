@@ -19,7 +19,7 @@ pub(super) struct ServeArgs {
     /// Address of the gRPC services; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:1234", value_parser = parse_socket)]
     listen: SocketAddr,
-    /// Address of /metrics for Prometheus
+    /// Address of the status page (/) and of /metrics for Prometheus
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:9464", value_parser = parse_socket)]
     metrics: SocketAddr,
     /// Where jobs are kept [default: embedded: in $XDG_STATE_HOME/arcface or ~/.local/state/arcface]. With etcd
@@ -94,7 +94,8 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         .metrics
         .map(|address| address.to_string())
         .unwrap_or_default();
-    tracing::info!(grpc = %running.grpc, %metrics, %store, version = env!("CARGO_PKG_VERSION"), "serving");
+    let status_page = running.status_page().unwrap_or_default();
+    tracing::info!(grpc = %running.grpc, %metrics, status_page, %store, version = env!("CARGO_PKG_VERSION"), "serving");
     let stop = running.stopper();
     let signals = tokio::spawn(async move {
         tokio::select! {

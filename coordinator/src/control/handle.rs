@@ -1,6 +1,6 @@
 //! What the rest of the coordinator sees of the control task: calls with deadlines, no channel.
 
-use super::{ControlError, rendezvous, watch::Watcher};
+use super::{ControlError, Curve, Look, rendezvous, watch::Watcher};
 use crate::membership::Hello;
 use arcface_proto::{
     spec::JobSpec,
@@ -79,6 +79,14 @@ pub(super) enum Command {
     GetJob {
         id: String,
         answer: Answer<Job>,
+    },
+    Look {
+        id: String,
+        answer: Answer<Look>,
+    },
+    Curve {
+        id: String,
+        answer: Answer<Curve>,
     },
     ListJobs {
         filter: JobFilter,
@@ -212,6 +220,22 @@ impl Handle {
     /// No such job, or several.
     pub async fn job(&self, id: String) -> Result<Job, ControlError> {
         self.ask(|answer| Command::GetJob { id, answer }).await
+    }
+
+    /// One job with what goes on in it, by its id or a prefix of it.
+    ///
+    /// # Errors
+    /// No such job, or several.
+    pub async fn look(&self, id: String) -> Result<Look, ControlError> {
+        self.ask(|answer| Command::Look { id, answer }).await
+    }
+
+    /// A job's loss and speed over its steps.
+    ///
+    /// # Errors
+    /// No such job, or several.
+    pub async fn curve(&self, id: String) -> Result<Curve, ControlError> {
+        self.ask(|answer| Command::Curve { id, answer }).await
     }
 
     /// Jobs, newest first.

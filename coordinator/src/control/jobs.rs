@@ -53,6 +53,8 @@ impl Control {
         match command {
             Command::Submit(submit) => self.submit_all(vec![submit]).await,
             Command::GetJob { id, answer } => reply(answer, self.find(&id).map(Entry::to_wire)),
+            Command::Look { id, answer } => reply(answer, self.look(&id)),
+            Command::Curve { id, answer } => reply(answer, self.curve(&id)),
             Command::ListJobs { filter, answer } => reply(answer, Ok(self.list_jobs(&filter))),
             Command::Cancel { id, reason, answer } => reply(answer, self.cancel(&id, reason).await),
             Command::Watch { id, answer } => reply(answer, self.watch(&id)),
@@ -91,7 +93,7 @@ impl Control {
     }
 
     /// A job by its id, or by a prefix of it that names one.
-    fn find(&self, text: &str) -> Result<&Entry, ControlError> {
+    pub(super) fn find(&self, text: &str) -> Result<&Entry, ControlError> {
         if let Ok(id) = text.parse::<JobId>() {
             return self
                 .jobs
@@ -411,7 +413,8 @@ impl Control {
             measure::loaded(after, now.mono_ms.saturating_sub(met_ms));
         }
         let mut keepers = BTreeSet::new();
-        if after.phase.is_terminal() && !before.phase.is_terminal() {
+        let ended = after.phase.is_terminal() && !before.phase.is_terminal();
+        if ended {
             self.retiring.push_back((now.mono_ms, id.clone()));
             keepers = entry.copies.forget();
         }
@@ -424,6 +427,9 @@ impl Control {
         }
         for node in keepers {
             self.forget_copies(&node, id);
+        }
+        if ended {
+            self.keep_curve(id);
         }
         Ok(())
     }

@@ -5,11 +5,13 @@
 //! list them, they are taken over as they are. Ranks that are not listed are gone, and their jobs recover.
 
 mod copies;
+mod curve;
 mod error;
 mod figures;
 mod handle;
 mod jobs;
 mod ledger;
+mod look;
 mod measure;
 mod nodes;
 mod planning;
@@ -19,8 +21,10 @@ mod records;
 mod rendezvous;
 mod watch;
 
+pub use curve::Curve;
 pub use error::ControlError;
 pub use handle::{AgentSession, Handle, JobFilter, ReportSession, Watch};
+pub use look::{Look, RankLook};
 pub use nodes::rank_list;
 pub use watch::{BUFFER as WATCH_BUFFER, Watcher};
 
@@ -131,6 +135,12 @@ struct Entry {
     met_ms: Option<u64>,
     /// What the job's time went into.
     goodput: Goodput,
+    /// Loss and speed over the steps, as this coordinator has heard of them.
+    curve: Curve,
+    /// Classes that the ranks have found.
+    classes_found: Option<u32>,
+    /// Counts evaluations and checkpoints that were stored or found damaged.
+    history: u64,
 }
 
 impl Entry {
@@ -153,6 +163,9 @@ impl Entry {
             figures: figures::Figures::default(),
             met_ms: None,
             goodput: Goodput::default(),
+            curve: Curve::default(),
+            classes_found: None,
+            history: 0,
         }
     }
 
@@ -201,6 +214,8 @@ struct Control {
     measure_ms: u64,
     /// Jobs that have ended, with the time, until their metrics are retired.
     retiring: VecDeque<(u64, JobId)>,
+    /// Jobs that have ended and whose curves are kept.
+    kept_curves: VecDeque<JobId>,
     /// Set when this coordinator must stop.
     fatal: Option<StoreError>,
 }
@@ -263,6 +278,7 @@ impl Control {
             retries: VecDeque::new(),
             measure_ms: 0,
             retiring: VecDeque::new(),
+            kept_curves: VecDeque::new(),
             deferred: Vec::new(),
             fatal: None,
             clock,

@@ -171,6 +171,9 @@ impl Control {
                     let state = entry.job.ranks.get(rank.0 as usize);
                     state.is_some_and(|state| !state.started)
                 });
+                if let Some(entry) = self.jobs.get_mut(&id).filter(|_| started.num_classes > 0) {
+                    entry.classes_found = Some(started.num_classes);
+                }
                 let event = Event::Started {
                     generation,
                     rank,
@@ -265,6 +268,9 @@ impl Control {
             };
             entry.goodput.trained(trained, now.mono_ms);
             measure::job_time(&entry.job, &entry.goodput);
+            entry
+                .curve
+                .add(progress.step, progress.loss, progress.samples_per_second);
             entry.watchers.publish(
                 from_unix_ms(now.unix_ms),
                 &watch_job_response::Event::Metrics(metrics),
@@ -339,6 +345,7 @@ impl Control {
         tracing::info!(job = %id, dataset, step = evaluation.step, accuracy = evaluation.accuracy, "evaluated");
         if let Some(entry) = self.jobs.get_mut(id) {
             measure::evaluated(id, &evaluation);
+            entry.history += 1;
             entry.watchers.publish(
                 from_unix_ms(now.unix_ms),
                 &watch_job_response::Event::Evaluation(evaluation),
@@ -470,6 +477,7 @@ impl Control {
         }
         measure::damaged(id);
         measure::checkpoint_failed(id, measure::RESTORE, 1);
+        entry.history += 1;
         let event = watch_job_response::Event::Checkpoint(manifest);
         entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
         Ok(())
@@ -613,6 +621,7 @@ impl Control {
         };
         entry.prepared.committed(manifest.step);
         measure::checkpointed(id, &manifest, now);
+        entry.history += 1;
         let event = watch_job_response::Event::Checkpoint(manifest);
         entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
         let command = report_response::Command::CheckpointCommitted(committed);

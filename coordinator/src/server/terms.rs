@@ -53,9 +53,12 @@ impl Desk {
         self.role.subscribe()
     }
 
-    async fn lead(&self, services: Router) {
+    async fn lead(&self, term: &Term) {
         exporter::show_cluster(true);
-        self.role.send_replace(Role::Leads(services));
+        self.role.send_replace(Role::Leads {
+            services: term.services.clone(),
+            control: term.handle.clone(),
+        });
         self.report(ServingStatus::Serving).await;
     }
 
@@ -127,6 +130,7 @@ pub(super) struct Stops {
 /// A loaded state and the services that work on it.
 struct Term {
     services: Router,
+    handle: Handle,
     stop_streams: CancellationToken,
     stop_control: CancellationToken,
     control: JoinHandle<Result<(), StoreError>>,
@@ -139,6 +143,7 @@ impl Term {
         let (handle, control) = control::start(store, timers, stop_control.clone()).await?;
         Ok(Self {
             services: services(&handle, &stop_streams),
+            handle,
             stop_streams,
             stop_control,
             control,
@@ -176,7 +181,7 @@ pub(super) async fn start(
     match leadership {
         Leadership::Alone(store) => {
             let mut term = Term::begin(store, timers, &stops).await.map_err(store_failure)?;
-            desk.lead(term.services.clone()).await;
+            desk.lead(&term).await;
             Ok(tokio::spawn(async move {
                 let stopping = stops.streams.clone();
                 let closing = async {
@@ -217,7 +222,7 @@ async fn take_turns(candidate: &Candidate, timers: Timers, desk: &Desk, stops: &
                 continue;
             }
         };
-        desk.lead(term.services.clone()).await;
+        desk.lead(&term).await;
         tracing::info!(epoch = tenure.store().epoch(), "leads");
         let why = tokio::select! {
             ended = term.ended() => match ended? {

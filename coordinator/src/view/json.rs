@@ -13,29 +13,63 @@ pub fn job(job: &v1::Job, evaluations: &[v1::Evaluation]) -> Value {
 
 /// A job as `jobs` lists it; `evaluations` stays an empty list.
 pub fn job_summary(job: &v1::Job) -> Value {
+    let mut value = job_row(job);
+    value["evaluations"] = json!([]);
+    value["recoveries"] = job.recoveries.iter().map(recovery).collect();
+    value["stragglers"] = job.stragglers.iter().map(straggler).collect();
+    value["spec"] = json!(job.spec.as_ref().and_then(|s| serde_json::to_value(s).ok()));
+    value
+}
+
+/// A job without its history and its file: what a long list of jobs has room for.
+pub fn job_row(job: &v1::Job) -> Value {
     let spec = job.spec.as_ref();
+    let section = spec.and_then(|s| s.job.as_ref());
     json!({
         "id": job.id,
-        "name": spec.and_then(|s| s.job.as_ref()).and_then(|j| j.name.as_ref()),
+        "name": section.and_then(|j| j.name.as_ref()),
         "state": job_state(job.state()),
         "reason": job.reason,
         "generation": job.generation,
         "world_size": job.world_size,
+        "world_size_wanted": section.and_then(|j| j.world_size),
         "step": job.step,
         "total_steps": job.total_steps,
         "epoch": job.epoch,
         "loss": job.loss,
         "learning_rate": job.learning_rate,
         "samples_per_second": job.samples_per_second,
+        "eta_seconds": eta_seconds(job),
         "checkpoint_step": job.checkpoint_step,
-        "evaluations": [],
-        "recoveries": job.recoveries.iter().map(recovery).collect::<Vec<_>>(),
-        "stragglers": job.stragglers.iter().map(straggler).collect::<Vec<_>>(),
         "submitted_at": job.submitted_at.as_ref().map(timestamp),
         "started_at": job.started_at.as_ref().map(timestamp),
         "ended_at": job.ended_at.as_ref().map(timestamp),
         "output": spec.and_then(|s| s.output.as_ref()),
-        "spec": spec.and_then(|s| serde_json::to_value(s).ok()),
+    })
+}
+
+/// Seconds to the end at the speed of the last log interval; `None` for a job that does not train now.
+fn eta_seconds(job: &v1::Job) -> Option<f64> {
+    let spec = job.spec.as_ref()?;
+    // The global batch stays as it is when the world shrinks or grows.
+    let batch = u64::from(spec.train.as_ref()?.batch_size?) * u64::from(spec.job.as_ref()?.world_size?);
+    let speed = job.samples_per_second.filter(|speed| *speed > 0.0)?;
+    let left = job.total_steps.checked_sub(job.step)? as f64 * batch as f64 / speed;
+    (job.state() == v1::JobState::Running && job.total_steps > 0).then_some(left)
+}
+
+/// Totals of the cluster.
+pub fn cluster(cluster: &v1::GetClusterResponse) -> Value {
+    json!({
+        "version": cluster.version,
+        "epoch": cluster.epoch,
+        "nodes_healthy": cluster.nodes_healthy,
+        "nodes_other": cluster.nodes_other,
+        "slots_total": cluster.slots_total,
+        "slots_used": cluster.slots_used,
+        "jobs_queued": cluster.jobs_queued,
+        "jobs_active": cluster.jobs_active,
+        "serving_since": cluster.serving_since.as_ref().map(timestamp),
     })
 }
 
@@ -184,4 +218,37 @@ fn sorted(map: &std::collections::HashMap<String, f64>) -> Value {
             .map(|(key, value)| (key.clone(), json!(value)))
             .collect(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_left_is_that_of_the_global_batch_at_the_present_speed() {
+        let mut job = v1::Job {
+            spec: Some(v1::JobSpec {
+                job: Some(v1::JobSection {
+                    world_size: Some(4),
+                    ..Default::default()
+                }),
+                train: Some(v1::TrainSection {
+                    batch_size: Some(8),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            state: v1::JobState::Running.into(),
+            // Shrunk: the batch is still 4 times 8.
+            world_size: 2,
+            step: 900,
+            total_steps: 1000,
+            samples_per_second: Some(64.0),
+            ..Default::default()
+        };
+        assert_eq!(job_row(&job)["eta_seconds"], 50.0);
+        job.set_state(v1::JobState::Recovering);
+        assert!(job_row(&job)["eta_seconds"].is_null());
+        assert!(job_row(&v1::Job::default())["eta_seconds"].is_null());
+    }
 }
