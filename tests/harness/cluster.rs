@@ -108,7 +108,15 @@ impl Cluster {
     /// # Errors
     /// If it serves none.
     pub fn metrics_address(&self) -> Result<String> {
-        self.served(0, "metrics")?
+        self.metrics_address_of(0)
+    }
+
+    /// `HOST:PORT` of the metrics of one of the coordinators.
+    ///
+    /// # Errors
+    /// If it serves none.
+    pub fn metrics_address_of(&self, index: usize) -> Result<String> {
+        self.served(index, "metrics")?
             .context("the coordinator serves no metrics")
     }
 
@@ -117,7 +125,7 @@ impl Cluster {
     /// # Errors
     /// If it does not answer.
     pub fn leads(&self, index: usize) -> Result<bool> {
-        let address = self.served(index, "metrics")?.context("no metrics")?;
+        let address = self.metrics_address_of(index)?;
         let page = http::get(&address, "/metrics")?;
         Ok(page.lines().any(|line| line == "arcface_coordinator_is_leader 1"))
     }

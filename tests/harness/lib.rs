@@ -6,6 +6,7 @@
 //!
 //! The harness talks to the product the way a person does, through its command line and its files.
 
+mod browser;
 mod certificates;
 mod cluster;
 mod etcd;
@@ -18,6 +19,7 @@ pub mod shipped;
 mod synthetic;
 pub mod wait;
 
+pub use browser::Browser;
 pub use certificates::Certificates;
 pub use cluster::{Cluster, Options};
 pub use etcd::{Etcd, free_port};
