@@ -71,7 +71,7 @@ const rankTable = (job) => {
     ? empty("No ranks yet.")
     : grid(
         "Ranks of the newest generation",
-        [["Rank", "num"], ["Node"], ["Process", "num"], ["Classes", "num"], ["State"]],
+        [["Rank", "num"], ["Node"], ["Process", "num"], ["Classes", "num"], ["State", "rest"]],
         job.ranks.map((rank) =>
           h(
             "tr",
