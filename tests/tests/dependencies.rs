@@ -24,8 +24,9 @@ const LICENCES: [&str; 11] = [
 ];
 
 /// Two versions of one of these give "expected Status, found Status", or two runtimes in one process.
-const ONE_VERSION: [&str; 9] = [
+const ONE_VERSION: [&str; 10] = [
     "tonic",
+    "axum",
     "prost",
     "tokio",
     "hyper",
