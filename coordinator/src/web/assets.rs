@@ -30,7 +30,7 @@ static FILES: [(&str, &str, &str); 13] = [
 pub fn all() -> impl Iterator<Item = (&'static str, Tagged)> {
     FILES
         .iter()
-        .map(|(path, kind, text)| (*path, Tagged::new(StatusCode::OK, *kind, *text)))
+        .map(|&(path, kind, text)| (path, Tagged::new(StatusCode::OK, kind, text)))
 }
 
 #[cfg(test)]
