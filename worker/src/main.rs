@@ -101,6 +101,8 @@ enum Command {
     Verify(tools::verify::VerifyArgs),
     /// Measure IJB-B or IJB-C: 1:1 and 1:N.
     Ijb(tools::ijb::IjbArgs),
+    /// Compare all images of a set with each other: TAR at very low FAR, as the MFR challenge measures.
+    Mfr(tools::mfr::MfrArgs),
     /// Bring PyTorch weights into safetensors, checked against a network's names and shapes.
     Import(tools::import::ImportArgs),
     /// List the backbones.
@@ -141,6 +143,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Infer(args)) => tools::infer::run(args),
         Some(Command::Verify(args)) => tools::verify::run(args),
         Some(Command::Ijb(args)) => tools::ijb::run(args),
+        Some(Command::Mfr(args)) => tools::mfr::run(args),
         Some(Command::Import(args)) => tools::import::run(args),
         Some(Command::Networks(args)) => tools::networks::run(args),
         Some(Command::Export(args)) => tools::export::run(args),

@@ -27,6 +27,8 @@ pub enum Purpose {
     Appearance = 10,
     /// Subjects drawn to see how certain a rate is; counters: repetition, draw.
     Bootstrap = 16,
+    /// Identities and images that a data tool keeps; counters: 0 and the identity, or 1 and the image.
+    Subset = 17,
 }
 
 /// SplitMix64's output function (Steele, Lea, Flood 2014): a bijection of 64 bits that mixes well.

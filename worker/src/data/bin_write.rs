@@ -3,15 +3,17 @@
 
 /// Bytes of a verification set; pair i is images 2i and 2i+1. `None` if the numbers do not fit or an image is longer than
 /// 4 GiB.
-pub fn verification_set(images: &[Vec<u8>], issame: &[bool]) -> Option<Vec<u8>> {
+pub fn verification_set(images: &[impl AsRef<[u8]>], issame: &[bool]) -> Option<Vec<u8>> {
     if images.len() != issame.len().checked_mul(2)? {
         return None;
     }
-    let mut out =
-        Vec::with_capacity(images.iter().map(|image| image.len() + 5).sum::<usize>() + issame.len() + 16);
+    let mut out = Vec::with_capacity(
+        images.iter().map(|image| image.as_ref().len() + 5).sum::<usize>() + issame.len() + 16,
+    );
     // PROTO 3, EMPTY_LIST, MARK
     out.extend(b"\x80\x03](");
     for image in images {
+        let image = image.as_ref();
         // BINBYTES
         out.push(b'B');
         out.extend(u32::try_from(image.len()).ok()?.to_le_bytes());

@@ -99,7 +99,8 @@ pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
         .map_err(|e| format!("neither JPEG nor PNG: {}", tidy(&e)))
 }
 
-fn is_jpeg(bytes: &[u8]) -> bool {
+/// Whether the bytes begin as a JPEG does.
+pub fn is_jpeg(bytes: &[u8]) -> bool {
     bytes.starts_with(&[0xff, 0xd8])
 }
 

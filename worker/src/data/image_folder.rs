@@ -4,10 +4,10 @@
 use std::{
     fs,
     io::Read,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
-use super::{DataError, Dataset, Image, Record, decode::OtherSize};
+use super::{DataError, Dataset, Image, Record, decode::OtherSize, image_list};
 
 /// Name of the list at the root of a folder that is not sorted into identities.
 pub const LIST: &str = "label.txt";
@@ -20,6 +20,7 @@ pub struct ImageFolder {
     root: PathBuf,
     entries: Vec<Entry>,
     num_classes: u32,
+    names: Option<Vec<String>>,
 }
 
 /// One file and its identity.
@@ -40,48 +41,21 @@ impl ImageFolder {
         }
     }
 
-    /// Opens a list; its paths are relative to the list's folder and stay inside it.
+    /// Opens a list ([`image_list`]); its paths are relative to the list's folder and stay inside it.
     pub fn open_list(list: &Path) -> Result<Self, DataError> {
+        Self::open_list_in(list, list.parent().unwrap_or(Path::new("")))
+    }
+
+    /// The same with paths relative to another folder.
+    pub fn open_list_in(list: &Path, root: &Path) -> Result<Self, DataError> {
         let text = fs::read_to_string(list).map_err(|e| DataError::io(list, e))?;
-        let mut entries = Vec::new();
-        for (line, number) in text
-            .lines()
-            .zip(1u64..)
-            .filter(|(line, _)| !line.trim().is_empty())
-        {
-            let Some((path, label)) = line.rsplit_once('\t') else {
-                return Err(DataError::format(
-                    list,
-                    format!("line {number}: {line:?} is not \"path<TAB>label\""),
-                ));
-            };
-            let Ok(label) = label.trim().parse::<u32>() else {
-                return Err(DataError::format(
-                    list,
-                    format!("line {number}: label {label:?} is not a class number"),
-                ));
-            };
-            let path = Path::new(path.trim());
-            if !path
-                .components()
-                .all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
-            {
-                return Err(DataError::format(
-                    list,
-                    format!("line {number}: {} leaves the folder", path.display()),
-                ));
-            }
-            entries.push(Entry {
-                path: path.into(),
-                label,
-            });
-        }
-        let root = list.parent().unwrap_or(Path::new("")).to_owned();
-        Self::from_entries(root, entries).ok_or_else(|| DataError::format(list, "the list is empty"))
+        let entries = image_list::parse(&text, root).map_err(|message| DataError::format(list, message))?;
+        Self::from_entries(root.to_owned(), entries, None)
+            .ok_or_else(|| DataError::format(list, "the list is empty"))
     }
 
     fn open_folders(root: &Path) -> Result<Self, DataError> {
-        let mut entries = Vec::new();
+        let (mut entries, mut names) = (Vec::new(), Vec::new());
         let folders = visible(root)?.into_iter().filter(|name| root.join(name).is_dir());
         for (label, folder) in (0u32..).zip(folders) {
             let images: Vec<PathBuf> = visible(&root.join(&folder))?
@@ -92,12 +66,13 @@ impl ImageFolder {
                 let message = "has no JPEG or PNG files, but each folder here is an identity";
                 return Err(DataError::format(&root.join(&folder), message));
             }
+            names.push(folder.to_string_lossy().into_owned());
             entries.extend(images.into_iter().map(|name| Entry {
                 path: folder.join(name),
                 label,
             }));
         }
-        Self::from_entries(root.into(), entries).ok_or_else(|| {
+        Self::from_entries(root.into(), entries, Some(names)).ok_or_else(|| {
             let message = format!(
                 "neither train.rec and train.idx, nor {LIST}, nor a folder of images for each identity"
             );
@@ -105,12 +80,13 @@ impl ImageFolder {
         })
     }
 
-    fn from_entries(root: PathBuf, entries: Vec<Entry>) -> Option<Self> {
+    fn from_entries(root: PathBuf, entries: Vec<Entry>, names: Option<Vec<String>>) -> Option<Self> {
         let num_classes = entries.iter().map(|entry| entry.label).max()?.saturating_add(1);
         Some(Self {
             root,
             entries,
             num_classes,
+            names,
         })
     }
 
@@ -122,6 +98,11 @@ impl ImageFolder {
     /// Files and identities, in order.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
+    }
+
+    /// Names of the identities by label, where they are folders.
+    pub fn names(&self) -> Option<&[String]> {
+        self.names.as_deref()
     }
 
     fn entry(&self, index: u64) -> Option<&Entry> {

@@ -38,7 +38,12 @@ impl RecordSet {
     /// Opens `path` (`.rec`) and its index; every offset must lie inside the file. `num_classes` spares counting
     /// where no header says how many identities there are.
     pub fn open(path: &Path, num_classes: Option<u32>) -> Result<Self, DataError> {
-        let file = RecordFile::open(path, Access::Random)?;
+        Self::open_for(path, num_classes, Access::Random)
+    }
+
+    /// The same for records that will be read in another order than by chance.
+    pub fn open_for(path: &Path, num_classes: Option<u32>, access: Access) -> Result<Self, DataError> {
+        let file = RecordFile::open(path, access)?;
         file.check_offsets()?;
         let (mut set, identities) = Self::from_file(file)?;
         set.num_classes = match (identities, num_classes) {

@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io::{self, BufWriter, Write},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -65,6 +66,15 @@ impl RecordWriter {
         Ok(())
     }
 
+    /// Writes the first record again, which must have had as many labels and no body.
+    fn replace_first(&mut self, header: &RecordHeader) -> Result<(), DataError> {
+        let framed = frame(&pack(header, b"")).map_err(|message| DataError::record(self.name(0), message))?;
+        self.rec
+            .flush()
+            .and_then(|()| self.rec.get_ref().write_all_at(&framed, 0))
+            .map_err(|e| DataError::io(&temporary(&self.rec_path), e))
+    }
+
     /// Syncs both files and gives them their names, the `.rec` first: an index is there only with its records.
     pub fn finish(mut self) -> Result<(), DataError> {
         let idx_path = self.rec_path.with_extension("idx");
@@ -92,8 +102,8 @@ impl RecordWriter {
 #[derive(Debug)]
 pub struct LayoutWriter {
     writer: RecordWriter,
-    num_image: u64,
-    num_classes: u32,
+    /// Images and identities that were announced; without, as many as come.
+    announced: Option<(u64, u32)>,
     /// Keys of the first image of each identity so far.
     first_keys: Vec<u64>,
     next_key: u64,
@@ -102,21 +112,35 @@ pub struct LayoutWriter {
 impl LayoutWriter {
     /// Begins `path` (`.rec`) for so many images and identities.
     pub fn create(path: &Path, num_image: u64, num_classes: u32) -> Result<Self, DataError> {
+        Self::begin(path, Some((num_image, num_classes)))
+    }
+
+    /// Begins `path` (`.rec`) for images that are counted as they come.
+    pub fn open_ended(path: &Path) -> Result<Self, DataError> {
+        Self::begin(path, None)
+    }
+
+    fn begin(path: &Path, announced: Option<(u64, u32)>) -> Result<Self, DataError> {
         let mut writer = RecordWriter::create(path)?;
-        let end = num_image + 1;
-        let header = RecordHeader {
-            // f32 rounds from 2^24 on; readers find the border by the first record without an image.
-            labels: vec![end as f32, (end + u64::from(num_classes)) as f32],
-            id: 0,
-        };
-        writer.write(0, &header, b"")?;
+        let (num_image, num_classes) = announced.unwrap_or_default();
+        writer.write(0, &layout_header(num_image, num_classes), b"")?;
         Ok(Self {
             writer,
-            num_image,
-            num_classes,
+            announced,
             first_keys: Vec::new(),
             next_key: 1,
         })
+    }
+
+    /// Images so far.
+    pub fn images(&self) -> u64 {
+        self.next_key - 1
+    }
+
+    /// Identities so far.
+    pub fn identities(&self) -> u32 {
+        // Labels are u32 and each comes once.
+        self.first_keys.len() as u32
     }
 
     /// Appends an image. Labels must be 0, 1, 2, ... without a gap, each as often as it has images.
@@ -141,17 +165,23 @@ impl LayoutWriter {
 
     /// Writes the identity records and gives the files their names.
     pub fn finish(mut self) -> Result<(), DataError> {
-        let end = self.num_image + 1;
-        if self.next_key != end || self.first_keys.len() as u64 != u64::from(self.num_classes) {
-            let message = format!(
-                "{} images of {} identities were written, not {} of {}",
-                self.next_key - 1,
-                self.first_keys.len(),
-                self.num_image,
-                self.num_classes
-            );
-            return Err(DataError::format(&self.writer.rec_path, message));
+        let (images, identities) = (self.images(), self.identities());
+        match self.announced {
+            Some(announced) if announced != (images, identities) => {
+                let message = format!(
+                    "{images} images of {identities} identities were written, not {} of {}",
+                    announced.0, announced.1
+                );
+                return Err(DataError::format(&self.writer.rec_path, message));
+            }
+            Some(_) => {}
+            None if images == 0 => {
+                let message = "no image is left, and an empty set is not written";
+                return Err(DataError::format(&self.writer.rec_path, message));
+            }
+            None => self.writer.replace_first(&layout_header(images, identities))?,
         }
+        let end = self.next_key;
         let ends = self.first_keys.iter().skip(1).copied().chain([end]);
         for ((first, last), key) in self.first_keys.iter().zip(ends).zip(end..) {
             let header = RecordHeader {
@@ -161,6 +191,16 @@ impl LayoutWriter {
             self.writer.write(key, &header, b"")?;
         }
         self.writer.finish()
+    }
+}
+
+/// Record 0: one past the last image's key, one past the last identity's.
+fn layout_header(num_image: u64, num_classes: u32) -> RecordHeader {
+    let end = num_image + 1;
+    RecordHeader {
+        // f32 rounds from 2^24 on; readers find the border by the first record without an image.
+        labels: vec![end as f32, (end + u64::from(num_classes)) as f32],
+        id: 0,
     }
 }
 
@@ -317,6 +357,28 @@ mod tests {
                 .to_string()
                 .contains("1 images of 1 identities")
         );
+    }
+
+    #[test]
+    fn what_is_counted_as_it_comes_is_as_if_it_had_been_announced() {
+        let dir = tempfile::tempdir().unwrap();
+        let [a, b] = ["a.rec", "b.rec"].map(|name| dir.path().join(name));
+        let mut writers = [
+            LayoutWriter::create(&a, 3, 2).unwrap(),
+            LayoutWriter::open_ended(&b).unwrap(),
+        ];
+        for writer in &mut writers {
+            for label in [0, 1, 1] {
+                writer.write(label, b"jpeg").unwrap();
+            }
+            assert_eq!((writer.images(), writer.identities()), (3, 2));
+        }
+        for writer in writers {
+            writer.finish().unwrap();
+        }
+        assert_eq!(fs::read(&a).unwrap(), fs::read(&b).unwrap());
+        let empty = LayoutWriter::open_ended(&b).unwrap().finish();
+        assert!(empty.unwrap_err().to_string().contains("no image is left"));
     }
 
     #[test]

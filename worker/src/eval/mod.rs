@@ -1,10 +1,11 @@
-//! Measuring a backbone: verification sets and IJB-B/C, and the numbers that the reference reports for them.
+//! Measuring a backbone: verification sets, IJB-B/C and sets compared all to all, and the numbers that the reference reports for them.
 //!
 //! Knows images and embeddings; it must not know networks (the caller embeds), ranks or the coordinator.
 
 mod error;
 pub mod ijb;
 pub mod metrics;
+pub mod mfr;
 pub mod plot;
 pub mod report;
 pub mod verification;

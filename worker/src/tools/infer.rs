@@ -1,7 +1,5 @@
 //! `arcface-worker infer`: embeddings of image files, of faces in them, or of a tensor of prepared images.
 
-mod landmarks;
-
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
@@ -24,6 +22,7 @@ use crate::{
         augment,
         decode::{self, OtherSize, PIXEL_BYTES},
         image_folder::read_image_file,
+        landmarks,
     },
     export::{npy, safetensors, weights},
     model::{Backbone, ForwardMode, IMAGE_SIZE},
@@ -103,10 +102,11 @@ impl Format {
 
 /// One picture for the network.
 #[derive(Clone, Debug)]
-struct Picture {
-    path: PathBuf,
+pub(super) struct Picture {
+    /// The file.
+    pub(super) path: PathBuf,
     /// How the crop is cut out; a crop already, or to be scaled, without.
-    onto_crop: Option<Similarity>,
+    pub(super) onto_crop: Option<Similarity>,
 }
 
 /// Where images come from.
@@ -235,7 +235,7 @@ fn pictures(images: &[PathBuf], landmarks: Option<&Path>) -> anyhow::Result<Vec<
 
 /// The faces that a file of landmarks lists. All its images must be there: one that is missing would be found after
 /// hours otherwise.
-fn faces(file: &Path) -> anyhow::Result<Vec<Picture>> {
+pub(super) fn faces(file: &Path) -> anyhow::Result<Vec<Picture>> {
     let refuse = |what: String| {
         Failure::new(ExitCode::Failed, format!("{}: {what}", file.display()))
             .hint("a line is: image, then x and y of eyes, nose and corners of the mouth")

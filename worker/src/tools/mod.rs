@@ -6,6 +6,7 @@ pub mod export;
 pub mod ijb;
 pub mod import;
 pub mod infer;
+pub mod mfr;
 pub mod networks;
 pub mod output;
 pub mod rank;

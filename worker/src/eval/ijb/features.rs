@@ -79,14 +79,20 @@ struct Stored {
 impl FeatureFile {
     /// Opens a file that must have `feat`.
     pub fn open(path: &Path) -> Result<Self, IjbError> {
+        Self::open_named(path, "feat", "feat_flip")
+    }
+
+    /// Opens a file whose tensors have other names; the first must be there.
+    pub fn open_named(path: &Path, name: &str, name_flip: &str) -> Result<Self, IjbError> {
         let bytes = MappedFile::open(path, Access::Sequential).map_err(IjbError::io(path))?;
-        let feat = find(path, &bytes, "feat")?.ok_or_else(|| IjbError::file(path, "no tensor feat"))?;
-        let feat_flip = find(path, &bytes, "feat_flip")?;
+        let feat =
+            find(path, &bytes, name)?.ok_or_else(|| IjbError::file(path, format!("no tensor {name}")))?;
+        let feat_flip = find(path, &bytes, name_flip)?;
         if let Some(flip) = &feat_flip
             && (flip.images, flip.dim) != (feat.images, feat.dim)
         {
             let detail = format!(
-                "feat is [{}, {}] and feat_flip [{}, {}]",
+                "{name} is [{}, {}] and {name_flip} [{}, {}]",
                 feat.images, feat.dim, flip.images, flip.dim
             );
             return Err(IjbError::file(path, detail));

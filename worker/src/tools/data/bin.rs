@@ -1,8 +1,9 @@
-//! `data bin`: a verification set from image files.
+//! `data bin`: a verification set from image files and a list of pairs.
 
-use std::io::Write as _;
 use std::{
+    collections::HashMap,
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
 };
 
@@ -12,41 +13,90 @@ use rayon::prelude::*;
 
 use super::{
     progress,
-    source::{checked_image, explain},
+    source::{checked_image, explain, new_file},
 };
-use crate::data::{DataError, bin_write, recordio_write::write_atomically};
+use crate::data::{
+    DataError, bin_write,
+    pair_list::{self, Layout, Picture},
+    recode::Recode,
+    recordio_write::write_atomically,
+};
+
+/// Endings of the files of LFW's layout, in the order in which they are looked for.
+const ENDINGS: [&str; 3] = ["jpg", "png", "jpeg"];
 
 /// Arguments of `data bin`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Example:\n  arcface-worker data bin --pairs pairs.txt -o mine.bin")]
+#[command(after_help = "Examples:\n  \
+    arcface-worker data bin --pairs pairs.txt -o mine.bin\n  \
+    arcface-worker data bin --pairs lfw/pairs.txt --images lfw/aligned -o lfw.bin")]
 pub struct BinArgs {
-    /// List with lines "path<TAB>path<TAB>1" (same person) or "...<TAB>0"; paths are relative to the list.
+    /// List of pairs: a line a pair with two paths and 1 (same person) or 0, separated by tabs, commas or blanks; or the
+    /// pairs.txt of LFW, "name i j" and "name i other j", where image i is name/name_000i.jpg.
     #[arg(long, value_name = "FILE")]
     pairs: PathBuf,
+    /// Folder that the paths are relative to [default: that of the list].
+    #[arg(long, value_name = "DIR")]
+    images: Option<PathBuf>,
+    /// How the list is written: list or lfw [default: by its first line].
+    #[arg(long, value_name = "LAYOUT")]
+    layout: Option<Layout>,
     /// File to write.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// Scale images that are not 112x112 instead of refusing them.
     #[arg(long)]
     resize: bool,
+    /// Replace a file that is there.
+    #[arg(long)]
+    force: bool,
 }
 
 pub fn run(args: &BinArgs) -> anyhow::Result<()> {
+    let refuse =
+        |message: String| Failure::new(ExitCode::Failed, format!("{}: {message}", args.pairs.display()));
     let text = fs::read_to_string(&args.pairs).map_err(|e| explain(DataError::io(&args.pairs, e)))?;
-    let root = args.pairs.parent().unwrap_or(Path::new(""));
-    let (paths, issame) = parse(&text).map_err(|message| {
-        Failure::new(ExitCode::Failed, format!("{}: {message}", args.pairs.display()))
-            .hint("a line is \"path<TAB>path<TAB>0|1\"")
+    let pairs = pair_list::parse(&text, args.layout).map_err(|message| {
+        refuse(message)
+            .hint("a line is \"path<TAB>path<TAB>0|1\", or \"name i j\" and \"name i other j\" as in LFW")
     })?;
-    let bar = progress::bar(paths.len() as u64, "reading");
-    let images: Vec<Vec<u8>> = paths
+    new_file(&args.output, args.force, &[&args.pairs])?;
+    let beside = args.pairs.parent().unwrap_or(Path::new(""));
+    let root = args.images.as_deref().unwrap_or(beside);
+    // Lists name most images many times: each is read once.
+    let mut places: HashMap<&Picture, usize> = HashMap::new();
+    let mut distinct: Vec<(&Picture, u64)> = Vec::new();
+    let mut order = Vec::with_capacity(2 * pairs.len());
+    for pair in &pairs {
+        for picture in &pair.pictures {
+            let place = *places.entry(picture).or_insert_with(|| {
+                distinct.push((picture, pair.line));
+                distinct.len() - 1
+            });
+            order.push(place);
+        }
+    }
+    let how = Recode {
+        resize: args.resize,
+        ..Recode::default()
+    };
+    let bar = progress::bar(distinct.len() as u64, "reading");
+    let images: Vec<Vec<u8>> = distinct
         .par_iter()
-        .map(|path| {
+        .map(|(picture, line)| {
             bar.inc(1);
-            checked_image(&root.join(path), args.resize)
+            checked_image(&find(root, picture), &how).map_err(|told| {
+                let code = told.code;
+                Failure {
+                    code,
+                    ..refuse(format!("line {line}: {}", told.message)).hint(told.hint)
+                }
+            })
         })
-        .collect::<anyhow::Result<_>>()?;
+        .collect::<Result<_, _>>()?;
     bar.finish_and_clear();
+    let images: Vec<&[u8]> = order.into_iter().map(|place| images[place].as_slice()).collect();
+    let issame: Vec<bool> = pairs.iter().map(|pair| pair.same).collect();
     let bytes = bin_write::verification_set(&images, &issame).context("build the verification set")?;
     write_atomically(&args.output, &bytes).map_err(explain)?;
     let same = issame.iter().filter(|&&same| same).count();
@@ -59,46 +109,21 @@ pub fn run(args: &BinArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Paths, two a pair, and flags.
-fn parse(text: &str) -> Result<(Vec<PathBuf>, Vec<bool>), String> {
-    let (mut paths, mut issame) = (Vec::new(), Vec::new());
-    for (line, number) in text
-        .lines()
-        .zip(1u64..)
-        .filter(|(line, _)| !line.trim().is_empty())
-    {
-        let parts: Vec<&str> = line.split('\t').map(str::trim).collect();
-        let &[a, b, flag] = parts.as_slice() else {
-            return Err(format!("line {number} has {} parts, not 3", parts.len()));
-        };
-        issame.push(match flag {
-            "1" => true,
-            "0" => false,
-            other => return Err(format!("line {number}: {other:?} is neither 0 nor 1")),
-        });
-        paths.extend([PathBuf::from(a), PathBuf::from(b)]);
-    }
-    match issame.is_empty() {
-        true => Err("there are no pairs".into()),
-        false => Ok((paths, issame)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pairs_are_read_or_refused_with_their_line() {
-        let (paths, issame) = parse("a.jpg\tb c.jpg\t1\n\na.jpg\td.png\t0\n").unwrap();
-        assert_eq!((paths.len(), issame), (4, vec![true, false]));
-        assert_eq!(paths[1], Path::new("b c.jpg"));
-        for (text, expected) in [
-            ("a\tb\n", "line 1 has 2 parts, not 3"),
-            ("a\tb\t1\nc\td\tyes\n", "line 2: \"yes\" is neither 0 nor 1"),
-            ("\n", "there are no pairs"),
-        ] {
-            assert_eq!(parse(text).unwrap_err(), expected);
+/// Where an image is; that of the first ending where none is there.
+fn find(root: &Path, picture: &Picture) -> PathBuf {
+    match picture {
+        Picture::File(path) => root.join(path),
+        Picture::Stem(stem) => {
+            // Not `with_extension`: names of people have dots.
+            let with = |ending: &str| {
+                let mut path = root.join(stem).into_os_string();
+                path.push(format!(".{ending}"));
+                PathBuf::from(path)
+            };
+            let mut there = ENDINGS.iter().map(|ending| with(ending));
+            there
+                .find(|path| path.exists())
+                .unwrap_or_else(|| with(ENDINGS[0]))
         }
     }
 }

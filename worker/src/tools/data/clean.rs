@@ -21,7 +21,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     Output, progress,
-    source::{explain, output_folder, rec_path},
+    source::{explain, new_set, rec_path},
 };
 use crate::{
     checkpoint::Checkpoint,
@@ -66,6 +66,9 @@ pub struct CleanArgs {
     /// Images embedded at a time.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch: u32,
+    /// Replace a set that is in the output folder.
+    #[arg(long)]
+    force: bool,
     /// How the result is printed.
     #[arg(long, value_enum, value_name = "FORM", default_value_t = Output::Table)]
     report: Output,
@@ -80,17 +83,7 @@ fn degrees(text: &str) -> Result<f64, String> {
 
 pub fn run(args: &CleanArgs) -> anyhow::Result<()> {
     let source = rec_path(&args.path);
-    let target = args.output.join("train.rec");
-    output_folder(&args.output)?;
-    if target
-        .canonicalize()
-        .is_ok_and(|target| source.canonicalize().is_ok_and(|source| source == target))
-    {
-        let message = format!("{}: the output would replace the input", target.display());
-        return Err(Failure::new(ExitCode::Usage, message)
-            .hint("name another folder with -o")
-            .into());
-    }
+    let target = new_set(&args.output, args.force, &[&source])?;
     let set = RecordSet::open(&source, None).map_err(explain)?;
     let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
     let centers = read_centers(&args.checkpoint, &set, &backbone)?;

@@ -1,8 +1,11 @@
 //! `arcface-worker data`: looks at, checks, makes and converts data sets. One file a subcommand.
 
+mod align;
 mod bin;
 mod clean;
+mod filter;
 mod inspect;
+mod merge;
 mod pack;
 mod progress;
 mod shuffle;
@@ -29,6 +32,12 @@ enum Command {
     Shuffle(shuffle::ShuffleArgs),
     /// Drops images that a trained head finds far from their identity, the second half of sub-centre ArcFace.
     Clean(clean::CleanArgs),
+    /// Joins several sets, each with identities of its own.
+    Merge(merge::MergeArgs),
+    /// Copies a part of a set: identities by name, number of images or chance, without damaged or doubled images.
+    Filter(filter::FilterArgs),
+    /// Cuts faces out of photographs by their landmarks, as the networks want them.
+    Align(align::AlignArgs),
     /// Makes a verification set (.bin) from a list of pairs.
     Bin(bin::BinArgs),
     /// Draws synthetic identities: train.rec, train.idx and a verification set of other identities.
@@ -52,6 +61,9 @@ pub fn run(args: DataArgs) -> anyhow::Result<()> {
         Command::Pack(args) => pack::run(&args),
         Command::Shuffle(args) => shuffle::run(&args),
         Command::Clean(args) => clean::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Filter(args) => filter::run(&args),
+        Command::Align(args) => align::run(&args),
         Command::Bin(args) => bin::run(&args),
         Command::Synth(args) => synth::run(&args),
     }

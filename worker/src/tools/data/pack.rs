@@ -1,4 +1,5 @@
-//! `data pack`: an image folder or a list as `.rec` and `.idx`. Image files are copied byte for byte.
+//! `data pack`: an image folder or a list as `.rec` and `.idx`. Image files are copied byte for byte unless they are to be
+//! changed.
 
 use std::io::Write as _;
 use std::{
@@ -7,25 +8,28 @@ use std::{
 };
 
 use arcface_proto::failure::{ExitCode, Failure};
-use rayon::prelude::*;
 
 use super::{
     progress,
-    source::{checked_image, explain, output_folder},
+    source::{checked_image, explain, new_set, with_threads},
 };
 use crate::data::{
     image_folder::{Entry, ImageFolder},
+    recode::Recode,
     recordio_write::LayoutWriter,
+    repack,
 };
 
-/// Files read between two writes.
-const CHUNK: usize = 1024;
+/// Damaged images that are named one by one.
+const NAMED: u64 = 20;
 
 /// Arguments of `data pack`.
 #[derive(clap::Args, Debug)]
-#[command(
-    after_help = "Examples:\n  arcface-worker data pack faces -o packed\n  arcface-worker data pack --list faces/label.txt -o packed"
-)]
+#[command(after_help = "Examples:\n  \
+    arcface-worker data pack faces -o packed\n  \
+    arcface-worker data pack --list faces/label.txt -o packed\n  \
+    arcface-worker data pack --list train.lst --root /data/faces --reencode 95 --resize -o packed\n\n\
+    A run that is broken off leaves nothing that could be taken for a set; begin it again.")]
 pub struct PackArgs {
     /// Folder with one sub-folder an identity, or with a label.txt.
     #[arg(
@@ -34,20 +38,44 @@ pub struct PackArgs {
         conflicts_with = "list"
     )]
     folder: Option<PathBuf>,
-    /// List with lines "path<TAB>label"; paths are relative to the list.
+    /// List with lines "path<TAB>label", "index<TAB>label<TAB>path" (im2rec) or "1<TAB>path<TAB>label" (InsightFace).
     #[arg(long, value_name = "FILE")]
     list: Option<PathBuf>,
-    /// Folder for train.rec and train.idx.
+    /// Folder that the list's paths are in [default: that of the list].
+    #[arg(long, value_name = "DIR", requires = "list")]
+    root: Option<PathBuf>,
+    /// Folder for train.rec, train.idx, property, and train.identities.tsv with the names of sub-folders by label.
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
     /// Scale images that are not 112x112 instead of refusing them.
     #[arg(long)]
     resize: bool,
+    /// Encode every image again as JPEG of this quality.
+    #[arg(long, value_name = "QUALITY", value_parser = clap::value_parser!(u8).range(1..=100))]
+    reencode: Option<u8>,
+    /// Encode PNG files as JPEG (of quality 95); JPEG files stay as they are.
+    #[arg(long)]
+    png_to_jpeg: bool,
+    /// Number labels anew where some have no image.
+    #[arg(long)]
+    renumber: bool,
+    /// Leave damaged images out instead of stopping at the first.
+    #[arg(long)]
+    skip_damaged: bool,
+    /// Threads [default: one a core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Replace a set that is in the output folder.
+    #[arg(long)]
+    force: bool,
 }
 
 pub fn run(args: &PackArgs) -> anyhow::Result<()> {
     let folder = match (&args.list, &args.folder) {
-        (Some(list), _) => ImageFolder::open_list(list),
+        (Some(list), _) => match &args.root {
+            Some(root) => ImageFolder::open_list_in(list, root),
+            None => ImageFolder::open_list(list),
+        },
         (None, Some(folder)) if folder.is_file() => ImageFolder::open_list(folder),
         (None, folder) => ImageFolder::open(folder.as_deref().unwrap_or(Path::new("."))),
     }
@@ -55,37 +83,72 @@ pub fn run(args: &PackArgs) -> anyhow::Result<()> {
     let mut entries = folder.entries().to_vec();
     // The layout has the images of an identity together; their order is kept.
     entries.sort_by_key(|entry| entry.label);
-    let num_classes = dense(&entries)?;
-    output_folder(&args.output)?;
-    let rec = args.output.join("train.rec");
-    let mut writer = LayoutWriter::create(&rec, entries.len() as u64, num_classes).map_err(explain)?;
-    let bar = progress::bar(entries.len() as u64, "packing");
-    for chunk in entries.chunks(CHUNK) {
-        let images: Vec<Vec<u8>> = chunk
-            .par_iter()
-            .map(|entry| checked_image(&folder.root().join(&entry.path), args.resize))
-            .collect::<anyhow::Result<_>>()?;
-        for (entry, image) in chunk.iter().zip(&images) {
-            writer.write(entry.label, image).map_err(explain)?;
-        }
-        bar.inc(chunk.len() as u64);
+    if !args.renumber {
+        dense(&entries)?;
     }
-    writer.finish().map_err(explain)?;
-    bar.finish_and_clear();
+    let rec = new_set(&args.output, args.force, &[])?;
+    let threads = args.threads.map(usize::from);
+    let (images, identities, skipped) = with_threads(threads, || pack(args, &folder, &entries, &rec))?;
+    let mut out = std::io::stdout();
     writeln!(
-        std::io::stdout(),
-        "{}: {} images of {num_classes} identities",
-        rec.display(),
-        entries.len()
+        out,
+        "{}: {images} images of {identities} identities",
+        rec.display()
     )?;
+    if skipped > 0 {
+        writeln!(out, "{skipped} damaged images were left out")?;
+    }
     Ok(())
 }
 
-/// Number of classes, if every one has an image.
-fn dense(entries: &[Entry]) -> anyhow::Result<u32> {
+/// Images, identities, and images that were left out.
+fn pack(
+    args: &PackArgs,
+    folder: &ImageFolder,
+    entries: &[Entry],
+    rec: &Path,
+) -> anyhow::Result<(u64, u32, u64)> {
+    let how = Recode {
+        resize: args.resize,
+        quality: args.reencode,
+        png_to_jpeg: args.png_to_jpeg,
+    };
+    let mut writer = LayoutWriter::open_ended(rec).map_err(explain)?;
+    let bar = progress::bar(entries.len() as u64, "packing");
+    let mut skipped = 0;
+    let mut refused = |_: &Entry, told: Failure| {
+        if !args.skip_damaged {
+            return Err(told);
+        }
+        skipped += 1;
+        if skipped <= NAMED {
+            bar.suspend(|| eprintln!("left out: {told}"));
+        }
+        Ok(())
+    };
+    let labels = repack::make(
+        entries,
+        |entry| entry.label,
+        |entry| checked_image(&folder.root().join(&entry.path), &how),
+        &mut refused,
+        &mut writer,
+        &mut |images| bar.inc(images),
+    )?;
+    let (images, identities) = (writer.images(), writer.identities());
+    let names: Option<Vec<String>> = folder.names().map(|names| {
+        let name = |&label: &u32| names.get(label as usize).cloned().unwrap_or_default();
+        labels.iter().map(name).collect()
+    });
+    repack::finish(writer, rec, names.as_deref()).map_err(explain)?;
+    bar.finish_and_clear();
+    Ok((images, identities, skipped))
+}
+
+/// Refuses labels with a gap.
+fn dense(entries: &[Entry]) -> anyhow::Result<()> {
     let labels: BTreeSet<u32> = entries.iter().map(|entry| entry.label).collect();
     match (0u32..).zip(&labels).find(|(expected, label)| expected != *label) {
-        None => Ok(labels.len() as u32),
+        None => Ok(()),
         Some((missing, _)) => Err(Failure::new(
             ExitCode::Failed,
             format!(
@@ -93,7 +156,7 @@ fn dense(entries: &[Entry]) -> anyhow::Result<u32> {
                 labels.last().unwrap_or(&0)
             ),
         )
-        .hint("number the identities 0, 1, 2, ... without a gap")
+        .hint("number the identities 0, 1, 2, ... without a gap, or have it done by --renumber")
         .into()),
     }
 }

@@ -5,11 +5,10 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use arcface_proto::failure::{ExitCode, Failure};
 
 use super::{
     progress,
-    source::{explain, output_folder, rec_path},
+    source::{explain, new_set, rec_path},
 };
 use crate::data::{
     Dataset, Epochs, Image,
@@ -29,22 +28,15 @@ pub struct ShuffleArgs {
     /// Seed of the order.
     #[arg(long, default_value_t = 2048)]
     seed: u64,
+    /// Replace a set that is in the output folder.
+    #[arg(long)]
+    force: bool,
 }
 
 pub fn run(args: &ShuffleArgs) -> anyhow::Result<()> {
     let source = rec_path(&args.path);
-    let target = args.output.join("train.rec");
-    output_folder(&args.output)?;
-    if target
-        .canonicalize()
-        .is_ok_and(|target| source.canonicalize().is_ok_and(|source| source == target))
-    {
-        let message = format!("{}: the output would replace the input", target.display());
-        return Err(Failure::new(ExitCode::Usage, message)
-            .hint("name another folder with -o")
-            .into());
-    }
     let set = RecordSet::open(&source, None).map_err(explain)?;
+    let target = new_set(&args.output, args.force, &[&source])?;
     let order = Epochs::new(set.len(), 1, args.seed).context("order of the records")?;
     let mut writer = RecordWriter::create(&target).map_err(explain)?;
     let bar = progress::bar(set.len(), "shuffling");

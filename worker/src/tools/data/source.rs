@@ -1,4 +1,4 @@
-//! What the subcommands share: opening what a user names, output folders, image files for packing.
+//! What the subcommands share: opening what a user names, outputs, image files for packing.
 
 use std::{
     fs,
@@ -7,16 +7,12 @@ use std::{
 
 use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
-use image::{RgbImage, codecs::jpeg::JpegEncoder, imageops};
 
 use crate::data::{
     DataError,
-    decode::{self, SIDE},
     image_folder::read_image_file,
+    recode::{Recode, recode},
 };
-
-/// Quality of the JPEGs that are made here (not of those that are copied).
-pub const JPEG_QUALITY: u8 = 95;
 
 /// A data error with its exit code and hint.
 pub fn explain(error: DataError) -> anyhow::Error {
@@ -36,44 +32,55 @@ pub fn rec_path(path: &Path) -> PathBuf {
     }
 }
 
-/// An image file's bytes, untouched if they decode to 112x112; another size is scaled and encoded again with `resize`,
-/// else refused.
-pub fn checked_image(path: &Path, resize: bool) -> anyhow::Result<Vec<u8>> {
-    let bytes = read_image_file(path).map_err(explain)?;
-    let refuse = |message: String, hint: &str| {
-        Failure::new(ExitCode::Failed, format!("{}: {message}", path.display())).hint(hint)
+/// The `.rec` to write in a folder, which is made; refused where it would replace one of the inputs, or without `force`
+/// anything.
+pub fn new_set(folder: &Path, force: bool, inputs: &[&Path]) -> anyhow::Result<PathBuf> {
+    let rec = folder.join("train.rec");
+    new_file(&rec, force, inputs)?;
+    new_file(&rec.with_extension("idx"), force, &[])?;
+    output_folder(folder)?;
+    Ok(rec)
+}
+
+/// Refuses a file to write that is one of the inputs, or without `force` one that is there.
+pub fn new_file(path: &Path, force: bool, inputs: &[&Path]) -> Result<(), Failure> {
+    let same = |input: &Path| {
+        let real = path.canonicalize();
+        real.is_ok_and(|real| input.canonicalize().is_ok_and(|input| input == real))
     };
-    let image = decode::decode_any(&bytes)
-        .map_err(|message| refuse(message, "replace the file or take it out of the set"))?;
-    let side = SIDE as u32;
-    match (image.width() == side && image.height() == side, resize) {
-        (true, _) => Ok(bytes),
-        (false, true) => encode(&imageops::resize(
-            &image,
-            side,
-            side,
-            imageops::FilterType::Triangle,
-        )),
-        (false, false) => {
-            let message = format!(
-                "the image is {}x{}, not {side}x{side}",
-                image.width(),
-                image.height()
-            );
-            Err(refuse(
-                message,
-                "align the faces first, or scale the images with --resize",
-            )
-            .into())
-        }
+    if inputs.iter().any(|input| same(input)) {
+        let message = format!("{}: the output would replace the input", path.display());
+        return Err(Failure::new(ExitCode::Usage, message).hint("name another folder with -o"));
+    }
+    match path.exists() && !force {
+        true => Err(
+            Failure::new(ExitCode::Usage, format!("{} is there already", path.display()))
+                .hint("name another place with -o, or replace it with --force"),
+        ),
+        false => Ok(()),
     }
 }
 
-/// An image as JPEG.
-pub fn encode(image: &RgbImage) -> anyhow::Result<Vec<u8>> {
-    let mut out = Vec::new();
-    JpegEncoder::new_with_quality(&mut out, JPEG_QUALITY)
-        .encode_image(image)
-        .context("encode a JPEG")?;
-    Ok(out)
+/// Runs with so many threads, or as many as the machine has.
+pub fn with_threads<T: Send>(
+    threads: Option<usize>,
+    work: impl FnOnce() -> anyhow::Result<T> + Send,
+) -> anyhow::Result<T> {
+    match threads {
+        None => work(),
+        Some(threads) => rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .context("start the threads")?
+            .install(work),
+    }
+}
+
+/// The bytes of an image file to store.
+pub fn checked_image(path: &Path, how: &Recode) -> Result<Vec<u8>, Failure> {
+    let bytes = read_image_file(path)?;
+    recode(bytes, how).map_err(|refused| {
+        let message = format!("{}: {}", path.display(), refused.message);
+        Failure::new(ExitCode::Failed, message).hint(refused.hint)
+    })
 }

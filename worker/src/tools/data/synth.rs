@@ -9,11 +9,12 @@ use rayon::prelude::*;
 
 use super::{
     progress,
-    source::{encode, explain, output_folder},
+    source::{explain, output_folder},
 };
 use crate::data::{
     bin_write,
     decode::{PIXEL_BYTES, SIDE},
+    recode::{self, JPEG_QUALITY},
     recordio_write::{LayoutWriter, write_atomically},
     synthetic::{self, FIRST_VERIFICATION_IDENTITY},
 };
@@ -117,5 +118,5 @@ fn draw(seed: u64, identity: u64, image: u64) -> anyhow::Result<Vec<u8>> {
     synthetic::draw(seed, identity, image, &mut pixels);
     let image =
         RgbImage::from_raw(SIDE as u32, SIDE as u32, pixels.to_vec()).context("size of a drawn image")?;
-    encode(&image)
+    recode::encode(&image, JPEG_QUALITY).map_err(|refused| anyhow::anyhow!(refused.message))
 }

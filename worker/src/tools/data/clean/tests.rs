@@ -31,7 +31,7 @@ fn noisy_set(folder: &Path) -> RecordSet {
             }
             let drawn = RgbImage::from_raw(112, 112, pixels.to_vec()).unwrap();
             writer
-                .write(label, &super::super::source::encode(&drawn).unwrap())
+                .write(label, &data::recode::encode(&drawn, 95).unwrap())
                 .unwrap();
         }
     }
@@ -119,6 +119,7 @@ impl Scene {
             angle,
             dropped: Some(at("dropped.tsv")),
             batch: 4,
+            force: false,
             report: Output::Json,
         }
     }

@@ -1,18 +1,18 @@
-//! The file of `infer --landmarks`: which faces are in which images. One line a face, separated by tabs or commas: image,
-//! then x and y of five points; or JSON, a list of `{"image": .., "landmarks": [[x, y], ..]}` or one such
+//! The file of `infer --landmarks` and `data align --landmarks`: which faces are in which images. One line a face,
+//! separated by tabs or commas: image, then x and y of five points; or JSON, a list of `{"image": .., "landmarks": [[x, y], ..]}` or one such
 //! object a line. 68 points instead of five are reduced to them. Pure.
 
 use serde::Deserialize;
 
-use crate::data::align::{FivePoints, Point, five_of_68};
+use super::align::{FivePoints, Point, five_of_68};
 
 /// One face of an image.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Face {
+pub struct Face {
     /// As written.
-    pub(super) image: String,
+    pub image: String,
     /// Where its five points are.
-    pub(super) points: FivePoints,
+    pub points: FivePoints,
 }
 
 #[derive(Deserialize)]
@@ -31,7 +31,7 @@ enum JsonPoints {
 }
 
 /// The faces in a file's text, in its order. Errors name the line, or the entry of a list.
-pub(super) fn parse(text: &str) -> Result<Vec<Face>, String> {
+pub fn parse(text: &str) -> Result<Vec<Face>, String> {
     let text = text.trim_start_matches('\u{feff}');
     match text.trim_start().as_bytes().first() {
         Some(b'[') => {
