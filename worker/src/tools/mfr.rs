@@ -37,7 +37,7 @@ use tch::Tensor;
     memory than their features, and two passes over all pairs.")]
 pub struct MfrArgs {
     /// Sets: a folder with one sub-folder a person, a folder with train.rec, or features: a .safetensors file with `emb`
-    /// [N, D], `label` [N] int64 and, if mirror images count, `emb_flip` [N, D].
+    /// [N, D], `label` (length N) of int64 and, if mirror images count, `emb_flip` [N, D].
     #[arg(value_name = "PATH", required_unless_present = "set")]
     pub paths: Vec<PathBuf>,
     /// A set with a name; repeatable. Without one a set is called by its file.

@@ -1,4 +1,4 @@
-//! A file of features with a label each: safetensors with `emb` [N, D] of floats, `label` [N] of whole numbers and, if
+//! A file of features with a label each: safetensors with `emb` [N, D] of floats, `label` (length N) of whole numbers and, if
 //! mirror images count, `emb_flip` [N, D]. Features are mapped, not read: they are paged in as they are used.
 
 use super::MfrError;
