@@ -1,7 +1,7 @@
 //! TLS of both sides of the coordinator's API, and towards etcd: flags, and what tonic makes of the files.
 
 use arcface_proto::failure::{ExitCode, Failure};
-use arcface_proto::tls::{Files, Identity};
+use arcface_proto::tls::{Client, Files, Identity, Server};
 use clap::Args;
 use std::{fs, path::PathBuf, time::Duration};
 use tonic::transport::{Certificate, ClientTlsConfig, ServerTlsConfig};
@@ -66,7 +66,7 @@ impl EtcdTls {
 }
 
 fn client(files: Files) -> Result<Option<ClientTlsConfig>, Failure> {
-    let Some((ca, identity)) = files.client(|path| fs::read(path))? else {
+    let Some(Client { ca, identity }) = files.client(|path| fs::read(path))? else {
         return Ok(None);
     };
     let mut config = ClientTlsConfig::new()
@@ -116,12 +116,12 @@ impl ServerTls {
             cert: self.tls_cert.clone().map(|file| ("--tls-cert", file)),
             key: self.tls_key.clone().map(|file| ("--tls-key", file)),
         };
-        let Some((identity, ca)) = files.server(|path| fs::read(path))? else {
+        let Some(Server { identity, client_ca }) = files.server(|path| fs::read(path))? else {
             return Ok(None);
         };
         let mut config = ServerTlsConfig::new().identity(pair(identity)).timeout(HANDSHAKE);
-        let authenticated = ca.is_some();
-        if let Some(ca) = ca {
+        let authenticated = client_ca.is_some();
+        if let Some(ca) = client_ca {
             config = config.client_ca_root(Certificate::from_pem(ca));
         }
         match tonic::transport::Server::builder().tls_config(config.clone()) {

@@ -19,6 +19,22 @@ pub struct Identity {
     pub key: Vec<u8>,
 }
 
+/// What a client has.
+pub struct Client {
+    /// Authorities that vouch for the server, PEM.
+    pub ca: Vec<u8>,
+    /// The own certificate, where the server asks for one.
+    pub identity: Option<Identity>,
+}
+
+/// What a server has.
+pub struct Server {
+    /// The own certificate.
+    pub identity: Identity,
+    /// Authorities that vouch for clients, PEM; `None` if clients need no certificate.
+    pub client_ca: Option<Vec<u8>>,
+}
+
 /// Files in PEM as flags name them. `None` of everything is a connection without TLS.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
@@ -35,10 +51,13 @@ impl Files {
     ///
     /// # Errors
     /// A certificate without its key or without authorities, a file that cannot be read or is no PEM of its kind.
-    pub fn client(&self, read: Read) -> Result<Option<(Vec<u8>, Option<Identity>)>, Failure> {
+    pub fn client(&self, read: Read) -> Result<Option<Client>, Failure> {
         let identity = self.identity(read)?;
         match &self.ca {
-            Some(ca) => Ok(Some((certificates(ca, read)?, identity))),
+            Some(ca) => Ok(Some(Client {
+                ca: certificates(ca, read)?,
+                identity,
+            })),
             None if identity.is_none() => Ok(None),
             None => Err(incomplete(
                 "a certificate was given, but no authority that vouches for the server",
@@ -50,11 +69,11 @@ impl Files {
     ///
     /// # Errors
     /// As [`Files::client`].
-    pub fn server(&self, read: Read) -> Result<Option<(Identity, Option<Vec<u8>>)>, Failure> {
-        let ca = self.ca.as_ref().map(|ca| certificates(ca, read)).transpose()?;
+    pub fn server(&self, read: Read) -> Result<Option<Server>, Failure> {
+        let client_ca = self.ca.as_ref().map(|ca| certificates(ca, read)).transpose()?;
         match self.identity(read)? {
-            Some(identity) => Ok(Some((identity, ca))),
-            None if ca.is_none() => Ok(None),
+            Some(identity) => Ok(Some(Server { identity, client_ca })),
+            None if client_ca.is_none() => Ok(None),
             None => Err(incomplete(
                 "authorities for clients were given, but no certificate of the server's own",
             )),
@@ -130,28 +149,14 @@ mod tests {
 
     #[test]
     fn each_side_has_what_it_needs_or_nothing() {
-        assert!(files("", "", "").client(disk).expect("none").is_none());
-        assert!(files("", "", "").server(disk).expect("none").is_none());
-        let (_, identity) = files("ca", "", "").client(disk).expect("good").expect("some");
-        assert!(identity.is_none());
-        let (_, identity) = files("ca", "cert", "key")
-            .client(disk)
-            .expect("good")
-            .expect("some");
+        let client = |ca, cert, key| files(ca, cert, key).client(disk).expect("good");
+        let server = |ca, cert, key| files(ca, cert, key).server(disk).expect("good");
+        assert!(client("", "", "").is_none() && server("", "", "").is_none());
+        assert!(client("ca", "", "").is_some_and(|client| client.identity.is_none()));
+        let identity = client("ca", "cert", "key").and_then(|client| client.identity);
         assert!(identity.is_some_and(|identity| identity.key == disk(Path::new("key")).expect("key")));
-        let (_, ca) = files("", "cert", "key")
-            .server(disk)
-            .expect("good")
-            .expect("some");
-        assert!(ca.is_none());
-        assert!(
-            files("ca", "cert", "key")
-                .server(disk)
-                .expect("good")
-                .expect("some")
-                .1
-                .is_some()
-        );
+        assert!(server("", "cert", "key").is_some_and(|server| server.client_ca.is_none()));
+        assert!(server("ca", "cert", "key").is_some_and(|server| server.client_ca.is_some()));
     }
 
     #[test]

@@ -310,8 +310,8 @@ fn sources() -> Result<Vec<Source>> {
 
 fn is_text(path: &Path) -> bool {
     const ENDINGS: [&str; 16] = [
-        "rs", "cpp", "toml", "proto", "sh", "py", "md", "yml", "yaml", "service", "env", "json", "txt", "html",
-        "css", "js",
+        "rs", "cpp", "toml", "proto", "sh", "py", "md", "yml", "yaml", "service", "env", "json", "txt",
+        "html", "css", "js",
     ];
     let name = path.file_name().unwrap_or_default();
     name == "Makefile"

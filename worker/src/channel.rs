@@ -1,7 +1,7 @@
 //! How a coordinator is connected to: plain, or with TLS. Which one, and when, is `dial`'s.
 
 use arcface_proto::failure::Failure;
-use arcface_proto::tls::Files;
+use arcface_proto::tls::{Client, Files};
 use clap::Args;
 use std::error::Error;
 use std::ffi::OsString;
@@ -51,7 +51,7 @@ impl ClientTls {
             cert: self.tls_cert.clone().map(|file| ("--tls-cert", file)),
             key: self.tls_key.clone().map(|file| ("--tls-key", file)),
         };
-        let Some((ca, identity)) = files.client(|path| std::fs::read(path))? else {
+        let Some(Client { ca, identity }) = files.client(|path| std::fs::read(path))? else {
             return Ok(None);
         };
         let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));

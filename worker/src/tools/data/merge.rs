@@ -93,8 +93,11 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Labels of all sets, and (image, the first like it) numbered through all sets.
-fn look_through(sets: &[RecordSet], dedup: bool) -> Result<(Vec<Survey>, Vec<(u64, u64)>), DataError> {
+/// An image and the first one like it, numbered through all sets.
+type Duplicate = (u64, u64);
+
+/// Labels of all sets, and duplicates in all of them together.
+fn look_through(sets: &[RecordSet], dedup: bool) -> Result<(Vec<Survey>, Vec<Duplicate>), DataError> {
     let bar = progress::bar(sets.iter().map(Dataset::len).sum(), "looking");
     let look = Look {
         hash: dedup,
@@ -126,7 +129,7 @@ fn place(sets: &[RecordSet], mut image: u64) -> (usize, u64) {
 }
 
 /// Takes the labels of duplicates away; how many of them have another identity than the first.
-fn drop_duplicates(surveys: &mut [Survey], sets: &[RecordSet], found: Vec<(u64, u64)>) -> u64 {
+fn drop_duplicates(surveys: &mut [Survey], sets: &[RecordSet], found: Vec<Duplicate>) -> u64 {
     let mut across = 0;
     for (image, original) in found {
         let ((set, index), (first_set, first)) = (place(sets, image), place(sets, original));
