@@ -175,7 +175,7 @@ fn wrong_usage_is_2() {
         assert!(!stderr.is_empty(), "{command:?}");
     }
     let (_, _, stderr) = run(&["serve", "--store", "etcd:127.0.0.1:2379"]);
-    assert!(stderr.contains("is not http://HOST:PORT"), "{stderr}");
+    assert!(stderr.contains("is not http[s]://HOST:PORT"), "{stderr}");
 }
 
 #[test]
