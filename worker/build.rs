@@ -15,6 +15,9 @@ fn main() {
                 .cpp(true)
                 .std("c++17")
                 .opt_level(3)
+                // Nobody looks at the flags of floating-point exceptions: both ways of a choice may be computed, which is what
+                // makes the loops vectors.
+                .flag("-fno-trapping-math")
                 .include(format!("{dir}/include"))
                 .include(format!("{dir}/include/torch/csrc/api/include"))
                 // libtorch's headers are not ours to clean.

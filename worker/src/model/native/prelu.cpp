@@ -31,8 +31,8 @@ constexpr int64_t BLOCK = 256;
 #endif
 
 FOR_EVERY_CPU
-void rows_f32(const float* x, const float* grad, const float* slope, float* grad_x, float* sum, int64_t rows,
-              int64_t channels) {
+void rows_f32(const float* __restrict x, const float* __restrict grad, const float* __restrict slope,
+              float* __restrict grad_x, float* __restrict sum, int64_t rows, int64_t channels) {
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t c = 0; c < channels; ++c) {
             const float g = grad[c];
@@ -63,8 +63,8 @@ inline uint16_t narrow(float value) {
 }
 
 FOR_EVERY_CPU
-void rows_bf16(const uint16_t* x, const uint16_t* grad, const float* slope, uint16_t* grad_x, float* sum, int64_t rows,
-               int64_t channels) {
+void rows_bf16(const uint16_t* __restrict x, const uint16_t* __restrict grad, const float* __restrict slope,
+               uint16_t* __restrict grad_x, float* __restrict sum, int64_t rows, int64_t channels) {
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t c = 0; c < channels; ++c) {
             const float g = widen(grad[c]);
