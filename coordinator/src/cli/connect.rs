@@ -77,7 +77,7 @@ impl CallError {
         match self {
             Self::Unreachable { .. } => vec![
                 Failure::new(ExitCode::Unreachable, self.to_string())
-                    .hint("start one with `arcface-coordinator serve`, or name it (or several) with --coordinator or ARCFACE_COORDINATOR"),
+                    .hint("start one with `arcface-coordinator serve`, or name it (or several) with --coordinator or ARCFACE_COORDINATOR; one with TLS wants --tls-ca"),
             ],
             Self::Refused(status) => refusals(status),
         }
