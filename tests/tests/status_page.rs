@@ -121,7 +121,7 @@ fn lose_a_rank(cluster: &mut Cluster, id: &str) -> Result<()> {
 }
 
 #[test]
-fn what_happens_to_a_job_is_on_the_page_within_two_seconds() -> Result<()> {
+fn what_happens_to_a_job_is_soon_on_the_page() -> Result<()> {
     Cluster::run(Options::default(), |cluster| {
         let Some(browser) = Browser::start(cluster.scratch())? else {
             return Ok(());

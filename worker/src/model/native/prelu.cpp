@@ -1,5 +1,5 @@
 // The way back through a rectifier with one slope a channel, in one pass over memory. libtorch's own writes the slope's
-// gradient for every element and then sums it: a quarter of a training step in bf16.
+// gradient for every element and then sums it.
 //
 // Sums are taken over fixed chunks of rows, whatever the number of threads: the same bits on every machine of a kind.
 
