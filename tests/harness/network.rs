@@ -3,7 +3,12 @@
 //! nothing is refused: packets go nowhere, as on a switch that lost its mind. Needs Linux, `ip` (iproute2) and root.
 
 use anyhow::{Context, Result, bail, ensure};
-use std::{env, net::Ipv4Addr, process::Command};
+use std::{
+    env,
+    net::Ipv4Addr,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 /// A hardware address that nobody has.
 const NOBODY: &str = "02:00:00:00:00:01";
@@ -23,10 +28,12 @@ impl Network {
     /// # Errors
     /// If it cannot be made, in CI.
     pub fn start() -> Result<Option<Self>> {
-        let process = std::process::id();
+        // No two of one process share a name or a subnet: of the one before, connections may still be at their farewells.
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let (process, number) = (std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
         let mut network = Self {
-            name: format!("af{:x}", process % 0x10_0000),
-            subnet: (process % 200) as u8 + 20,
+            name: format!("af{:x}-{number:x}", process % 0x10_0000),
+            subnet: (process.wrapping_add(number) % 200) as u8 + 20,
             namespaces: Vec::new(),
         };
         match network.lay_out() {
@@ -160,8 +167,10 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        // What is gone already needs no removal; the rest would be in the way of nothing.
-        for namespace in &self.namespaces {
+        // What is gone already needs no removal. A namespace lives on, and its end of the cable with it, for as long as a
+        // process or a connection with unsent bytes is in it; the cable is cut so that nothing of that is left here.
+        for (index, namespace) in self.namespaces.iter().enumerate() {
+            drop(ip(&["link", "del", &self.cable(index)]));
             drop(ip(&["netns", "del", namespace]));
         }
         drop(ip(&["link", "del", &self.bridge()]));

@@ -2,9 +2,13 @@
 //! of its own (`Network`), and cables are pulled.
 
 use anyhow::{Context, Result, ensure};
-use arcface_tests::{Cluster, JobFile, Options};
+use arcface_tests::{Cluster, JobFile, Network, Options};
 use serde_json::Value;
-use std::time::{Duration, Instant};
+use std::{
+    io::{BufRead as _, BufReader},
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 const TRAINED: Duration = Duration::from_secs(240);
 /// Detection and recovery of what a pulled cable does, on a machine that may compile beside it.
@@ -115,4 +119,26 @@ fn while_all_nodes_are_silent_nothing_is_started_and_afterwards_the_job_goes_on(
         trains(cluster, &id, 2)?;
         Ok(())
     })
+}
+
+/// Of the harness itself: a process keeps a namespace alive after its removal, and its end of the cable in it.
+#[test]
+fn what_is_left_of_a_network_is_not_in_the_way_of_the_next_one() -> Result<()> {
+    let Some(mut network) = Network::start()? else {
+        return Ok(());
+    };
+    let index = network.add()?;
+    let mut stays = network
+        .inside(index)
+        .args(["sh", "-c", "echo inside; exec cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let output = stays.stdout.take().context("its output")?;
+    BufReader::new(output).read_line(&mut String::new())?;
+    drop(network);
+    let next = Network::start().and_then(|next| next.context("a second network")?.add());
+    drop(stays.stdin.take());
+    stays.wait()?;
+    next.map(drop)
 }
