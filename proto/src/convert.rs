@@ -1,12 +1,13 @@
 //! Wire types to domain types. Errors carry the field's path as the user wrote it (`head.sample_rate`), a fact
 //! and a hint, and all of them are reported at once.
 
+mod eval;
 mod loss;
 
 use crate::location::StoreUrl;
 use crate::spec::{
-    CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, EvalSpec, HeadInit, HeadSpec, JobSpec,
-    ModelSpec, NETWORKS, TrainSpec,
+    CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, HeadInit, HeadSpec, JobSpec, ModelSpec,
+    NETWORKS, TrainSpec,
 };
 use crate::v1;
 use std::fmt;
@@ -145,16 +146,7 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
     let head = head_spec(&mut c, wire.head.clone().unwrap_or_default());
     let data = data_spec(&mut c, wire.data.clone().unwrap_or_default(), &head);
     let train = train_spec(&mut c, wire.train.clone().unwrap_or_default());
-    let eval = wire.eval.clone().unwrap_or_default();
-    for (i, target) in eval.val_targets.iter().enumerate() {
-        if target.is_empty() || target.contains('\0') {
-            c.fail(
-                &format!("eval.val_targets[{i}]"),
-                "is empty",
-                "a name such as \"lfw\" or the path of a .bin file",
-            );
-        }
-    }
+    let eval = eval::eval(&mut c, wire.eval.clone().unwrap_or_default());
     let checkpoint = wire.checkpoint.clone().unwrap_or_default();
     let keep = c.at_least_one("checkpoint.keep", checkpoint.keep.unwrap_or(3));
     let every_seconds = checkpoint.every_seconds.unwrap_or(0.0);
@@ -206,10 +198,7 @@ pub fn job_spec(wire: &v1::JobSpec) -> Result<JobSpec, Vec<FieldViolation>> {
         head,
         data,
         train,
-        eval: EvalSpec {
-            every_steps: Some(eval.verbose.unwrap_or(2000)).filter(|steps| *steps > 0),
-            val_targets: eval.val_targets,
-        },
+        eval,
         checkpoint: CheckpointSpec {
             every_steps: checkpoint.every_steps.filter(|steps| *steps > 0),
             every_seconds: Some(every_seconds).filter(|seconds| *seconds > 0.0),
@@ -520,10 +509,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             on_nonfinite: Some(spec.train.on_nonfinite.as_str().into()),
             tensorboard: Some(spec.train.tensorboard),
         }),
-        eval: Some(v1::EvalSection {
-            verbose: Some(spec.eval.every_steps.unwrap_or(0)),
-            val_targets: spec.eval.val_targets.clone(),
-        }),
+        eval: Some(eval::to_wire(&spec.eval)),
         checkpoint: Some(v1::CheckpointSection {
             every_steps: Some(spec.checkpoint.every_steps.unwrap_or(0)),
             keep: Some(spec.checkpoint.keep),

@@ -180,6 +180,29 @@ pub struct EvalSpec {
     pub every_steps: Option<u64>,
     /// Names or paths of `.bin` files.
     pub val_targets: Vec<String>,
+    /// Folder of IJB-B.
+    pub ijbb: Option<String>,
+    /// Folder of IJB-C.
+    pub ijbc: Option<String>,
+    /// Epochs between evaluations of these; `None`: at the end of training only.
+    pub ijb_every: Option<u32>,
+    /// Training goes on meanwhile.
+    pub background: bool,
+    /// Most of a node's compute time that they take where no core is free, (0, 1].
+    pub max_share: f64,
+    /// What the best weights are best at.
+    pub best: Option<Metric>,
+    /// When training ends because that does not rise any more.
+    pub early_stop: Option<EarlyStop>,
+}
+
+/// `eval.early_stop_*`
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EarlyStop {
+    /// Evaluations in a row without a better one.
+    pub patience: u32,
+    /// What better means, at least 0.
+    pub min_delta: f64,
 }
 
 /// `[checkpoint]`
@@ -210,6 +233,9 @@ impl CheckpointSpec {
 }
 
 mod loss;
+mod metric;
+
+pub use metric::{Metric, set_name};
 
 /// A closed set of names in the job file.
 pub trait Choice: Copy + Sized + 'static {
