@@ -5,8 +5,8 @@ mod fakes;
 
 use arcface_proto::v1::{
     self, CancelJobRequest, DrainNodeRequest, Evaluation, GetClusterRequest, JobState,
-    ListCheckpointsRequest, ListEvaluationsRequest, ListNodesRequest, RankError, TrainingFinished,
-    report_request::Report, report_response, watch_job_response::Event,
+    ListCheckpointsRequest, ListEvaluationsRequest, ListNodesRequest, RankError, report_request::Report,
+    report_response, watch_job_response::Event,
 };
 use fakes::{Agent, Cluster, Rank, generation, spec, training, within};
 use tonic::Code;
@@ -76,8 +76,7 @@ async fn a_job_waits_with_a_reason_trains_and_succeeds() {
     assert_eq!(expired.manifest.expect("manifest").step, 40);
 
     for rank in [&zero, &one] {
-        rank.report(Report::Finished(TrainingFinished { step: 100 }))
-            .await;
+        rank.finished(100).await;
     }
     a.exit(&zero.assignment, Some(0), None).await;
     b.exit(&one.assignment, Some(0), None).await;
@@ -673,8 +672,7 @@ async fn a_watcher_that_does_not_read_misses_events_and_is_told_how_many() {
     for step in 1..=steps {
         rank.metrics(step).await;
     }
-    rank.report(Report::Finished(TrainingFinished { step: steps }))
-        .await;
+    rank.finished(steps).await;
     // The word of the exit overtakes the reports on another stream; they count all the same.
     a.exit(&rank.assignment, Some(0), None).await;
     rank.close().await;

@@ -3,7 +3,7 @@
 
 mod fakes;
 
-use arcface_proto::v1::{self, JobState, RankError, TrainingFinished, report_request::Report};
+use arcface_proto::v1::{self, JobState, RankError, report_request::Report};
 use fakes::{Agent, Cluster, Rank, generation, spec, training};
 
 #[tokio::test]
@@ -83,8 +83,7 @@ async fn copies_in_memory_are_resumed_from_where_they_are_newer_and_at_hand() {
 
     // The job ends: who has copies may forget them.
     for (rank, agent) in [(&zero, &a), (&one, &b)] {
-        rank.report(Report::Finished(TrainingFinished { step: 100 }))
-            .await;
+        rank.finished(100).await;
         agent.exit(&rank.assignment, Some(0), None).await;
     }
     zero.close().await;

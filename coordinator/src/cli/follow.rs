@@ -94,8 +94,12 @@ fn success(job: &v1::Job) -> String {
         }
         _ => String::new(),
     };
+    let reason = match job.reason.as_str() {
+        "" => String::new(),
+        reason => format!(", {}", output::clean(reason)),
+    };
     format!(
-        "job {} succeeded: {}{took}",
+        "job {} succeeded: {}{took}{reason}",
         job.id,
         words::count(job.step, "step")
     )

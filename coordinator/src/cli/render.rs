@@ -211,13 +211,19 @@ pub fn evaluations(evaluations: &[v1::Evaluation]) -> String {
         ("SECONDS", Right),
     ]);
     for evaluation in evaluations {
+        // A benchmark has none of these.
+        let of_set = |value: f64, digits: usize| {
+            or_dash(evaluation.ijb.is_none().then_some(value), |value| {
+                format!("{value:.digits$}")
+            })
+        };
         table.row([
             evaluation.step.to_string(),
             evaluation.dataset.clone(),
             evaluation.pairs.to_string(),
-            format!("{:.4}", evaluation.accuracy),
-            format!("{:.4}", evaluation.accuracy_std),
-            format!("{:.2}", evaluation.xnorm),
+            of_set(evaluation.accuracy, 4),
+            of_set(evaluation.accuracy_std, 4),
+            of_set(evaluation.xnorm, 2),
             or_dash(words::tightest(evaluation), |(far, tar)| {
                 format!("{tar:.4} @ {far}")
             }),
@@ -392,6 +398,7 @@ mod tests {
             tar_at_far: [("1e-3".to_owned(), 0.75), ("1e-2".to_owned(), 0.9)].into(),
             seconds: 2.25,
             at: Some(from_unix_ms(1_795_000_050_000)),
+            ijb: None,
         }
     }
 

@@ -87,19 +87,31 @@ pub fn metrics(metrics: &v1::StepMetrics) -> String {
 
 /// An evaluation on one line.
 pub fn evaluation(evaluation: &v1::Evaluation) -> String {
+    let numbers = match &evaluation.ijb {
+        None => format!(
+            "accuracy {:.4} +- {:.4}  xnorm {:.2}",
+            evaluation.accuracy, evaluation.accuracy_std, evaluation.xnorm
+        ),
+        Some(ijb) => {
+            let rank_1 = ijb.rank.get("1");
+            let rank_1 = rank_1.map_or_else(String::new, |share| format!("  rank-1 {share:.4}"));
+            format!("auc {:.4}{rank_1}", ijb.auc)
+        }
+    };
     format!(
-        "step {:>6}  {}  accuracy {:.4} +- {:.4}  xnorm {:.2}{}",
+        "step {:>6}  {}  {numbers}{}",
         evaluation.step,
         clean(&evaluation.dataset),
-        evaluation.accuracy,
-        evaluation.accuracy_std,
-        evaluation.xnorm,
         tightest(evaluation).map_or_else(String::new, |(far, tar)| format!("  tar@{far} {tar:.4}")),
     )
 }
 
-/// True accept rate at the smallest false accept rate that was answered.
+/// True accept rate at the smallest false accept rate that was answered; for IJB at 1e-4, which papers give.
 pub fn tightest(evaluation: &v1::Evaluation) -> Option<(&str, f64)> {
+    const USUAL: &str = "1e-4";
+    if let (true, Some(tar)) = (evaluation.ijb.is_some(), evaluation.tar_at_far.get(USUAL)) {
+        return Some((USUAL, *tar));
+    }
     let far = |text: &str| text.parse::<f64>().unwrap_or(f64::INFINITY);
     let entries = evaluation
         .tar_at_far
@@ -133,11 +145,14 @@ pub fn with_reason(state: &str, reason: &str) -> String {
     }
 }
 
-/// Mean over the data sets of each one's newest accuracy; `None` without evaluations.
+/// Mean over the verification sets of each one's newest accuracy; `None` without evaluations.
 pub fn final_accuracy(evaluations: &[v1::Evaluation]) -> Option<f64> {
-    let newest = newest_of_each(evaluations);
-    let sum: f64 = newest.iter().map(|evaluation| evaluation.accuracy).sum();
-    (!newest.is_empty()).then(|| sum / newest.len() as f64)
+    let newest: Vec<f64> = newest_of_each(evaluations)
+        .into_iter()
+        .filter(|evaluation| evaluation.ijb.is_none())
+        .map(|evaluation| evaluation.accuracy)
+        .collect();
+    (!newest.is_empty()).then(|| newest.iter().sum::<f64>() / newest.len() as f64)
 }
 
 /// The newest evaluation of each data set, in the order in which the sets first appear.
@@ -217,5 +232,21 @@ mod tests {
         ];
         assert_eq!(final_accuracy(&all), Some(0.7));
         assert_eq!(final_accuracy(&[]), None);
+        let ijb = v1::Evaluation {
+            ijb: Some(v1::IjbNumbers {
+                auc: 0.99,
+                rank: [("1".to_owned(), 0.91)].into(),
+                ..Default::default()
+            }),
+            tar_at_far: [("1e-6".to_owned(), 0.5), ("1e-4".to_owned(), 0.9)].into(),
+            ..result("ijbc", 2, 10, 0.0)
+        };
+        assert_eq!(
+            evaluation(&ijb),
+            "step     10  ijbc  auc 0.9900  rank-1 0.9100  tar@1e-4 0.9000"
+        );
+        // It has no accuracy that could count.
+        assert_eq!(final_accuracy(&[all[0].clone(), ijb.clone()]), Some(0.5));
+        assert_eq!(final_accuracy(&[ijb]), None);
     }
 }

@@ -258,7 +258,9 @@ pub(super) fn evaluated(id: &JobId, evaluation: &Evaluation) {
         ("job_id", id.to_string()),
         ("dataset", evaluation.dataset.clone()),
     ];
-    gauge!(t::EVAL_ACCURACY_RATIO, &labels).set(evaluation.accuracy);
+    if evaluation.ijb.is_none() {
+        gauge!(t::EVAL_ACCURACY_RATIO, &labels).set(evaluation.accuracy);
+    }
     gauge!(t::EVAL_DURATION_SECONDS, &labels).set(evaluation.seconds);
     for far in ["1e-3", "1e-4", "1e-5", "1e-6"] {
         if let Some(rate) = evaluation.tar_at_far.get(far) {

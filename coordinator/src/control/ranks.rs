@@ -224,6 +224,7 @@ impl Control {
                         generation,
                         rank,
                         step: finished.step,
+                        reason: tame(&finished.reason),
                     },
                     none,
                 )
@@ -342,7 +343,8 @@ impl Control {
         if let Err(error) = self.store.commit(transaction).await {
             return Err(self.store_failed(error));
         }
-        tracing::info!(job = %id, dataset, step = evaluation.step, accuracy = evaluation.accuracy, "evaluated");
+        let accuracy = evaluation.ijb.is_none().then_some(evaluation.accuracy);
+        tracing::info!(job = %id, dataset, step = evaluation.step, accuracy, "evaluated");
         if let Some(entry) = self.jobs.get_mut(id) {
             measure::evaluated(id, &evaluation);
             entry.history += 1;

@@ -486,6 +486,8 @@ pub enum Event {
         rank: Rank,
         /// Steps finished.
         step: u64,
+        /// Why that is before the last step; empty if it is not, or if another rank says it.
+        reason: String,
     },
     /// A rank cannot go on.
     Error {

@@ -65,9 +65,10 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
             generation,
             rank,
             step,
+            reason,
         } => {
             next.fence(*generation, *rank)?;
-            next.finished(*rank, *step);
+            next.finished(*rank, *step, reason);
         }
         Event::Error {
             generation,
@@ -450,10 +451,14 @@ impl Transition<'_> {
         };
     }
 
-    fn finished(&mut self, rank: Rank, step: u64) {
+    fn finished(&mut self, rank: Rank, step: u64, reason: &str) {
         if let Some(state) = self.rank(rank) {
             state.started = true;
             state.done = true;
+        }
+        if !reason.is_empty() && self.job.reason != reason {
+            self.job.reason = reason.to_owned();
+            self.changed();
         }
         // Rank 0's last metrics come before its word; another rank's word may come before them.
         if rank == Rank(0) {
@@ -664,12 +669,15 @@ impl Transition<'_> {
         let none_runs = !ranks.iter().any(|rank| rank.process.occupies());
         match self.job.phase {
             Phase::Starting | Phase::Running if ranks.iter().all(|rank| rank.done) && none_runs => {
-                self.enter(Phase::Succeeded, "");
+                // Why it ended before its last step, if it did.
+                let reason = self.job.reason.clone();
+                self.enter(Phase::Succeeded, reason);
                 self.effect(Effect::EndGeneration);
             }
             Phase::Starting if ranks.iter().all(|rank| rank.started) => {
                 self.job.started_unix_ms = Some(self.now.unix_ms);
-                self.enter(Phase::Running, "");
+                let reason = self.job.reason.clone();
+                self.enter(Phase::Running, reason);
             }
             Phase::Cancelling if none_runs => {
                 let reason = self.job.reason.clone();

@@ -135,7 +135,8 @@ fn parse(line: &str, job: &Job) -> (Event, Now) {
         "finished" => Event::Finished {
             generation,
             rank,
-            step: 100,
+            step: words.number("step", 100),
+            reason: words.text("early"),
         },
         "error" => Event::Error {
             generation,
@@ -284,7 +285,7 @@ fn any_event() -> impl Strategy<Value = Event> {
             Event::Started { generation, rank, step: 0, total_steps: 9, from_memory: false }),
         2 => generation().prop_map(|generation|
             Event::Metrics { generation, progress: Progress { step: 5, ..Default::default() }, step_seconds: 0.1 }),
-        2 => (generation(), rank()).prop_map(|(generation, rank)| Event::Finished { generation, rank, step: 9 }),
+        2 => (generation(), rank()).prop_map(|(generation, rank)| Event::Finished { generation, rank, step: 9, reason: String::new() }),
         1 => (generation(), rank(), any::<bool>(), proptest::option::of(0u64..100)).prop_map(
             |(generation, rank, permanent, rollback_step)|
             Event::Error { generation, rank, message: String::new(), permanent, peer: None, rollback_step }),

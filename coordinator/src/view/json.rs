@@ -100,14 +100,26 @@ pub fn straggler(straggler: &v1::Straggler) -> Value {
 
 /// One evaluation.
 pub fn evaluation(evaluation: &v1::Evaluation) -> Value {
+    // Null where a benchmark does not have it.
+    let of_set = |value: f64| evaluation.ijb.is_none().then_some(value);
+    let ijb = evaluation.ijb.as_ref().map(|ijb| {
+        json!({
+            "images": ijb.images,
+            "templates": ijb.templates,
+            "auc": ijb.auc,
+            "rank": sorted(&ijb.rank),
+            "dir_at_far": sorted(&ijb.dir_at_far),
+        })
+    });
     json!({
         "dataset": evaluation.dataset,
         "step": evaluation.step,
         "pairs": evaluation.pairs,
-        "accuracy": evaluation.accuracy,
-        "accuracy_std": evaluation.accuracy_std,
-        "xnorm": evaluation.xnorm,
+        "accuracy": of_set(evaluation.accuracy),
+        "accuracy_std": of_set(evaluation.accuracy_std),
+        "xnorm": of_set(evaluation.xnorm),
         "tar_at_far": sorted(&evaluation.tar_at_far),
+        "ijb": ijb,
         "seconds": evaluation.seconds,
         "generation": evaluation.generation,
         "at": evaluation.at.as_ref().map(timestamp),

@@ -6,10 +6,11 @@ use arcface_coordinator::server::{self, Running, ServeOptions, StoreUrl, Timers}
 use arcface_proto::v1::{
     self, CheckpointPart, CommitCheckpointRequest, GetJobRequest, Heartbeat, Hello, Job, JobState,
     JoinRequest, JoinResponse, KillRanks, NodeRank, RankAssignment, RankExited, RankId, RankStarted,
-    RendezvousRequest, ReportRequest, ReportResponse, StepMetrics, SubmitJobRequest, WatchJobRequest,
-    WatchJobResponse, cluster_service_client::ClusterServiceClient, job_service_client::JobServiceClient,
-    join_request, join_response, rank_service_client::RankServiceClient, report_request::Report,
-    watch_job_response, worker_service_client::WorkerServiceClient,
+    RendezvousRequest, ReportRequest, ReportResponse, StepMetrics, SubmitJobRequest, TrainingFinished,
+    WatchJobRequest, WatchJobResponse, cluster_service_client::ClusterServiceClient,
+    job_service_client::JobServiceClient, join_request, join_response,
+    rank_service_client::RankServiceClient, report_request::Report, watch_job_response,
+    worker_service_client::WorkerServiceClient,
 };
 use std::{
     collections::BTreeMap,
@@ -475,6 +476,14 @@ impl Rank {
             num_image: 640,
             from_memory: !self.assignment.resume_copies.is_empty(),
             restore_seconds: None,
+        }))
+        .await;
+    }
+
+    pub async fn finished(&self, step: u64) {
+        self.report(Report::Finished(TrainingFinished {
+            step,
+            ..Default::default()
         }))
         .await;
     }

@@ -216,6 +216,7 @@ impl Cluster {
                     generation: Generation(generation),
                     rank: Rank(rank),
                     step: 1_000,
+                    reason: String::new(),
                 })?;
                 if let Some(key) = self.process(index) {
                     self.exits(key, None, Some(0), false);

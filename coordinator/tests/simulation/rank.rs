@@ -306,7 +306,7 @@ impl Rank {
                     if let Some(error) = now.error {
                         say(Report::Error(error)).await?;
                     } else if now.finished {
-                        say(Report::Finished(TrainingFinished { step: now.step })).await?;
+                        say(Report::Finished(TrainingFinished { step: now.step, ..Default::default() })).await?;
                     } else if self.key.2 == 0 && now.step > start && now.step.is_multiple_of(5) {
                         say(Report::Metrics(StepMetrics {
                             step: now.step,
