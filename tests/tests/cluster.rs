@@ -116,6 +116,52 @@ fn a_job_reads_records_and_is_evaluated_on_others() -> Result<()> {
 }
 
 #[test]
+fn a_job_that_gets_no_better_ends_early_and_says_why() -> Result<()> {
+    Cluster::run(Options::default(), |cluster| {
+        write_identities(cluster.scratch(), "faces", 8, 8, 20)?;
+        let more = [
+            "[eval]",
+            "verbose = 1",
+            "background = false",
+            "val_targets = [\"synth\"]",
+            "best = \"mean\"",
+            "early_stop_patience = 1",
+            "early_stop_min_delta = 2.0",
+        ];
+        let file = JobFile {
+            rec: "faces".into(),
+            more: more.join("\n"),
+            ..JobFile::tiny("enough")
+        };
+        let file = file.write(cluster.scratch())?;
+        let followed = cluster
+            .cli(&["submit", "--follow", &file.to_string_lossy()], TRAINED)?
+            .expect(0)?;
+        let jobs = cluster.json(&["jobs"])?;
+        let id = jobs[0]["id"].as_str().context("a job is listed")?.to_owned();
+        let job = cluster.job(&id)?;
+        // No accuracy rises by 2: the second evaluation is in vain, and the third step hears of it.
+        ensure!(
+            job["state"] == "succeeded" && job["step"] == 3 && job["total_steps"] == 8,
+            "{job}"
+        );
+        let reason = job["reason"].as_str().unwrap_or_default();
+        ensure!(
+            reason.starts_with("stopped early: mean.accuracy has not risen by more than 2"),
+            "{job}"
+        );
+        ensure!(followed.stderr.contains(reason), "it is not told: {followed:?}");
+        let checkpoints = cluster.json(&["checkpoints", &id])?;
+        ensure!(checkpoints[0]["step"] == 3, "newest checkpoint: {checkpoints}");
+        let output = cluster.scratch().join("out/enough");
+        for file in ["model.safetensors", "best.safetensors", "best.json"] {
+            ensure!(output.join(file).is_file(), "no {file}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn two_jobs_share_the_cluster_one_after_the_other() -> Result<()> {
     Cluster::run(Options::default(), |cluster| {
         let first = cluster.submit(&JobFile::tiny("first"))?;

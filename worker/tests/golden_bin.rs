@@ -21,7 +21,7 @@ fn pixels(set: &VerificationSet) -> Tensor {
         ))
     };
     // Two calls a batch, the second with the mirrored images.
-    verification::embed_set(set, set.len(), &mut embed).expect("decoded");
+    verification::embed_set(set, 0..set.len(), set.len(), &mut embed).expect("decoded");
     let seen = seen.into_inner();
     assert_eq!(seen.len(), 2);
     assert_eq!(seen[0].flip([3]), seen[1]);
@@ -124,7 +124,7 @@ fn a_real_set_gives_the_golden_embeddings() {
         backbone.fill_golden();
         let mode = ForwardMode::evaluation(Precision::Fp32);
         let mut embed = |images: &Tensor| Ok(tch::no_grad(|| backbone.forward(images, &mode)));
-        let found = verification::embed_set(&set, 8, &mut embed).expect("embedded");
+        let found = verification::embed_set(&set, 0..set.len(), 8, &mut embed).expect("embedded");
         for (name, ours) in [("emb", &found.emb), ("emb_flip", &found.emb_flip)] {
             let ours = Tensor::from_slice(ours).view([-1, dim]);
             let distance = golden::relative_l2(&ours, &file.tensor(name));

@@ -3,6 +3,7 @@
 use super::{EvalError, VerificationSet, metrics};
 use crate::data::decode::{OtherSize, PIXEL_BYTES, SIDE, decode};
 use rayon::prelude::*;
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// False accept rates at which the true accept rate is reported, as they are written.
@@ -72,10 +73,11 @@ pub struct Embeddings {
     pub dim: usize,
 }
 
-/// Embeds every image of `set` and its mirror image, at most `batch` at a time. `embed` takes normalised images
+/// Embeds these images of `set` and their mirror images, at most `batch` at a time. `embed` takes normalised images
 /// `[b, 3, 112, 112]` f32 on the CPU and gives `[b, dim]`; it is called twice a batch.
 pub fn embed_set(
     set: &VerificationSet,
+    images: Range<usize>,
     batch: usize,
     embed: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
 ) -> Result<Embeddings, EvalError> {
@@ -85,8 +87,8 @@ pub fn embed_set(
         dim: 0,
     };
     let batch = batch.max(1);
-    for first in (0..set.len()).step_by(batch) {
-        let end = (first + batch).min(set.len());
+    for first in images.clone().step_by(batch) {
+        let end = (first + batch).min(images.end);
         let failed = |cause: anyhow::Error| EvalError::Embed { first, end, cause };
         let images = decode_images(set, first, end)?;
         for (rows, images) in [
@@ -127,7 +129,7 @@ pub fn evaluate(
     batch: usize,
     embed: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
 ) -> Result<Verification, EvalError> {
-    let Embeddings { emb, emb_flip, dim } = embed_set(set, batch, embed)?;
+    let Embeddings { emb, emb_flip, dim } = embed_set(set, 0..set.len(), batch, embed)?;
     score(set.name(), &emb, &emb_flip, dim, set.issame())
 }
 
@@ -192,7 +194,7 @@ mod tests {
             let row = images.select(1, 0).select(1, 0);
             Ok(Tensor::stack(&[row.select(1, 0), row.select(1, 111)], 1))
         };
-        let found = embed_set(&set(), 8, &mut embed).expect("embedded");
+        let found = embed_set(&set(), 0..20, 8, &mut embed).expect("embedded");
         assert_eq!(sizes, [8, 8, 8, 8, 4, 4]);
         assert_eq!((found.dim, found.emb.len(), found.emb_flip.len()), (2, 40, 40));
         assert!(

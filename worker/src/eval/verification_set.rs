@@ -92,6 +92,14 @@ impl VerificationSet {
         })
     }
 
+    /// The same under another name, where its path is a link to another one.
+    pub fn named(self, name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            ..self
+        }
+    }
+
     /// Name: `lfw` for `lfw.bin`.
     pub fn name(&self) -> &str {
         &self.name

@@ -3,7 +3,7 @@
 use crate::checkpoint::CheckpointError;
 use crate::collective::CollectiveError;
 use crate::data::DataError;
-use crate::eval::EvalError;
+use crate::eval::{EvalError, ijb::IjbError};
 use crate::head::HeadError;
 use crate::model::ModelError;
 use crate::optim::OptimError;
@@ -104,6 +104,15 @@ impl RankFailure {
         self
     }
 
+    /// The same for good, of this value of a setting.
+    pub fn of(self, setting: &str, value: &str) -> Self {
+        Self {
+            message: format!("{setting}: {value:?}: {}", self.message),
+            permanent: true,
+            ..self
+        }
+    }
+
     /// What the coordinator is told.
     pub fn to_wire(&self) -> RankError {
         RankError {
@@ -173,6 +182,12 @@ impl From<OptimError> for RankFailure {
 
 impl From<EvalError> for RankFailure {
     fn from(error: EvalError) -> Self {
+        Self::permanent(error.to_string())
+    }
+}
+
+impl From<IjbError> for RankFailure {
+    fn from(error: IjbError) -> Self {
         Self::permanent(error.to_string())
     }
 }

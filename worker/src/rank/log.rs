@@ -5,7 +5,8 @@
 use super::failure::RankFailure;
 use super::tensorboard::Events;
 use arcface_proto::v1::{Evaluation, StepMetrics};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -65,7 +66,7 @@ impl TrainingLog {
             "checkpoint_stall_seconds": metrics.checkpoint_stall_seconds,
             "checkpoint_suggested_seconds": metrics.checkpoint_suggested_seconds,
             "embedding_norm": metrics.embedding_norm, "target_cosine": metrics.target_cosine,
-            "phase_seconds": metrics.phase_seconds.iter().collect::<std::collections::BTreeMap<_, _>>(),
+            "phase_seconds": sorted(&metrics.phase_seconds),
         });
         let _lost = writeln!(self.metrics, "{value}");
         if let Some(events) = &mut self.events {
@@ -76,17 +77,30 @@ impl TrainingLog {
     /// An evaluation.
     pub fn evaluation(&mut self, evaluation: &Evaluation) {
         self.line(&evaluation_line(evaluation));
-        let value = json!({
+        let mut value = json!({
             "kind": "evaluation", "dataset": evaluation.dataset, "step": evaluation.step, "pairs": evaluation.pairs,
             "accuracy": evaluation.accuracy, "accuracy_std": evaluation.accuracy_std, "xnorm": evaluation.xnorm,
-            "tar_at_far": evaluation.tar_at_far.iter().collect::<std::collections::BTreeMap<_, _>>(),
+            "tar_at_far": sorted(&evaluation.tar_at_far),
             "seconds": evaluation.seconds,
         });
+        if let Some(ijb) = &evaluation.ijb {
+            for of_set in ["accuracy", "accuracy_std", "xnorm"] {
+                value[of_set] = Value::Null;
+            }
+            value["ijb"] = json!({
+                "images": ijb.images, "templates": ijb.templates, "auc": ijb.auc,
+                "rank": sorted(&ijb.rank), "dir_at_far": sorted(&ijb.dir_at_far),
+            });
+        }
         let _lost = writeln!(self.metrics, "{value}");
         if let Some(events) = &mut self.events {
             events.evaluation(evaluation);
         }
     }
+}
+
+fn sorted(map: &HashMap<String, f64>) -> BTreeMap<&String, &f64> {
+    map.iter().collect()
 }
 
 fn interval_line(metrics: &StepMetrics) -> String {
@@ -117,14 +131,22 @@ fn evaluation_line(evaluation: &Evaluation) -> String {
         .iter()
         .map(|(far, tar)| format!(" tar@{far} {tar:.4}"))
         .collect();
+    let numbers = match &evaluation.ijb {
+        None => format!(
+            "accuracy {:.5}+-{:.5} xnorm {:.4}",
+            evaluation.accuracy, evaluation.accuracy_std, evaluation.xnorm
+        ),
+        Some(ijb) => {
+            let ranks = ["1", "5", "10"].into_iter().filter_map(|rank| {
+                let share = ijb.rank.get(rank)?;
+                Some(format!(" rank-{rank} {share:.4}"))
+            });
+            format!("auc {:.5}{}", ijb.auc, ranks.collect::<String>())
+        }
+    };
     format!(
-        "evaluation {} step {} accuracy {:.5}+-{:.5} xnorm {:.4}{tar} ({:.1} s)",
-        evaluation.dataset,
-        evaluation.step,
-        evaluation.accuracy,
-        evaluation.accuracy_std,
-        evaluation.xnorm,
-        evaluation.seconds,
+        "evaluation {} step {} {numbers}{tar} ({:.1} s)",
+        evaluation.dataset, evaluation.step, evaluation.seconds,
     )
 }
 

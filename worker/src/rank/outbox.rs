@@ -122,7 +122,10 @@ mod tests {
     #[test]
     fn the_latest_metrics_win_and_the_end_comes_last() {
         let mut outbox = Outbox::default();
-        let end = Report::Finished(TrainingFinished { step: 9 });
+        let end = Report::Finished(TrainingFinished {
+            step: 9,
+            ..Default::default()
+        });
         let start = Report::Started(TrainingStarted::default());
         let pace = |step| {
             Report::Pace(RankPace {

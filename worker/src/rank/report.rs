@@ -1,4 +1,4 @@
-//! The only gRPC of a rank: rendezvous, the report stream, checkpoint commits. It runs on a thread of its own, so
+//! The only gRPC of a rank: rendezvous, the report stream, checkpoint commits, earlier evaluations. It runs on a thread of its own, so
 //! training never waits for a coordinator: one that is away is tried again, what matters is kept until it is back,
 //! and of the step metrics only the latest.
 
@@ -7,11 +7,13 @@ use super::outbox::Outbox;
 use crate::channel::ClientTls;
 use crate::dial::{Answer, Dial};
 use arcface_proto::redirect;
+use arcface_proto::v1::job_service_client::JobServiceClient;
 use arcface_proto::v1::rank_service_client::RankServiceClient;
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
 use arcface_proto::v1::{
-    CommitCheckpointRequest, RankId, RendezvousRequest, RendezvousResponse, ReportRequest,
+    CommitCheckpointRequest, Evaluation, ListEvaluationsRequest, RankId, RendezvousRequest,
+    RendezvousResponse, ReportRequest,
 };
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Checkpoints whose parts are offered again to a coordinator that may not know of them.
 const OFFERED: usize = 2;
+/// Earlier evaluations in one answer.
+const EVALUATIONS_AT_ONCE: u32 = 1000;
 /// Time for all ranks of a generation to meet. The coordinator has its own limit, which is shorter.
 const RENDEZVOUS_LIMIT: Duration = Duration::from_secs(600);
 
@@ -144,6 +148,50 @@ impl Reporter {
                 Ok(result) => result,
                 Err(_) => Err(RankFailure::transient(format!(
                     "rendezvous: the ranks did not meet within {RENDEZVOUS_LIMIT:?}"
+                ))),
+            }
+        })
+    }
+
+    /// The job's evaluations so far, oldest first. Waits for a coordinator that is away.
+    ///
+    /// # Errors
+    /// If there is none within the time for ranks to meet, or it refuses.
+    pub fn evaluations(&self) -> Result<Vec<Evaluation>, RankFailure> {
+        let ask = async {
+            let mut dial = self.shared.dial.clone();
+            let mut all = Vec::new();
+            let mut page_token = String::new();
+            loop {
+                let request = ListEvaluationsRequest {
+                    job_id: self.shared.rank.job_id.clone(),
+                    page_size: EVALUATIONS_AT_ONCE,
+                    page_token: page_token.clone(),
+                };
+                let tried = async {
+                    let (channel, address) = channel(&mut dial).await?;
+                    let page = JobServiceClient::new(channel).list_evaluations(request).await?;
+                    Ok::<_, Status>((page.into_inner(), address))
+                };
+                match tried.await {
+                    Ok((page, address)) => {
+                        dial.reached(&address);
+                        all.extend(page.evaluations);
+                        if page.next_page_token.is_empty() {
+                            return Ok(all);
+                        }
+                        page_token = page.next_page_token;
+                    }
+                    Err(status) if is_away(&status) => pause(&mut dial, &status).await,
+                    Err(status) => return Err(refusal("earlier evaluations", &status)),
+                }
+            }
+        };
+        self.runtime.block_on(async {
+            match tokio::time::timeout(RENDEZVOUS_LIMIT, ask).await {
+                Ok(result) => result,
+                Err(_) => Err(RankFailure::transient(format!(
+                    "earlier evaluations: no coordinator told them within {RENDEZVOUS_LIMIT:?}"
                 ))),
             }
         })
@@ -370,8 +418,14 @@ async fn answered(
     }
 }
 
-/// A connection to the next coordinator to try, and its address.
+/// The rank service of the next coordinator to try, and its address.
 async fn connect(dial: &mut Dial, tls: &ClientTls) -> Result<(RankServiceClient<Channel>, String), Status> {
+    let (channel, address) = channel(dial, tls).await?;
+    Ok((RankServiceClient::new(channel), address))
+}
+
+/// A connection to the next coordinator to try, and its address.
+async fn channel(dial: &mut Dial, tls: &ClientTls) -> Result<(Channel, String), Status> {
     let address = dial
         .next_address()
         .ok_or_else(|| Status::invalid_argument("the assignment names no coordinator"))?;
@@ -379,7 +433,7 @@ async fn connect(dial: &mut Dial, tls: &ClientTls) -> Result<(RankServiceClient<
         .connect(&address, CONNECT_TIMEOUT)
         .await
         .map_err(|why| Status::unavailable(format!("{address}: {why}")))?;
-    Ok((RankServiceClient::new(channel), address))
+    Ok((channel, address))
 }
 
 /// True if another try may find a coordinator that answers: it is away, or stopping.

@@ -2,6 +2,7 @@
 //! the last word. Every failure is one line, told to the coordinator before the process ends.
 
 use super::checkpoints::{self, Writer};
+use super::evaluate::targets::Target;
 use super::failure::RankFailure;
 use super::figures;
 use super::log::TrainingLog;
@@ -53,8 +54,8 @@ pub fn run(assignment: RankAssignment, tls: ClientTls, board: &Board) -> anyhow:
     let worked = work(&assignment, &mut reporter, board);
     board.enter(Activity::Finishing);
     match worked {
-        Ok(step) => {
-            if !reporter.finish(Report::Finished(TrainingFinished { step }), LAST_WORD) {
+        Ok(finished) => {
+            if !reporter.finish(Report::Finished(finished), LAST_WORD) {
                 warn!("the coordinator did not hear of the end of the training");
             }
             Ok(())
@@ -66,7 +67,11 @@ pub fn run(assignment: RankAssignment, tls: ClientTls, board: &Board) -> anyhow:
     }
 }
 
-fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> Result<u64, RankFailure> {
+fn work(
+    assignment: &RankAssignment,
+    reporter: &mut Reporter,
+    board: &Board,
+) -> Result<TrainingFinished, RankFailure> {
     let (rank, world_size) = (assignment.rank, assignment.world_size);
     if world_size == 0 || rank >= world_size {
         return Err(RankFailure::permanent(format!(
@@ -98,6 +103,9 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     let data_roots: Vec<PathBuf> = assignment.data_roots.iter().map(PathBuf::from).collect();
 
     let prepared = Prepared::open(spec, &data_roots, &assignment.device)?;
+    if rank == 0 {
+        prepared.targets.iter().try_for_each(Target::check)?;
+    }
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
     // Before the others are kept waiting.
     let flops_per_sample = (rank == 0).then(|| figures::flops_per_sample(&prepared.backbone));
@@ -108,7 +116,8 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     let met = meet(assignment, reporter, prepared.spec.checkpoint.buddy_steps)?;
     let together = Together::default();
     let comm = Watched::new(met.comm, board.clone(), together.clone());
-    let (mut trainer, job) = prepared.into_trainer(Box::new(comm))?;
+    let (mut trainer, mut job) = prepared.into_trainer(Box::new(comm))?;
+    job.ranks_on_node = assignment.local_world_size;
     let begin = Instant::now();
     let checkpoint = match (&assignment.resume, &met.memory) {
         (Some(manifest), Some(memory)) if !assignment.resume_copies.is_empty() => {
@@ -177,9 +186,14 @@ fn work(assignment: &RankAssignment, reporter: &mut Reporter, board: &Board) -> 
     let log = sinks.log.take();
     let finished = finished?;
     board.enter(Activity::Finishing);
-    conclude(reporter, writer, rank, finished);
+    conclude(reporter, writer, rank, finished.step);
     if let Some(mut log) = log {
-        log.line(&format!("finished after step {finished}"));
+        let TrainingFinished { step, reason } = &finished;
+        let reason = match reason.as_str() {
+            "" => String::new(),
+            reason => format!(", {reason}"),
+        };
+        log.line(&format!("finished after step {step}{reason}"));
     }
     Ok(finished)
 }
@@ -287,6 +301,10 @@ impl Outside for Told<'_> {
 
     fn evaluation(&mut self, evaluation: Evaluation) {
         self.reporter.say(Report::Evaluation(evaluation));
+    }
+
+    fn evaluations(&mut self) -> Result<Vec<Evaluation>, RankFailure> {
+        self.reporter.evaluations()
     }
 
     fn checkpoint_wanted(&mut self) -> bool {

@@ -1,7 +1,7 @@
 //! Everything that a job needs before its first step, opened and checked in the order in which mistakes are cheap to
 //! find: settings, data, verification sets, network; then the peers.
 
-use super::evaluate;
+use super::evaluate::targets::Target;
 use super::failure::RankFailure;
 use super::figures::Sight;
 use super::head_start::HeadStart;
@@ -10,7 +10,6 @@ use super::phases::Phases;
 use super::step::{StepSettings, Trainer, Window};
 use crate::collective::Collective;
 use crate::data::{self, Dataset, Epochs};
-use crate::eval::VerificationSet;
 use crate::head::{self, HeadConfig};
 use crate::model::{Backbone, BackboneConfig};
 use crate::optim::{self, GradScaler, OptimizerConfig, schedule::PolyWarmup};
@@ -29,8 +28,8 @@ pub struct Prepared {
     pub dataset: Arc<dyn Dataset>,
     /// The order of its samples.
     pub epochs: Epochs,
-    /// Verification sets.
-    pub sets: Vec<VerificationSet>,
+    /// What is evaluated.
+    pub targets: Vec<Target>,
     /// The network with its initial weights, the same on every rank.
     pub backbone: Backbone,
     /// Where class weights come from, if not from random draws.
@@ -55,7 +54,7 @@ impl Prepared {
             RankFailure::permanent(error.to_string())
                 .hint("a smaller train.batch_size or job.world_size, or more data")
         })?;
-        let sets = evaluate::open_sets(&spec, data_roots)?;
+        let targets = Target::open_all(&spec, data_roots)?;
         let mut backbone = Backbone::new(&BackboneConfig::from(&spec.model))?;
         match &spec.model.init {
             Some(path) => {
@@ -73,7 +72,7 @@ impl Prepared {
             spec,
             dataset,
             epochs,
-            sets,
+            targets,
             backbone,
             head_start,
         })
@@ -104,7 +103,8 @@ impl Prepared {
             spec: self.spec,
             dataset: self.dataset,
             epochs: self.epochs,
-            sets: self.sets,
+            targets: self.targets.into(),
+            ranks_on_node: 1,
         };
         let params: Vec<Tensor> = self
             .backbone
@@ -148,8 +148,10 @@ pub struct Job {
     pub dataset: Arc<dyn Dataset>,
     /// The order of its samples.
     pub epochs: Epochs,
-    /// Verification sets.
-    pub sets: Vec<VerificationSet>,
+    /// What is evaluated.
+    pub targets: Arc<[Target]>,
+    /// Ranks that share the cores of this node; 1 unless someone knows better.
+    pub ranks_on_node: u32,
     /// Steps of the schedule.
     pub total_steps: u64,
     /// The step that training ends before.

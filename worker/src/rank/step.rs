@@ -91,6 +91,10 @@ pub struct Says {
     pub copying: bool,
     /// Its last copies did not get where they belong.
     pub uncopied: bool,
+    /// Its part of an evaluation is not done yet.
+    pub evaluating: bool,
+    /// It knows that it is no use to go on.
+    pub stop: bool,
 }
 
 /// What a step gave; the same on every rank.
@@ -359,7 +363,15 @@ fn sum_gradients(
             }
         })
         .collect();
-    let said = [says.wish, says.busy, says.copying, says.uncopied].map(|said| f32::from(u8::from(said)));
+    let said = [
+        says.wish,
+        says.busy,
+        says.copying,
+        says.uncopied,
+        says.evaluating,
+        says.stop,
+    ];
+    let said = said.map(|said| f32::from(u8::from(said)));
     parts.push(Tensor::from_slice(&said));
     let mut all = Tensor::cat(&parts, 0);
     comm.all_reduce(&mut all, ReduceOp::Sum)?;
@@ -370,6 +382,8 @@ fn sum_gradients(
         busy: any(1),
         copying: any(2),
         uncopied: any(3),
+        evaluating: any(4),
+        stop: any(5),
     };
     let mut flat = all.narrow(0, 0, elements);
     flat /= divisor;

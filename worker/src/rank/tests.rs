@@ -2,6 +2,7 @@
 //! `tiny` network.
 
 use super::checkpoints::{self, Writer};
+use super::failure::RankFailure;
 use super::setup::{Job, Prepared};
 use super::step::{Says, Trainer};
 use super::train::{Outside, Sinks, train};
@@ -18,6 +19,7 @@ use tch::Tensor;
 
 mod checkpointing;
 mod elastic;
+mod evaluating;
 mod fine_tuning;
 mod losses;
 mod nonfinite;
@@ -71,6 +73,9 @@ fn job(world_size: u32, change: impl FnOnce(&mut v1::JobSpec)) -> JobSpec {
 struct Recorder {
     metrics: Vec<StepMetrics>,
     paces: Vec<RankPace>,
+    evaluations: Vec<Evaluation>,
+    /// What an earlier generation found.
+    earlier: Vec<Evaluation>,
     wants_checkpoint: bool,
 }
 
@@ -83,7 +88,13 @@ impl Outside for Recorder {
         self.paces.push(pace);
     }
 
-    fn evaluation(&mut self, _: Evaluation) {}
+    fn evaluation(&mut self, evaluation: Evaluation) {
+        self.evaluations.push(evaluation);
+    }
+
+    fn evaluations(&mut self) -> Result<Vec<Evaluation>, RankFailure> {
+        Ok(self.earlier.clone())
+    }
 
     fn checkpoint_wanted(&mut self) -> bool {
         std::mem::take(&mut self.wants_checkpoint)
@@ -117,7 +128,8 @@ fn on_ranks_with<T: Send>(
                     let comm = wrap(comm);
                     let rank = comm.rank();
                     let prepared = Prepared::open(spec.clone(), &[], "cpu").expect("prepared");
-                    let (mut trainer, job) = prepared.into_trainer(comm).expect("a trainer");
+                    let (mut trainer, mut job) = prepared.into_trainer(comm).expect("a trainer");
+                    job.ranks_on_node = world_size;
                     work(rank, &mut trainer, &job)
                 })
             })
@@ -414,6 +426,10 @@ fn a_job_that_cannot_train_says_why_before_it_starts() {
             });
         },
         "eval.val_targets: \"/no/such/lfw.bin\"",
+    );
+    fails(
+        |wire| wire.eval.get_or_insert_default().ijbc = Some("/no/such/ijb".into()),
+        "eval.ijbc: \"/no/such/ijb\": ",
     );
     fails(
         |wire| wire.model.get_or_insert_default().init = Some("/no/such/weights.safetensors".into()),

@@ -2,18 +2,18 @@
 
 use super::checkpoints::{self, Writer};
 use super::copies::Copier;
+use super::evaluate::Evaluations;
 use super::failure::RankFailure;
 use super::figures::{self, Counted};
 use super::log::{Meter, TrainingLog};
+use super::outputs;
 use super::own_pace::OwnPace;
 use super::pace::Pace;
 use super::setup::Job;
 use super::step::{Says, StepOutcome, Trainer};
-use super::{evaluate, outputs};
 use crate::checkpoint::TrainState;
 use crate::data::{Batch, DataError, Loader, LoaderOptions};
-use crate::eval::Verification;
-use arcface_proto::v1::{Evaluation, LossScaler, RankPace, StepMetrics};
+use arcface_proto::v1::{Evaluation, LossScaler, RankPace, StepMetrics, TrainingFinished};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tracing::warn;
@@ -29,6 +29,11 @@ pub trait Outside {
     fn pace(&mut self, pace: RankPace);
     /// A result, from rank 0.
     fn evaluation(&mut self, evaluation: Evaluation);
+    /// Results of earlier generations; rank 0 of a resumed job asks.
+    ///
+    /// # Errors
+    /// If nobody tells.
+    fn evaluations(&mut self) -> Result<Vec<Evaluation>, RankFailure>;
     /// True if a checkpoint was asked for since the last call.
     fn checkpoint_wanted(&mut self) -> bool;
 }
@@ -51,27 +56,44 @@ pub struct Sinks<'a> {
 
 /// What is due after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Due {
-    log: bool,
-    evaluation: bool,
-    model: bool,
-    checkpoint: bool,
+pub struct Due {
+    /// A log line.
+    pub log: bool,
+    /// An evaluation of the verification sets.
+    pub sets: bool,
+    /// An evaluation of IJB.
+    pub ijb: bool,
+    /// The model file.
+    pub model: bool,
+    /// A checkpoint.
+    pub checkpoint: bool,
+    /// It is the last step.
+    pub last: bool,
 }
 
-/// Pure: what the job wants after `done` steps.
-fn due(job: &Job, done: u64) -> Due {
-    let last = done == job.end_step;
-    let epoch_end = done.is_multiple_of(job.epochs.steps_per_epoch());
-    let every = |steps: Option<u64>| steps.is_some_and(|steps| done.is_multiple_of(steps));
-    Due {
-        log: last || done.is_multiple_of(u64::from(job.spec.train.frequent)),
-        evaluation: last || epoch_end || every(job.spec.eval.every_steps),
-        model: last || epoch_end,
-        checkpoint: last || epoch_end || every(job.spec.checkpoint.every_steps),
+impl Due {
+    /// Pure: what the job wants after `done` steps, the last ones or not.
+    pub fn after(job: &Job, done: u64, last: bool) -> Self {
+        let per_epoch = job.epochs.steps_per_epoch();
+        let epoch_end = done.is_multiple_of(per_epoch);
+        let every = |steps: Option<u64>| steps.is_some_and(|steps| done.is_multiple_of(steps));
+        let ijb_epochs = job
+            .spec
+            .eval
+            .ijb_every
+            .map(|epochs| per_epoch * u64::from(epochs));
+        Self {
+            log: last || done.is_multiple_of(u64::from(job.spec.train.frequent)),
+            sets: last || epoch_end || every(job.spec.eval.every_steps),
+            ijb: last || every(ijb_epochs),
+            model: last || epoch_end,
+            checkpoint: last || epoch_end || every(job.spec.checkpoint.every_steps),
+            last,
+        }
     }
 }
 
-/// Trains from step `start` to the end; gives the steps finished.
+/// Trains from step `start` to the end, or until it is no use to go on; gives the steps finished, and why there are no more.
 ///
 /// # Errors
 /// Whatever ends the training before its end.
@@ -80,7 +102,7 @@ pub fn train(
     job: &Job,
     start: u64,
     sinks: &mut Sinks<'_>,
-) -> Result<u64, RankFailure> {
+) -> Result<TrainingFinished, RankFailure> {
     let (rank, world_size) = (trainer.comm.rank(), trainer.comm.world_size());
     let spec = &job.spec;
     let plan = job
@@ -110,7 +132,8 @@ pub fn train(
     let mut wish = false;
     let mut waits = false;
     let mut copy_owed = false;
-    for step in start..job.end_step {
+    let (mut evaluations, mut end) = Evaluations::begin(trainer, job, start, sinks)?;
+    for step in start..end {
         wish |= sinks.outside.checkpoint_wanted();
         let says = Says {
             // One clock decides.
@@ -118,6 +141,8 @@ pub fn train(
             busy: sinks.writer.is_some_and(Writer::is_busy),
             copying: sinks.copier.as_mut().is_some_and(Copier::is_busy),
             uncopied: sinks.copier.as_ref().is_some_and(Copier::has_failed),
+            evaluating: evaluations.is_busy()?,
+            stop: evaluations.wants_stop(),
         };
         let batches: &mut dyn Iterator<Item = Result<Batch, DataError>> = &mut loader;
         let step_begin = Instant::now();
@@ -130,7 +155,11 @@ pub fn train(
         meter.step(outcome.loss, outcome.grad_norm);
         let done = step + 1;
         trainer.phases.stepped(done, step_begin.elapsed());
-        let due = due(job, done);
+        if outcome.said.is_some_and(|said| said.stop) {
+            end = done;
+        }
+        let last = done == end;
+        let due = Due::after(job, done, last);
         if due.log {
             log_interval(trainer, job, done, &outcome, &mut meter, &pace, sinks);
             if done == job.end_step || own_pace.is_due(begin.elapsed()) {
@@ -138,23 +167,24 @@ pub fn train(
             }
         }
         let aside = Instant::now();
-        if due.evaluation && !job.sets.is_empty() {
-            evaluate_all(trainer, job, done, sinks)?;
-        }
-        if due.model && rank == 0 {
-            outputs::write_model(&sinks.output, &trainer.backbone)?;
-        }
+        // Without an update nothing was said: whatever might hinder does.
         let said = outcome.said.unwrap_or(Says {
             wish: false,
             busy: true,
             copying: true,
             uncopied: true,
+            evaluating: true,
+            stop: false,
         });
+        evaluations.heard(trainer, said, sinks)?;
+        evaluations.after_step(trainer, due, done, sinks)?;
+        if due.model && rank == 0 {
+            outputs::write_model(&sinks.output, &trainer.backbone)?;
+        }
         owed |= due.checkpoint || said.wish;
         // A wish that was not heard, because the update was left out, is told again.
         wish &= !said.wish;
         // The last one waits for room.
-        let last = done == job.end_step;
         if owed && (last || !said.busy) {
             (owed, waits) = (false, false);
             checkpoint(trainer, job, done, begin, &mut pace, sinks);
@@ -175,8 +205,20 @@ pub fn train(
             }
         }
         meter.aside(aside);
+        if last {
+            break;
+        }
     }
-    Ok(job.end_step.max(start))
+    // The last checkpoint is on its way: what is left to wait for can be lost.
+    evaluations.finish(trainer, sinks)?;
+    let step = end.max(start);
+    Ok(TrainingFinished {
+        step,
+        reason: match step < job.end_step {
+            true => evaluations.reason(),
+            false => String::new(),
+        },
+    })
 }
 
 /// Tells what this rank did by itself, and what it counts.
@@ -289,46 +331,4 @@ fn log_interval(
     };
     log.metrics(&metrics);
     sinks.outside.metrics(metrics);
-}
-
-fn evaluate_all(
-    trainer: &mut Trainer,
-    job: &Job,
-    done: u64,
-    sinks: &mut Sinks<'_>,
-) -> Result<(), RankFailure> {
-    let begin = trainer.phases.begin("eval");
-    evaluate::share_statistics(&trainer.backbone, trainer.comm.as_mut())?;
-    for set in &job.sets {
-        let begin = Instant::now();
-        let precision = trainer.settings.precision;
-        let found = evaluate::run(&trainer.backbone, precision, trainer.comm.as_mut(), set)?;
-        let evaluation = to_wire(found, done, begin.elapsed().as_secs_f64());
-        if let Some(log) = sinks.log.as_mut() {
-            log.evaluation(&evaluation);
-            sinks.outside.evaluation(evaluation);
-        }
-    }
-    trainer.phases.add("eval", begin.elapsed());
-    Ok(())
-}
-
-fn to_wire(found: Verification, step: u64, seconds: f64) -> Evaluation {
-    Evaluation {
-        dataset: found.name,
-        step,
-        generation: 0, // the coordinator knows it from the report's sender
-        pairs: found.pairs as u64,
-        accuracy: found.accuracy,
-        accuracy_std: found.accuracy_std,
-        xnorm: found.xnorm,
-        tar_at_far: found
-            .tar_at_far
-            .unwrap_or_default()
-            .into_iter()
-            .map(|(far, tar)| (far.to_owned(), tar))
-            .collect(),
-        seconds,
-        at: None,
-    }
 }

@@ -164,7 +164,8 @@ fn embed(
         bar.inc(images.size()[0] as u64);
         Ok(embedding)
     };
-    let features = embed_images(benchmark, args.batch as usize, flip, &mut embed).map_err(failure)?;
+    let all = 0..benchmark.images().len();
+    let features = embed_images(benchmark, all, args.batch as usize, flip, &mut embed).map_err(failure)?;
     bar.finish_and_clear();
     if let Some(path) = &args.save_features {
         let shape = [-1, features.dim as i64];

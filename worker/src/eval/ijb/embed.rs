@@ -12,21 +12,24 @@ use crate::{
 };
 use anyhow::ensure;
 use rayon::prelude::*;
-use std::path::{Component, Path};
+use std::{
+    ops::Range,
+    path::{Component, Path},
+};
 use tch::{Kind, Tensor};
 
-/// Embeds every image of the list and, with `flip`, its mirror image, at most `batch` at a time. `embed` takes normalised
-/// images `[b, 3, 112, 112]` f32 on the CPU and gives `[b, dim]`.
+/// Embeds these images of the list and, with `flip`, their mirror images, at most `batch` at a time. `embed` takes
+/// normalised images `[b, 3, 112, 112]` f32 on the CPU and gives `[b, dim]`.
 pub fn embed_images(
     benchmark: &Benchmark,
+    images: Range<usize>,
     batch: usize,
     flip: bool,
     embed: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
 ) -> Result<MemoryFeatures, IjbError> {
     let mut out = MemoryFeatures::default();
-    let all = benchmark.images().len();
-    for first in (0..all).step_by(batch.max(1)) {
-        let end = (first + batch.max(1)).min(all);
+    for first in images.clone().step_by(batch.max(1)) {
+        let end = (first + batch.max(1)).min(images.end);
         let failed = |cause: anyhow::Error| IjbError::Embed { first, end, cause };
         let mut pixels = vec![0; (end - first) * PIXEL_BYTES];
         let (crops, _) = pixels.as_chunks_mut::<PIXEL_BYTES>();
@@ -141,7 +144,7 @@ mod tests {
                 1,
             ))
         };
-        let features = embed_images(&benchmark, 2, true, &mut embed).expect("embedded");
+        let features = embed_images(&benchmark, 0..3, 2, true, &mut embed).expect("embedded");
         assert_eq!(
             (features.images(), features.dim(), features.has_flip()),
             (3, 3, true)
@@ -161,7 +164,8 @@ mod tests {
         let mut embed = |images: &Tensor| Ok(images.flatten(1, -1).narrow(1, 0, 4));
         let said = |names: &[&str], embed: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>| {
             let benchmark = benchmark(dir.path(), names);
-            embed_images(&benchmark, 8, false, embed)
+            let all = 0..benchmark.images().len();
+            embed_images(&benchmark, all, 8, false, embed)
                 .expect_err("refused")
                 .to_string()
         };

@@ -99,6 +99,21 @@ impl Benchmark {
         &self.ids
     }
 
+    /// That the images are where the list says: the folder, and of its images the first and the last. Each is decoded when
+    /// it is needed.
+    ///
+    /// # Errors
+    /// Which is not there.
+    pub fn check_images(&self) -> Result<(), IjbError> {
+        let folder = self.layout.loose_crop();
+        let ends = [self.images.first(), self.images.last()];
+        let ends = ends.into_iter().flatten().map(|image| folder.join(&image.name));
+        for path in [folder.clone()].into_iter().chain(ends) {
+            path.metadata().map_err(IjbError::io(&path))?;
+        }
+        Ok(())
+    }
+
     /// The list of pairs.
     pub fn pairs(&self) -> Result<Pairs, IjbError> {
         meta::read_pairs(&self.layout, &self.ids)
