@@ -169,7 +169,7 @@ impl Reporter {
                     page_token: page_token.clone(),
                 };
                 let tried = async {
-                    let (channel, address) = channel(&mut dial).await?;
+                    let (channel, address) = channel(&mut dial, &self.shared.tls).await?;
                     let page = JobServiceClient::new(channel).list_evaluations(request).await?;
                     Ok::<_, Status>((page.into_inner(), address))
                 };
