@@ -246,7 +246,7 @@ mod tests {
         let steps: Vec<u64> = text
             .lines()
             .map(|line| {
-                serde_json::from_str::<serde_json::Value>(line).unwrap()["step"]
+                serde_json::from_str::<Value>(line).unwrap()["step"]
                     .as_u64()
                     .unwrap()
             })

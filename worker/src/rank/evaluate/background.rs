@@ -144,7 +144,7 @@ impl Background {
                 warn!("an evaluation beside training takes more than its share: {error}");
             }
             // The rank waits for it just below.
-            drop(limited.send(()));
+            let _ = limited.send(());
             work(setting, &told, &receiver, &sender);
         });
         if ready.recv().is_ok() {
