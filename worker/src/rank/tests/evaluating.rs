@@ -591,8 +591,8 @@ impl Outside for StepTimes {
 }
 
 /// What an evaluation costs the training beside it, with a core of its own (one rank of one thread) and without (as many ranks
-/// of one thread as there are cores). The figures of `docs/benchmarks/evaluation.md` are of 12,000 images:
-/// `ARCFACE_EVAL_PAIRS=6000`, with `--nocapture`.
+/// of one thread as there are cores). For 12,000 images: `ARCFACE_EVAL_PAIRS=6000`, with
+/// `--nocapture`.
 #[test]
 fn what_an_evaluation_costs_training() {
     let asked = |name: &str, usual: u32| {
