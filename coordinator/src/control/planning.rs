@@ -5,7 +5,7 @@ use super::{
     ledger::{self, Age},
 };
 use crate::{
-    job::{self, Event, Job},
+    job::{Event, Job, Phase, RankState},
     membership::RankKey,
     plan::{self, PlanNode},
     store::Transaction,
@@ -44,7 +44,7 @@ impl Unplanned {
 
     /// A job that is new here.
     pub(super) fn job(&mut self, job: &Job) {
-        if matches!(job.phase, job::Phase::Queued | job::Phase::Recovering) {
+        if matches!(job.phase, Phase::Queued | Phase::Recovering) {
             self.jobs.insert(ledger::age(job));
             if job.not_before_ms > 0 {
                 self.later.insert((job.not_before_ms, ledger::age(job)));
@@ -67,6 +67,8 @@ impl Unplanned {
         {
             let due = self.later.pop_first();
             self.jobs.extend(due.map(|(_, age)| age));
+            // What was kept for it is free for others if it does not take it.
+            self.everybody = true;
         }
     }
 }
@@ -148,22 +150,11 @@ impl Control {
             let Some(Entry { job, .. }) = self.jobs.get(&id) else {
                 continue;
             };
-            let own = |node: &NodeId| job.ranks.iter().filter(|rank| rank.node == *node).count() as u32;
-            let free_without: Vec<PlanNode> = nodes
-                .iter()
-                .map(|node| PlanNode {
-                    free: (node.free + own(&node.id)).min(node.slots),
-                    ..node.clone()
-                })
-                .collect();
-            let placement = plan::plan(&free_without, job.wishes(), &job.placement()).unwrap_or_default();
+            let placement = placed_anew(&nodes, job);
             let room = Some(placement.len() as u32).filter(|room| *room as usize > job.ranks.len());
             if let Some(room) = room {
                 // What one job was offered, the next is not.
-                for node in &mut nodes {
-                    let taken = placement.iter().filter(|id| **id == node.id).count() as u32;
-                    node.free = (node.free + own(&node.id)).saturating_sub(taken).min(node.free);
-                }
+                set_aside(&mut nodes, job, &placement);
                 tracing::debug!(job = %id, room, "room to grow");
             }
             if job.room != room {
@@ -173,11 +164,13 @@ impl Control {
         }
     }
 
+    /// What is free for a job that may be launched now. What a job that recovers will need is kept for it while it waits
+    /// for its old ranks to end or for its back-off: no other job trains for days in the place that it left for seconds.
     fn plan_nodes(&self) -> Vec<PlanNode> {
+        let now = self.clock.now();
         let used = self.used_slots();
-        self.members
-            .members()
-            .iter()
+        let members = self.members.members().iter();
+        let mut nodes: Vec<PlanNode> = members
             .map(|(id, member)| PlanNode {
                 id: id.clone(),
                 slots: member.hello.slots,
@@ -187,7 +180,14 @@ impl Control {
                     .saturating_sub(used.get(id).copied().unwrap_or(0)),
                 usable: member.usable(),
             })
-            .collect()
+            .collect();
+        let waiting = self.ledger.waiting().filter_map(|id| self.jobs.get(id));
+        let recovering = waiting.take_while(|entry| entry.job.phase == Phase::Recovering);
+        for Entry { job, .. } in recovering.filter(|entry| entry.job.may_launch(now).is_err()) {
+            let placement = placed_anew(&nodes, job);
+            set_aside(&mut nodes, job, &placement);
+        }
+        nodes
     }
 
     /// How many ranks hold a slot, by node: what agents list, and what they were told to start.
@@ -216,6 +216,34 @@ impl Control {
             }
         }
         used
+    }
+}
+
+/// Slots of a node that the job's own ranks hold.
+fn own(job: &Job, node: &NodeId) -> u32 {
+    let here = |rank: &&RankState| rank.node == *node && rank.process.occupies();
+    job.ranks.iter().filter(here).count() as u32
+}
+
+/// Where the job would be launched if its own ranks were gone; empty if it does not fit.
+fn placed_anew(nodes: &[PlanNode], job: &Job) -> Vec<NodeId> {
+    let without: Vec<PlanNode> = nodes
+        .iter()
+        .map(|node| PlanNode {
+            free: (node.free + own(job, &node.id)).min(node.slots),
+            ..node.clone()
+        })
+        .collect();
+    plan::plan(&without, job.wishes(), &job.placement()).unwrap_or_default()
+}
+
+/// Takes the slots of a placement out of what is free, other than those that the job holds already.
+fn set_aside(nodes: &mut [PlanNode], job: &Job, placement: &[NodeId]) {
+    for node in nodes {
+        let taken = placement.iter().filter(|id| **id == node.id).count() as u32;
+        node.free = (node.free + own(job, &node.id))
+            .saturating_sub(taken)
+            .min(node.free);
     }
 }
 

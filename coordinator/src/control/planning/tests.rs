@@ -3,6 +3,7 @@
 use super::*;
 use crate::{
     control::{AgentSession, Clock},
+    job::Now,
     membership::Hello,
     server::Timers,
     store::EmbeddedStore,
@@ -12,7 +13,6 @@ use arcface_proto::{
     spec::JobSpec,
     v1::{self, join_request, join_response},
 };
-use job::{Now, Phase};
 use proptest::{
     prelude::*,
     test_runner::{Config, TestCaseError, TestRunner},
@@ -269,7 +269,7 @@ async fn a_job_that_was_refused_is_planned_as_soon_as_a_drain_is_taken_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_job_that_waits_for_a_time_is_planned_at_that_time_and_nobody_else_is_looked_at() {
+async fn a_job_that_waits_for_a_time_is_planned_at_that_time_and_nobody_is_looked_at_before() {
     let mut world = World::new().await;
     world.join(0, 1).await;
     let id = world.submit(1, "off").await;
@@ -284,9 +284,73 @@ async fn a_job_that_waits_for_a_time_is_planned_at_that_time_and_nobody_else_is_
     assert!(!world.control.unplanned.any(), "nothing happened");
     advance(Duration::from_millis(1)).await;
     world.control.tick().await;
-    assert!(!world.control.unplanned.everybody && world.control.unplanned.jobs.len() == 1);
     world.turn().await;
     assert_eq!(world.job(&id).phase, Phase::Starting);
+}
+
+/// A job that waits for its back-off on the only slot, and one that waits for a slot.
+async fn one_recovers_and_one_is_queued() -> (World, JobId, JobId) {
+    let mut world = World::new().await;
+    world.join(0, 1).await;
+    let first = world.submit(1, "off").await;
+    let second = world.submit(1, "off").await;
+    world.beat(0).await;
+    let key = world.running[0].first().cloned().expect("a rank");
+    world.exit(0, &key, Some(9)).await;
+    world.tick().await;
+    world.tick().await;
+    assert_eq!(
+        (world.job(&first).phase, world.job(&second).phase),
+        (Phase::Recovering, Phase::Queued),
+        "its slot is kept for it"
+    );
+    (world, first, second)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_recovers_gets_its_slots_back_before_others_get_them() {
+    let (mut world, first, second) = one_recovers_and_one_is_queued().await;
+    let wait_ms = world.job(&first).not_before_ms - world.now().mono_ms;
+    advance(Duration::from_millis(wait_ms)).await;
+    world.tick().await;
+    assert_eq!(
+        (world.job(&first).phase, world.job(&second).phase),
+        (Phase::Starting, Phase::Queued)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn slots_kept_for_a_job_that_is_cancelled_go_to_the_next() {
+    let (mut world, first, second) = one_recovers_and_one_is_queued().await;
+    let cancel = Event::Cancel {
+        reason: String::new(),
+    };
+    world.control.happened(&first, cancel).await;
+    world.tick().await;
+    assert_eq!(
+        (world.job(&first).phase, world.job(&second).phase),
+        (Phase::Cancelled, Phase::Starting)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rank_that_ended_keeps_its_slot_while_another_of_its_job_has_not() {
+    let mut world = World::new().await;
+    world.join(0, 2).await;
+    let first = world.submit(2, "off").await;
+    let second = world.submit(1, "off").await;
+    world.beat(0).await;
+    let key = world.running[0].first().cloned().expect("a rank");
+    world.exit(0, &key, Some(9)).await;
+    world.tick().await;
+    assert_eq!(
+        (world.job(&first).phase, world.job(&second).phase),
+        (Phase::Recovering, Phase::Queued)
+    );
+    assert!(
+        world.job(&first).ranks.iter().any(|rank| rank.process.occupies()),
+        "the other one runs"
+    );
 }
 
 #[tokio::test(start_paused = true)]
