@@ -243,7 +243,7 @@ impl Evaluations {
         which: Vec<usize>,
         sinks: &mut Sinks<'_>,
     ) -> Result<(), RankFailure> {
-        let Some(thread) = self.thread.as_ref().filter(|_| !which.is_empty()) else {
+        let Some(thread) = self.thread.as_mut().filter(|_| !which.is_empty()) else {
             return Ok(());
         };
         let phase = trainer.phases.begin("eval");
@@ -275,7 +275,7 @@ impl Evaluations {
 
     /// Takes the thread's answer if it comes within `limit`; true if the others have to wait for more.
     fn look(&mut self, limit: Duration) -> Result<bool, RankFailure> {
-        let (Some(open), Some(thread)) = (&mut self.open, &self.thread) else {
+        let (Some(open), Some(thread)) = (&mut self.open, &mut self.thread) else {
             return Ok(false);
         };
         let waits = matches!(open.stage, Stage::Embedding(None) | Stage::Scoring(None));
@@ -345,7 +345,7 @@ impl Evaluations {
                 gone,
                 gathered,
             } if gone == list.len() => {
-                match (gathered, &self.thread) {
+                match (gathered, &mut self.thread) {
                     (Some(gathered), Some(thread)) => thread.ask(Order::Score {
                         weights,
                         which: open.which.clone(),

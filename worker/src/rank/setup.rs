@@ -141,6 +141,7 @@ impl Prepared {
 }
 
 /// The job as all ranks see it.
+#[derive(Clone)]
 pub struct Job {
     /// As submitted.
     pub spec: JobSpec,

@@ -12,7 +12,7 @@ use arcface_proto::spec::{EvalSpec, Precision};
 use arcface_proto::v1::Evaluation;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 use tch::Kind;
@@ -20,6 +20,10 @@ use tracing::warn;
 
 /// Images in one forward pass: few, so that rests are short and often.
 const BATCH: usize = 32;
+
+/// A thread with work that shows no sign of life for so long does not do it any more. Between two signs lie a batch of
+/// images, or a part of the numbers of a benchmark.
+const SILENT: Duration = Duration::from_secs(600);
 
 /// What a rank's evaluation may take of its node.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -114,6 +118,28 @@ struct Control {
     hurry: AtomicBool,
     /// Nobody waits for an answer any more.
     cancelled: AtomicBool,
+    /// Signs of life of the thread, counted.
+    signs: AtomicU64,
+}
+
+/// Watches over the signs of life of a thread. Pure: it is told the time.
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    seen: u64,
+    since: Instant,
+}
+
+impl Watch {
+    /// Takes note of the signs until `now`; how long there has been none.
+    fn silence(&mut self, signs: u64, now: Instant) -> Duration {
+        if signs != self.seen {
+            *self = Self {
+                seen: signs,
+                since: now,
+            };
+        }
+        now.saturating_duration_since(self.since)
+    }
 }
 
 /// The rank's side of the thread. Dropping it does not wait: a batch may take longer than a failing rank may live.
@@ -121,6 +147,7 @@ pub struct Background {
     orders: SyncSender<Order>,
     answers: Receiver<Result<Answer, RankFailure>>,
     control: Arc<Control>,
+    watch: Watch,
 }
 
 impl Background {
@@ -155,6 +182,10 @@ impl Background {
             orders,
             answers,
             control,
+            watch: Watch {
+                seen: 0,
+                since: Instant::now(),
+            },
         }
     }
 
@@ -162,15 +193,16 @@ impl Background {
     ///
     /// # Errors
     /// If the thread is gone.
-    pub fn ask(&self, order: Order) -> Result<(), RankFailure> {
+    pub fn ask(&mut self, order: Order) -> Result<(), RankFailure> {
+        self.watch.since = Instant::now();
         self.orders.send(order).map_err(|_| gone())
     }
 
     /// The answer, if it has come within `limit`.
     ///
     /// # Errors
-    /// What went wrong with the evaluation.
-    pub fn answer(&self, limit: Duration) -> Result<Option<Answer>, RankFailure> {
+    /// What went wrong with the evaluation, or that the thread shows no sign of life.
+    pub fn answer(&mut self, limit: Duration) -> Result<Option<Answer>, RankFailure> {
         let answer = match limit.is_zero() {
             true => self.answers.try_recv(),
             false => self.answers.recv_timeout(limit).map_err(|error| match error {
@@ -180,7 +212,14 @@ impl Background {
         };
         match answer {
             Ok(answer) => answer.map(Some),
-            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Empty) => {
+                let signs = self.control.signs.load(Ordering::Relaxed);
+                let silent = self.watch.silence(signs, Instant::now());
+                match silent > SILENT {
+                    true => Err(stuck(silent)),
+                    false => Ok(None),
+                }
+            }
             Err(TryRecvError::Disconnected) => Err(gone()),
         }
     }
@@ -199,6 +238,13 @@ impl Drop for Background {
 
 fn gone() -> RankFailure {
     RankFailure::transient("evaluation: its thread ended before its work was done")
+}
+
+fn stuck(silent: Duration) -> RankFailure {
+    RankFailure::transient(format!(
+        "evaluation: no sign of life from its thread for {:.0} s",
+        silent.as_secs_f64()
+    ))
 }
 
 fn work(
@@ -298,6 +344,7 @@ impl<'a> Turns<'a> {
     fn rest(&mut self) -> bool {
         /// A rest ends within this time of its reason.
         const LOOK: Duration = Duration::from_millis(50);
+        self.control.signs.fetch_add(1, Ordering::Relaxed);
         let told = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
         let rest = self.since.elapsed().mul_f64((1.0 - self.share) / self.share);
         let end = Instant::now() + rest;
@@ -354,6 +401,22 @@ mod tests {
         assert_eq!(beside(2, 8, 1), (1, 0.25), "more ranks than cores");
         let waiting = Allowance::of(&spec(false, 0.25), 2, 1, 1);
         assert_eq!((waiting.threads, waiting.share), (1, 1.0));
+    }
+
+    #[test]
+    fn only_a_sign_of_life_ends_a_silence() {
+        let start = Instant::now();
+        let mut watch = Watch {
+            seen: 0,
+            since: start,
+        };
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(watch.silence(0, after(5)).as_secs(), 5);
+        assert_eq!(watch.silence(1, after(7)).as_secs(), 0);
+        assert_eq!(watch.silence(1, after(700)).as_secs(), 693);
+        let control = Control::default();
+        assert!(Turns::begin(1.0, &control).rest());
+        assert_eq!(control.signs.load(Ordering::Relaxed), 1, "a rest is one");
     }
 
     #[test]
