@@ -90,9 +90,34 @@ pub fn threads_per_rank(cores: usize, ranks_on_node: u32) -> usize {
     (cores / (ranks_on_node.max(1) as usize)).max(1)
 }
 
+/// Tells a process its compute threads; OpenMP's own.
+pub const THREADS_VARIABLE: &str = "OMP_NUM_THREADS";
+
+/// Compute threads of this rank, one of so many on its node: what its agent told it by [`THREADS_VARIABLE`], or an equal
+/// share.
+pub fn threads_of_rank(ranks_on_node: u32) -> usize {
+    let told = std::env::var(THREADS_VARIABLE).ok();
+    told_threads(told.as_deref()).unwrap_or_else(|| threads_per_rank(cores(), ranks_on_node))
+}
+
+/// The number of the outermost level, as OpenMP reads the variable: `8` or `8,2`.
+fn told_threads(text: Option<&str>) -> Option<usize> {
+    let first = text?.split(',').next()?.trim();
+    first.parse().ok().filter(|threads| *threads > 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_are_told_as_openmp_reads_them() {
+        assert_eq!(told_threads(Some("8")), Some(8));
+        assert_eq!(told_threads(Some(" 4,2")), Some(4));
+        for none in [None, Some(""), Some("0"), Some("-1"), Some("many")] {
+            assert_eq!(told_threads(none), None, "{none:?}");
+        }
+    }
 
     #[test]
     fn cores_are_shared_and_never_less_than_one() {

@@ -58,6 +58,10 @@ struct AgentArgs {
     /// Ranks that run at once [default: 1 on the CPU].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), env = "ARCFACE_SLOTS")]
     slots: Option<u32>,
+    /// Compute threads of each rank; fewer leave cores for evaluations beside training, and for others [default: an equal
+    /// share of the cores].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), env = "ARCFACE_THREADS_PER_RANK")]
+    threads_per_rank: Option<u32>,
     /// Name of this node, unique in the cluster [default: host name and process id].
     #[arg(long, value_name = "ID", env = "ARCFACE_NODE_ID")]
     node_id: Option<NodeId>,
@@ -214,6 +218,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
     };
     let mut rank_command = RankCommand::of_this_executable()?;
     rank_command.args.extend(args.tls.arguments());
+    rank_command.threads = args.threads_per_rank;
     let options = AgentOptions {
         coordinators: args.join,
         tls: args.tls,

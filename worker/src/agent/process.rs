@@ -34,6 +34,8 @@ pub struct RankCommand {
     pub program: PathBuf,
     /// Arguments before ours.
     pub args: Vec<OsString>,
+    /// Its compute threads; `None`: an equal share of the cores.
+    pub threads: Option<u32>,
 }
 
 impl RankCommand {
@@ -45,6 +47,7 @@ impl RankCommand {
         Ok(Self {
             program: std::env::current_exe().context("find this executable")?,
             args: vec!["rank".into()],
+            threads: None,
         })
     }
 }
@@ -84,13 +87,15 @@ impl RankProcess {
     }
 }
 
-/// Environment of a rank, unless the agent's own sets the variable: threads, waiting and memory as measured in
-/// `docs/benchmarks`. Spinning OpenMP threads made a step up to 20 times slower beside busy neighbours, and fresh
+/// Environment of a rank: its compute threads, and, unless the agent's own sets the variable, waiting and memory as measured
+/// in `docs/benchmarks`. Spinning OpenMP threads made a step up to 20 times slower beside busy neighbours, and fresh
 /// pages cost more than the arithmetic on them: large blocks stay in the heap, in huge pages.
-fn environment(assignment: &RankAssignment) -> Vec<(&'static str, String)> {
-    let threads = device::threads_per_rank(device::cores(), assignment.local_world_size);
-    [
-        ("OMP_NUM_THREADS", threads.to_string()),
+fn environment(command: &RankCommand, assignment: &RankAssignment) -> Vec<(&'static str, String)> {
+    let threads = match command.threads {
+        Some(told) => told as usize,
+        None => device::threads_per_rank(device::cores(), assignment.local_world_size),
+    };
+    let usual = [
         ("OMP_WAIT_POLICY", "passive".into()),
         ("MALLOC_MMAP_THRESHOLD_", (4u64 << 30).to_string()),
         ("MALLOC_TRIM_THRESHOLD_", (16u64 << 30).to_string()),
@@ -98,8 +103,11 @@ fn environment(assignment: &RankAssignment) -> Vec<(&'static str, String)> {
         ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1".into()),
     ]
     .into_iter()
-    .filter(|(name, _)| std::env::var_os(name).is_none())
-    .collect()
+    .filter(|(name, _)| std::env::var_os(name).is_none());
+    // Whatever the agent was started with: that is one number for all of a node's ranks together, if it is meant at all.
+    std::iter::once((device::THREADS_VARIABLE, threads.to_string()))
+        .chain(usual)
+        .collect()
 }
 
 /// Starts a rank. Its end arrives on `exits`.
@@ -123,7 +131,7 @@ pub fn spawn(
         .arg("--parent-pid")
         .arg(std::process::id().to_string())
         .arg("--progress")
-        .envs(environment(assignment))
+        .envs(environment(command, assignment))
         .stdin(Stdio::piped())
         .stdout(output)
         .stderr(Stdio::piped())

@@ -234,6 +234,7 @@ impl Running {
             rank_command: RankCommand {
                 program: "/bin/sh".into(),
                 args: ["-c", script, "rank"].map(OsString::from).to_vec(),
+                threads: Some(3),
             },
             leave,
             state_dir: state_dir.map(Path::to_owned),
@@ -279,7 +280,7 @@ async fn it_says_who_it_is_and_gives_a_rank_its_assignment() {
     let exit = coordinator.exited().await;
     assert_eq!(exit.exit_code, Some(0));
     assert_eq!(exit.rank.as_ref().unwrap().pid, started.pid);
-    assert_eq!(exit.last_error, format!("OMP {}", device_threads()));
+    assert_eq!(exit.last_error, "OMP 3");
     let log = std::fs::read_to_string(agent.scratch.path().join("work/job/rank-0.log")).unwrap();
     let json = log
         .lines()
@@ -291,13 +292,6 @@ async fn it_says_who_it_is_and_gives_a_rank_its_assignment() {
     assert_eq!(assignment.address, "127.0.0.1");
     assert_eq!(assignment.device, "cpu");
     agent.stop().await;
-}
-
-fn device_threads() -> String {
-    match std::env::var("OMP_NUM_THREADS") {
-        Ok(set) => set,
-        Err(_) => crate::device::threads_per_rank(crate::device::cores(), 2).to_string(),
-    }
 }
 
 #[tokio::test]

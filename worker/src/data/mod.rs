@@ -11,6 +11,7 @@ mod error;
 pub mod identities;
 pub mod image_folder;
 pub mod image_list;
+pub mod journal;
 pub mod landmarks;
 pub mod loader;
 mod mmap;

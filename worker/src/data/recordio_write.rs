@@ -1,14 +1,15 @@
 //! Writes `.rec` and `.idx` in the InsightFace layout. The files get their names only when they are complete:
-//! a run that is broken off leaves no half data set behind, and readers of an old file keep it.
+//! a run that is broken off leaves no half data set behind, and readers of an old file keep it. What it has written can be
+//! gone on with from a [`Mark`].
 
 use std::{
-    fs::{self, File},
-    io::{self, BufWriter, Write},
+    fs::{self, File, OpenOptions},
+    io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use super::{error::DataError, recordio::MAGIC};
+use super::{error::DataError, journal::Mark, recordio::MAGIC};
 
 /// A pair of files being written.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub struct RecordWriter {
     rec: BufWriter<File>,
     idx: BufWriter<File>,
     offset: u64,
+    /// The temporary files stay if it is not finished.
+    kept: bool,
     finished: bool,
 }
 
@@ -43,8 +46,64 @@ impl RecordWriter {
             rec: open(path)?,
             idx: open(&path.with_extension("idx"))?,
             offset: 0,
+            kept: false,
             finished: false,
         })
+    }
+
+    /// Goes on with the temporary files of an earlier run from a mark. `last` is the key that the index ended with.
+    fn resume(path: &Path, mark: &Mark, last: u64) -> Result<Self, DataError> {
+        let open = |path: &Path, bytes: u64| {
+            let path = temporary(path);
+            let failed = |error| DataError::io(&path, error);
+            let mut file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .map_err(failed)?;
+            let there = file.metadata().map_err(failed)?.len();
+            if there < bytes {
+                return Err(DataError::format(
+                    &path,
+                    format!("has {there} bytes, not {bytes}"),
+                ));
+            }
+            file.set_len(bytes)
+                .and_then(|()| file.seek(SeekFrom::End(0)))
+                .map_err(failed)?;
+            Ok(file)
+        };
+        let rec = open(path, mark.rec)?;
+        let idx_path = path.with_extension("idx");
+        let mut idx = open(&idx_path, mark.idx)?;
+        if last_key(&mut idx).map_err(|error| DataError::io(&temporary(&idx_path), error))? != Some(last) {
+            let message = format!("does not end with key {last}");
+            return Err(DataError::format(&temporary(&idx_path), message));
+        }
+        Ok(Self {
+            rec_path: path.into(),
+            rec: BufWriter::new(rec),
+            idx: BufWriter::new(idx),
+            offset: mark.rec,
+            kept: true,
+            finished: false,
+        })
+    }
+
+    /// Brings all to the disk that was written; gives the bytes of both files.
+    fn sync(&mut self) -> Result<(u64, u64), DataError> {
+        let idx_path = self.rec_path.with_extension("idx");
+        let mut bytes = [0; 2];
+        let files = [(&mut self.rec, &self.rec_path), (&mut self.idx, &idx_path)];
+        for (bytes, (writer, path)) in bytes.iter_mut().zip(files) {
+            *bytes = writer
+                .flush()
+                .and_then(|()| writer.get_ref().sync_data())
+                .and_then(|()| writer.get_ref().metadata())
+                .map_err(|error| DataError::io(&temporary(path), error))?
+                .len();
+        }
+        Ok((bytes[0], bytes[1]))
     }
 
     /// Appends a record under `key`.
@@ -118,6 +177,36 @@ impl LayoutWriter {
     /// Begins `path` (`.rec`) for images that are counted as they come.
     pub fn open_ended(path: &Path) -> Result<Self, DataError> {
         Self::begin(path, None)
+    }
+
+    /// Goes on from a mark, before which each identity in turn got so many `images`, none of them none.
+    ///
+    /// # Errors
+    /// If the temporary files are not there, shorter, or others.
+    pub fn resume(path: &Path, mark: &Mark, images: &[u64]) -> Result<Self, DataError> {
+        let first_keys = images.iter().scan(1, |next, images| {
+            let first = *next;
+            *next += images;
+            Some(first)
+        });
+        let first_keys: Vec<u64> = first_keys.collect();
+        let next_key = 1 + images.iter().sum::<u64>();
+        Ok(Self {
+            writer: RecordWriter::resume(path, mark, next_key - 1)?,
+            announced: None,
+            first_keys,
+            next_key,
+        })
+    }
+
+    /// Brings all to the disk that was written, and keeps it if the run is broken off. `items` are those that are done.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn mark(&mut self, items: u64) -> Result<Mark, DataError> {
+        let (rec, idx) = self.writer.sync()?;
+        self.writer.kept = true;
+        Ok(Mark { items, rec, idx })
     }
 
     fn begin(path: &Path, announced: Option<(u64, u32)>) -> Result<Self, DataError> {
@@ -206,7 +295,7 @@ fn layout_header(num_image: u64, num_classes: u32) -> RecordHeader {
 
 impl Drop for RecordWriter {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.finished && !self.kept {
             for path in [&self.rec_path, &self.rec_path.with_extension("idx")] {
                 // Best effort: a temporary file that stays is overwritten by the next run.
                 fs::remove_file(temporary(path)).unwrap_or_default();
@@ -223,6 +312,19 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), DataError> {
         .and_then(|()| fs::rename(&temporary, path))
         .map_err(|e| DataError::io(path, e))?;
     sync_parent(path)
+}
+
+/// Key of the last line of an index.
+fn last_key(idx: &mut File) -> io::Result<Option<u64>> {
+    /// Longer than any line.
+    const TAIL: u64 = 64;
+    let length = idx.metadata()?.len();
+    idx.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
+    let mut tail = Vec::new();
+    idx.read_to_end(&mut tail)?;
+    let text = String::from_utf8_lossy(&tail);
+    let line = text.strip_suffix('\n').and_then(|text| text.rsplit('\n').next());
+    Ok(line.and_then(|line| line.split_once('\t')?.0.parse().ok()))
 }
 
 fn temporary(path: &Path) -> PathBuf {
@@ -379,6 +481,41 @@ mod tests {
         assert_eq!(fs::read(&a).unwrap(), fs::read(&b).unwrap());
         let empty = LayoutWriter::open_ended(&b).unwrap().finish();
         assert!(empty.unwrap_err().to_string().contains("no image is left"));
+    }
+
+    #[test]
+    fn a_run_that_is_broken_off_goes_on_from_its_mark() {
+        let dir = tempfile::tempdir().unwrap();
+        let [whole, parts] = ["whole.rec", "parts.rec"].map(|name| dir.path().join(name));
+        let labels = [0, 0, 1, 2, 2, 2];
+        let write = |writer: &mut LayoutWriter, labels: &[u32]| {
+            for &label in labels {
+                writer.write(label, &[label as u8; 9]).unwrap();
+            }
+        };
+        let mut writer = LayoutWriter::open_ended(&whole).unwrap();
+        write(&mut writer, &labels);
+        writer.finish().unwrap();
+        let mut writer = LayoutWriter::open_ended(&parts).unwrap();
+        write(&mut writer, &labels[..4]);
+        let mark = writer.mark(4).unwrap();
+        // Not on the disk for sure when the machine died.
+        write(&mut writer, &labels[4..5]);
+        drop(writer);
+        let other = LayoutWriter::resume(&parts, &mark, &[2, 1])
+            .unwrap_err()
+            .to_string();
+        assert!(other.contains("does not end with key 3"), "{other}");
+        let mut writer = LayoutWriter::resume(&parts, &mark, &[2, 1, 1]).unwrap();
+        assert_eq!((writer.images(), writer.identities()), (4, 3));
+        write(&mut writer, &labels[4..]);
+        writer.finish().unwrap();
+        for ending in ["rec", "idx"] {
+            let [a, b] = [&whole, &parts].map(|path| fs::read(path.with_extension(ending)).unwrap());
+            assert_eq!(a, b, "{ending}");
+        }
+        let gone = LayoutWriter::resume(&parts, &mark, &[2, 1, 1]).unwrap_err();
+        assert!(gone.to_string().contains("parts.rec.partial"), "{gone}");
     }
 
     #[test]

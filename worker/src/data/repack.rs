@@ -164,16 +164,17 @@ pub fn copy(
 }
 
 /// Appends images that are made of `items`, which lie in the order of their labels. An item that cannot be made goes to
-/// `refused`, which may stop or leave it out. New labels are 0, 1, 2, ...; the old ones are returned by them.
+/// `refused`, which may stop or leave it out. New labels are 0, 1, 2, ...; the old ones are returned by them, those of items
+/// before these first. `done` hears of items of which all is written.
 pub fn make<T: Sync, E: Send + From<DataError>>(
     items: &[T],
+    mut labels: Vec<u32>,
     label: impl Fn(&T) -> u32,
     image: impl Fn(&T) -> Result<Vec<u8>, E> + Sync,
     refused: &mut dyn FnMut(&T, E) -> Result<(), E>,
     writer: &mut LayoutWriter,
-    done: &mut dyn FnMut(u64),
+    done: &mut dyn FnMut(u64, &mut LayoutWriter) -> Result<(), E>,
 ) -> Result<Vec<u32>, E> {
-    let mut labels: Vec<u32> = Vec::new();
     for chunk in items.chunks(CHUNK) {
         let made: Vec<Result<Vec<u8>, E>> = chunk.par_iter().map(&image).collect();
         for (item, made) in chunk.iter().zip(made) {
@@ -188,9 +189,29 @@ pub fn make<T: Sync, E: Send + From<DataError>>(
                 Err(error) => refused(item, error)?,
             }
         }
-        done(chunk.len() as u64);
+        done(chunk.len() as u64, writer)?;
     }
     Ok(labels)
+}
+
+/// What [`make`] did with items of these labels of which those at `refused` (in order) were left out: old labels by new ones, and
+/// images of each.
+pub fn made(labels: impl Iterator<Item = u32>, refused: &[u64]) -> (Vec<u32>, Vec<u64>) {
+    let mut refused = refused.iter().copied().peekable();
+    let (mut old, mut images): (Vec<u32>, Vec<u64>) = Default::default();
+    for (item, label) in (0..).zip(labels) {
+        if refused.next_if_eq(&item).is_some() {
+            continue;
+        }
+        if old.last() != Some(&label) {
+            old.push(label);
+            images.push(0);
+        }
+        if let Some(images) = images.last_mut() {
+            *images += 1;
+        }
+    }
+    (old, images)
 }
 
 /// Writes what lies beside a set (`property`, as InsightFace has it, and the identities' names), then gives the set its
@@ -256,6 +277,7 @@ mod tests {
         let mut refused = Vec::new();
         let labels = make(
             &items,
+            Vec::new(),
             |item| item.0,
             |item| match item.1 {
                 1 => Ok(vec![b'x'; item.0 as usize]),
@@ -266,10 +288,14 @@ mod tests {
                 Ok(())
             },
             &mut writer,
-            &mut |_| {},
+            &mut |_, _| Ok(()),
         )
         .unwrap();
         assert_eq!((labels, refused), (vec![3, 9], vec![(3, 0), (5, 0)]));
+        assert_eq!(
+            made(items.iter().map(|item| item.0), &[1, 2]),
+            (vec![3, 9], vec![1, 2])
+        );
         let names = ["three".to_owned(), "nine".to_owned()];
         finish(writer, &rec, Some(&names)).unwrap();
         let set = RecordSet::open(&rec, None).unwrap();

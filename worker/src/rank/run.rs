@@ -43,7 +43,7 @@ const LAST_COMMIT: Duration = Duration::from_secs(10);
 /// # Errors
 /// Whatever ended the training before its end; the coordinator was told, if it could be reached.
 pub fn run(assignment: RankAssignment, tls: ClientTls, board: &Board) -> anyhow::Result<()> {
-    let threads = device::threads_per_rank(device::cores(), assignment.local_world_size);
+    let threads = device::threads_of_rank(assignment.local_world_size);
     tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
     let id = RankId {
         job_id: assignment.job_id.clone(),

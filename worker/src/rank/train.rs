@@ -132,8 +132,9 @@ pub fn train(
     let mut wish = false;
     let mut waits = false;
     let mut copy_owed = false;
-    let (mut evaluations, mut end) = Evaluations::begin(trainer, job, start, sinks)?;
-    for step in start..end {
+    let (mut evaluations, latest) = Evaluations::begin(trainer, job, start, sinks)?;
+    let mut end = latest;
+    for step in start..latest {
         wish |= sinks.outside.checkpoint_wanted();
         let says = Says {
             // One clock decides.

@@ -250,6 +250,7 @@ fn to_set(args: &AlignArgs, faces: &[Face]) -> anyhow::Result<Counts> {
     let mut skipped = 0;
     let labels = repack::make(
         &items,
+        Vec::new(),
         |item| item.0,
         |item| cut(item.1, args.quality),
         &mut |_, told: Failure| match args.skip_damaged {
@@ -260,7 +261,10 @@ fn to_set(args: &AlignArgs, faces: &[Face]) -> anyhow::Result<Counts> {
             false => Err(told),
         },
         &mut writer,
-        &mut |images| bar.inc(images),
+        &mut |images, _| {
+            bar.inc(images);
+            Ok(())
+        },
     )?;
     let kept: Vec<String> = labels
         .iter()

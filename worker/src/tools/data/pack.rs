@@ -1,10 +1,12 @@
 //! `data pack`: an image folder or a list as `.rec` and `.idx`. Image files are copied byte for byte unless they are to be
-//! changed.
+//! changed. A run that is broken off is gone on with by the same command, from its journal's last mark.
 
 use std::io::Write as _;
 use std::{
+    cell::RefCell,
     collections::BTreeSet,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use arcface_proto::failure::{ExitCode, Failure};
@@ -15,6 +17,7 @@ use super::{
 };
 use crate::data::{
     image_folder::{Entry, ImageFolder},
+    journal::{Earlier, Journal},
     recode::Recode,
     recordio_write::LayoutWriter,
     repack,
@@ -29,7 +32,7 @@ const NAMED: u64 = 20;
     arcface-worker data pack faces -o packed\n  \
     arcface-worker data pack --list faces/label.txt -o packed\n  \
     arcface-worker data pack --list train.lst --root /data/faces --reencode 95 --resize -o packed\n\n\
-    A run that is broken off leaves nothing that could be taken for a set; begin it again.")]
+    A run that is broken off leaves nothing that could be taken for a set; the same command goes on with it.")]
 pub struct PackArgs {
     /// Folder with one sub-folder an identity, or with a label.txt.
     #[arg(
@@ -68,6 +71,9 @@ pub struct PackArgs {
     /// Replace a set that is in the output folder.
     #[arg(long)]
     force: bool,
+    /// Seconds between marks from which a run that is broken off can be gone on with.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    mark_every: u32,
 }
 
 pub fn run(args: &PackArgs) -> anyhow::Result<()> {
@@ -113,35 +119,99 @@ fn pack(
         quality: args.reencode,
         png_to_jpeg: args.png_to_jpeg,
     };
-    let mut writer = LayoutWriter::open_ended(rec).map_err(explain)?;
+    let (mut journal, earlier) = Journal::open(rec, &purpose(args, folder, entries)).map_err(explain)?;
+    let (mut writer, labels, earlier) = begin(rec, entries, earlier)?;
     let bar = progress::bar(entries.len() as u64, "packing");
-    let mut skipped = 0;
-    let mut refused = |_: &Entry, told: Failure| {
+    bar.set_position(earlier.mark.items);
+    let mut skipped = earlier.refused.len() as u64;
+    // Left out since the last mark; one closure fills it and the other empties it.
+    let unnoted = RefCell::new(Vec::new());
+    let mut refused = |(place, _): &(u64, &Entry), told: Failure| {
         if !args.skip_damaged {
             return Err(told);
         }
         skipped += 1;
+        unnoted.borrow_mut().push(*place);
         if skipped <= NAMED {
             bar.suspend(|| eprintln!("left out: {told}"));
         }
         Ok(())
     };
-    let labels = repack::make(
-        entries,
-        |entry| entry.label,
-        |entry| checked_image(&folder.root().join(&entry.path), &how),
+    let (mut done, mut noted, mut marked) = (earlier.mark.items, Instant::now(), earlier.mark.items > 0);
+    let mut mark = |items: u64, writer: &mut LayoutWriter| {
+        bar.inc(items);
+        done += items;
+        if noted.elapsed() >= Duration::from_secs(args.mark_every.into()) {
+            let mark = writer.mark(done)?;
+            journal.note(&mark, &unnoted.take())?;
+            (noted, marked) = (Instant::now(), true);
+        }
+        Ok(())
+    };
+    let rest: Vec<(u64, &Entry)> = (0..).zip(entries).skip(earlier.mark.items as usize).collect();
+    let made = repack::make(
+        &rest,
+        labels,
+        |(_, entry)| entry.label,
+        |(_, entry)| checked_image(&folder.root().join(&entry.path), &how),
         &mut refused,
         &mut writer,
-        &mut |images| bar.inc(images),
-    )?;
+        &mut mark,
+    );
+    let labels = match made {
+        Ok(labels) => labels,
+        Err(error) if marked => {
+            bar.suspend(|| eprintln!("the same command goes on from here; what is packed stays packed"));
+            return Err(error.into());
+        }
+        Err(error) => {
+            journal.remove().map_err(explain)?;
+            return Err(error.into());
+        }
+    };
     let (images, identities) = (writer.images(), writer.identities());
     let names: Option<Vec<String>> = folder.names().map(|names| {
         let name = |&label: &u32| names.get(label as usize).cloned().unwrap_or_default();
         labels.iter().map(name).collect()
     });
     repack::finish(writer, rec, names.as_deref()).map_err(explain)?;
+    journal.remove().map_err(explain)?;
     bar.finish_and_clear();
     Ok((images, identities, skipped))
+}
+
+/// All that decides what is packed. Files that are packed already are not looked at again.
+fn purpose(args: &PackArgs, folder: &ImageFolder, entries: &[Entry]) -> String {
+    let mut digest = blake3::Hasher::new();
+    let how = (args.resize, args.reencode, args.png_to_jpeg, args.skip_damaged);
+    digest.update(format!("{how:?} {}\0", folder.root().display()).as_bytes());
+    for entry in entries {
+        digest.update(&entry.label.to_le_bytes());
+        digest.update(entry.path.as_os_str().as_encoded_bytes());
+        digest.update(b"\0");
+    }
+    digest.finalize().to_hex().to_string()
+}
+
+/// The writer, the labels so far, and what an earlier run left; nothing of that if its files are no good.
+fn begin(
+    rec: &Path,
+    entries: &[Entry],
+    earlier: Option<Earlier>,
+) -> anyhow::Result<(LayoutWriter, Vec<u32>, Earlier)> {
+    if let Some(earlier) = earlier {
+        let before = entries.iter().take(earlier.mark.items as usize);
+        let (labels, images) = repack::made(before.map(|entry| entry.label), &earlier.refused);
+        match LayoutWriter::resume(rec, &earlier.mark, &images) {
+            Ok(writer) => {
+                eprintln!("goes on after {} of {} images", earlier.mark.items, entries.len());
+                return Ok((writer, labels, earlier));
+            }
+            Err(error) => eprintln!("begins again: of a run that was broken off, {error}"),
+        }
+    }
+    let writer = LayoutWriter::open_ended(rec).map_err(explain)?;
+    Ok((writer, Vec::new(), Earlier::default()))
 }
 
 /// Refuses labels with a gap.
