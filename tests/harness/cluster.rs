@@ -51,7 +51,7 @@ pub struct Cluster {
     slots: usize,
     etcd: Option<Etcd>,
     network: Option<Network>,
-    /// What workers are started with.
+    /// What coordinators and workers are started with.
     environment: Vec<(String, String)>,
     certificates: Option<Certificates>,
 }
@@ -186,7 +186,8 @@ impl Cluster {
             .args(["serve", "--listen", &self.coordinators[index].address])
             .args(["--metrics", "127.0.0.1:0", "--store", &store])
             .arg("--address-file")
-            .arg(&file);
+            .arg(&file)
+            .envs(self.environment.iter().cloned());
         if let Some(certificates) = &self.certificates {
             for (flag, file) in [
                 ("--tls-cert", certificates.cert("server")),

@@ -49,6 +49,7 @@ pub fn command(name: &str, scratch: &Path) -> Result<Command> {
         .env(MARK, scratch)
         .env("OMP_NUM_THREADS", "1")
         .env_remove("ARCFACE_COORDINATOR")
+        .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT")
         .stdin(Stdio::null());
     Ok(command)
 }

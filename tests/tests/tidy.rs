@@ -49,7 +49,7 @@ const PURE: [&str; 22] = [
     "worker/src/agent/stall",
 ];
 
-const RULES: [Rule; 17] = [
+const RULES: [Rule; 19] = [
     Rule {
         reason: "pure modules get what they need as arguments and return what is to be done or logged",
         within: &PURE,
@@ -245,14 +245,35 @@ const RULES: [Rule; 17] = [
         names: &["crate::rank", "crate::agent", "crate::tools"],
     },
     Rule {
+        reason: "OpenTelemetry is behind traces/: others make spans and know no exporter",
+        within: &["proto/src/", "coordinator/src/", "worker/src/"],
+        except: &[],
+        names: &["opentelemetry"],
+    },
+    Rule {
+        reason: "spans are made by those who act in time: the coordinator's control/episode, agents and ranks; nothing is \
+                 decided by them",
+        within: &["proto/src/", "coordinator/src/", "worker/src/"],
+        except: &[
+            "coordinator/src/control/episode",
+            "worker/src/agent/mod.rs",
+            "worker/src/rank/spans",
+            // Where a process begins to send them.
+            "coordinator/src/cli/serve",
+            "worker/src/main.rs",
+            "worker/src/tools/rank",
+        ],
+        names: &["arcface_traces"],
+    },
+    Rule {
         reason: "std::process::exit skips destructors and pending writes: return from main instead",
-        within: &["coordinator/src/", "worker/src/", "proto/src/"],
+        within: &["coordinator/src/", "worker/src/", "proto/src/", "traces/src/"],
         except: &["coordinator/src/main.rs", "worker/src/main.rs"],
         names: &["process::exit", "process::abort"],
     },
     Rule {
         reason: "unfinished code does not land",
-        within: &["proto/", "coordinator/", "worker/", "tests/"],
+        within: &["proto/", "traces/", "coordinator/", "worker/", "tests/"],
         except: &[],
         names: &["todo!", "unimplemented!", "#[ignore", "dbg!"],
     },

@@ -4,6 +4,7 @@
 use anyhow::Context;
 use arcface_proto::failure::{self, ExitCode, Failure};
 use arcface_proto::types::NodeId;
+use arcface_traces::Otlp;
 use arcface_worker::agent::{self, AgentOptions, MemoryRoot, RankCommand};
 use arcface_worker::channel::ClientTls;
 use arcface_worker::device::{self, Device, DeviceChoice};
@@ -92,6 +93,8 @@ struct AgentArgs {
     /// Serve Prometheus metrics of this node at this address.
     #[arg(long, value_name = "ADDR", env = "ARCFACE_WORKER_METRICS")]
     metrics: Option<SocketAddr>,
+    #[command(flatten)]
+    otlp: Otlp,
     /// How log lines on standard error are written.
     #[arg(long, value_enum, default_value = "text", env = "ARCFACE_LOG_FORMAT")]
     log_format: LogFormat,
@@ -196,6 +199,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
     args.tls.config()?;
     let device = device::resolve(args.device)?;
     telemetry::init_logs(args.log_format);
+    let _traces = args.otlp.start("arcface-agent")?;
     if args.device == DeviceChoice::Auto && device == Device::Cpu && device::nvidia_gpu_present() {
         warn!("a GPU is present, but this version computes on the CPU only");
     }
@@ -219,6 +223,7 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
     let mut rank_command = RankCommand::of_this_executable()?;
     rank_command.args.extend(args.tls.arguments());
     rank_command.threads = args.threads_per_rank;
+    rank_command.args.extend(args.otlp.arguments());
     let options = AgentOptions {
         coordinators: args.join,
         tls: args.tls,

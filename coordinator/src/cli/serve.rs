@@ -4,6 +4,7 @@ use super::connect::parse_address;
 use crate::server::{self, ServeOptions, StoreUrl, Timers};
 use crate::telemetry::{self, DEFAULT_FILTER, LogFormat, LogSink};
 use crate::tls::{EtcdTls, ServerTls};
+use arcface_traces::Otlp;
 use clap::Args;
 use std::{env, net::SocketAddr, path::PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
@@ -42,6 +43,8 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     address_file: Option<PathBuf>,
     #[command(flatten)]
+    otlp: Otlp,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -75,6 +78,7 @@ fn default_store() -> StoreUrl {
 pub(super) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let format = args.log.log_format.unwrap_or_else(LogFormat::of_stderr);
     telemetry::start_logging(format, &args.log.log, LogSink::Stderr)?;
+    let _traces = args.otlp.start("arcface-coordinator")?;
     let store = args.store.unwrap_or_else(default_store);
     let options = ServeOptions {
         listen: args.listen,

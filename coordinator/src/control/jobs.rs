@@ -2,6 +2,7 @@
 
 use super::{
     Control, ControlError, Entry, MAX_LIVE_JOBS, MAX_RETRIES, Watch,
+    episode::Episode,
     handle::{Command, JobFilter, Submit},
     keys, ledger, measure, not_done, records,
 };
@@ -236,7 +237,9 @@ impl Control {
                 Ok(revision) => {
                     tracing::info!(job = %job.id, name = %job.spec.name, world_size = job.spec.world_size, "job submitted");
                     let wire = records::job_to_wire(&job, 1);
-                    self.take_in(Entry::new(job, 1, revision));
+                    let mut entry = Entry::new(job, 1, revision);
+                    entry.episode = Episode::submitted(&entry.job, self.clock.now());
+                    self.take_in(entry);
                     reply(answer, Ok(wire));
                 }
             }
@@ -403,6 +406,7 @@ impl Control {
                 reason = %after.reason, "job changed");
         }
         measure::job_changed(&before, after);
+        entry.episode.moved(&before, after, now);
         if before.phase != after.phase {
             entry.goodput.moved(before.phase, after.phase, now.mono_ms);
             measure::job_time(after, &entry.goodput);
@@ -530,6 +534,7 @@ impl Control {
                         resume_copies: resume_copies.clone(),
                         nodes: nodes.clone(),
                         left_out_steps: job.left_out_steps.clone(),
+                        trace_parent: entry.episode.context(),
                         ..RankAssignment::default()
                     });
                 }

@@ -6,6 +6,7 @@
 
 mod copies;
 mod curve;
+mod episode;
 mod error;
 mod figures;
 mod handle;
@@ -40,6 +41,7 @@ use arcface_proto::{
     types::{Generation, JobId, NodeId},
     v1::{self, CheckpointManifest, ReportResponse},
 };
+use episode::Episode;
 use handle::Command;
 use ledger::Ledger;
 use planning::Unplanned;
@@ -135,6 +137,8 @@ struct Entry {
     met_ms: Option<u64>,
     /// What the job's time went into.
     goodput: Goodput,
+    /// Its spans.
+    episode: Episode,
     /// Loss and speed over the steps, as this coordinator has heard of them.
     curve: Curve,
     /// Classes that the ranks have found.
@@ -163,6 +167,7 @@ impl Entry {
             figures: figures::Figures::default(),
             met_ms: None,
             goodput: Goodput::default(),
+            episode: Episode::default(),
             curve: Curve::default(),
             classes_found: None,
             history: 0,

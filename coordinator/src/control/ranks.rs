@@ -106,6 +106,7 @@ impl Control {
                 );
                 if complete {
                     entry.met_ms = Some(now.mono_ms);
+                    entry.episode.met(now);
                     measure::met(&entry.job, now);
                     tracing::info!(job = %entry.job.id, generation = rank.generation, world_size, "ranks have met");
                 }
@@ -268,6 +269,10 @@ impl Control {
                 checkpoint_ms: (checkpoint_s * 1000.0) as u64,
             };
             entry.goodput.trained(trained, now.mono_ms);
+            if steps > 0 {
+                let later_s = (steps - 1) as f64 * metrics.step_seconds;
+                entry.episode.trained(&entry.job, later_s, now);
+            }
             measure::job_time(&entry.job, &entry.goodput);
             entry
                 .curve

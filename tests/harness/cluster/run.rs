@@ -19,7 +19,7 @@ struct Surroundings {
     etcd: Option<Etcd>,
     /// Where the workers live.
     network: Option<Network>,
-    /// What the workers are started with.
+    /// What coordinators and workers are started with.
     environment: Vec<(String, String)>,
     /// All connections have TLS, and both ends show a certificate.
     certificates: Option<Certificates>,
@@ -55,7 +55,7 @@ impl Cluster {
         }
     }
 
-    /// The same with these variables in the environment of the workers.
+    /// The same with these variables in the environment of the coordinator and the workers.
     ///
     /// # Errors
     /// As [`Self::run`].

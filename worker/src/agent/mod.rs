@@ -26,6 +26,7 @@ use arcface_proto::v1::{
     Heartbeat, Hello, JoinRequest, JoinResponse, KillRanks, Leaving, RankAssignment, RankStarted,
 };
 use arcface_proto::v1::{RankExited, join_request::Message as Request, join_response::Message as Response};
+use arcface_traces::Span;
 use epoch::Epoch;
 use link::{Link, LinkEvent};
 use liveness::Liveness;
@@ -34,7 +35,7 @@ use process::RankProcess;
 use stall::Watchdog;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use table::{Effect, ExitFacts, RankKey, Table};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
@@ -409,7 +410,18 @@ impl Agent {
     }
 
     fn spawn(&mut self, key: RankKey, assignment: &RankAssignment) {
-        match process::spawn(&self.options.rank_command, &key, assignment, self.exits.clone()) {
+        let span = Span::under(&assignment.trace_parent, "spawn", SystemTime::now())
+            .text("job_id", key.job.as_str())
+            .number("generation", key.generation.0)
+            .number("rank", key.rank.0.into())
+            .text("node", self.options.node_id.as_str());
+        let spawned = process::spawn(&self.options.rank_command, &key, assignment, self.exits.clone());
+        let span = match &spawned {
+            Ok(_) => span,
+            Err(cause) => span.failed(&format!("{cause:#}")),
+        };
+        span.end(SystemTime::now());
+        match spawned {
             Ok(process) => {
                 info!(job = %key.job, generation = key.generation.0, rank = key.rank.0, pid = process.pid, "rank started");
                 metrics::counter!(names::AGENT_RANK_STARTS).increment(1);

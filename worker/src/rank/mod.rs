@@ -21,6 +21,7 @@ pub mod phases;
 pub mod report;
 mod run;
 pub mod setup;
+mod spans;
 pub mod step;
 mod tensorboard;
 #[cfg(test)]

@@ -11,6 +11,7 @@ use super::outputs;
 use super::phases::Together;
 use super::report::Reporter;
 use super::setup::{Job, Prepared};
+use super::spans::Spans;
 use super::train::{Outside, Sinks, train};
 use super::watched::Watched;
 use crate::channel::ClientTls;
@@ -25,10 +26,11 @@ use arcface_proto::types::{ClassRange, JobId};
 use arcface_proto::v1::report_request::Report;
 use arcface_proto::v1::report_response::Command;
 use arcface_proto::v1::{
-    Evaluation, RankAssignment, RankId, RankPace, StepMetrics, TrainingFinished, TrainingStarted,
+    CommitCheckpointRequest, Evaluation, RankAssignment, RankId, RankPace, StepMetrics, TrainingFinished,
+    TrainingStarted,
 };
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tracing::{info, warn};
 
 /// How long a failing rank tries to say why: the process ends within two seconds of a peer's death.
@@ -102,7 +104,10 @@ fn work(
     };
     let data_roots: Vec<PathBuf> = assignment.data_roots.iter().map(PathBuf::from).collect();
 
-    let prepared = Prepared::open(spec, &data_roots, &assignment.device)?;
+    let spans = Spans::of(assignment);
+    let prepared = spans.during("load data", || {
+        Prepared::open(spec, &data_roots, &assignment.device)
+    })?;
     if rank == 0 {
         prepared.targets.iter().try_for_each(Target::check)?;
     }
@@ -110,10 +115,16 @@ fn work(
     // Before the others are kept waiting.
     let flops_per_sample = (rank == 0).then(|| figures::flops_per_sample(&prepared.backbone));
     let begin = Instant::now();
-    let checkpoint = resumable(assignment, &location, board)?;
+    let checkpoint = match assignment.resume {
+        Some(_) => spans.during("read checkpoint", || resumable(assignment, &location, board))?,
+        None => None,
+    };
     let mut restoring = begin.elapsed();
     board.enter(Activity::Starting);
-    let met = meet(assignment, reporter, prepared.spec.checkpoint.buddy_steps)?;
+    let met = spans.during("rendezvous", || {
+        meet(assignment, reporter, prepared.spec.checkpoint.buddy_steps)
+    })?;
+    let loading = spans.begin("load");
     let together = Together::default();
     let comm = Watched::new(met.comm, board.clone(), together.clone());
     let (mut trainer, mut job) = prepared.into_trainer(Box::new(comm))?;
@@ -152,6 +163,7 @@ fn work(
     drop(checkpoint);
     // All ranks hold the same state before anyone says that training begins.
     trainer.comm.barrier()?;
+    loading.end(SystemTime::now());
     reporter.say(Report::Started(TrainingStarted {
         step: start,
         total_steps: job.end_step,
@@ -166,7 +178,13 @@ fn work(
         _ => None,
     };
     let committer = reporter.committer();
-    let commit = move |request| committer.commit(request);
+    let writes = spans.clone();
+    let commit = move |request: CommitCheckpointRequest| {
+        let seconds = request.persist_seconds.unwrap_or(0.0);
+        let write = writes.took("write checkpoint", request.step, seconds);
+        write.end(SystemTime::now());
+        committer.commit(request);
+    };
     let writer = Writer::start(location, assignment.generation, commit);
     let mut sinks = Sinks {
         output,
@@ -180,6 +198,7 @@ fn work(
             reporter,
             writer: &writer,
             rank,
+            spans: &spans,
         },
     };
     let finished = train(&mut trainer, &job, start, &mut sinks);
@@ -288,6 +307,7 @@ struct Told<'a> {
     reporter: &'a mut Reporter,
     writer: &'a Writer,
     rank: u32,
+    spans: &'a Spans,
 }
 
 impl Outside for Told<'_> {
@@ -300,6 +320,11 @@ impl Outside for Told<'_> {
     }
 
     fn evaluation(&mut self, evaluation: Evaluation) {
+        let span = self
+            .spans
+            .took("evaluation", evaluation.step, evaluation.seconds)
+            .text("dataset", &evaluation.dataset);
+        span.end(SystemTime::now());
         self.reporter.say(Report::Evaluation(evaluation));
     }
 

@@ -5,6 +5,7 @@ use crate::progress::Board;
 use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
 use arcface_proto::v1::RankAssignment;
+use arcface_traces::Otlp;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::getppid;
@@ -24,6 +25,8 @@ pub struct RankArgs {
     progress: bool,
     #[command(flatten)]
     tls: ClientTls,
+    #[command(flatten)]
+    otlp: Otlp,
 }
 
 /// Runs `rank`: the assignment comes as JSON on standard input.
@@ -47,6 +50,7 @@ pub fn run(args: RankArgs) -> anyhow::Result<()> {
         )
         .hint("the agent starts ranks by itself: arcface-worker --join HOST:PORT")
     })?;
+    let _traces = args.otlp.start("arcface-rank")?;
     crate::rank::run(assignment, args.tls, &board)
 }
 
