@@ -259,7 +259,7 @@ const RULES: [Rule; 19] = [
             "worker/src/agent/mod.rs",
             "worker/src/rank/spans",
             // Where a process begins to send them.
-            "coordinator/src/cli/serve",
+            "coordinator/src/cli",
             "worker/src/main.rs",
             "worker/src/tools/rank",
         ],

@@ -14,6 +14,7 @@ use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
 use arcface_proto::spec::JobSpec;
 use arcface_proto::v1::{self, JobState};
+use arcface_traces::Otlp;
 use clap::Args;
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -56,6 +57,8 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = parse_socket)]
     metrics: SocketAddr,
     #[command(flatten)]
+    otlp: Otlp,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -89,6 +92,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
     let JobFile { wire, spec } = args.job.read()?;
     enough_slots(&spec, args.nodes, args.slots)?;
     let program = workers::find()?;
+    let _traces = args.otlp.start("arcface-coordinator")?;
     let places = Places::of(args.dir.as_deref(), &spec)?;
     let log_path = places.run.join("coordinator.log");
     let log = File::create(&log_path).with_context(|| format!("create {}", log_path.display()))?;
@@ -125,6 +129,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
         nodes: args.nodes,
         slots: args.slots,
         device: args.device,
+        otlp: args.otlp,
         directory: places.start.clone(),
         logs: places.run.clone(),
     })?;

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
+use arcface_traces::Otlp;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, File};
@@ -32,6 +33,8 @@ pub(super) struct Plan {
     pub slots: u32,
     /// `--device`, if it was given.
     pub device: Option<String>,
+    /// Where their traces go.
+    pub otlp: Otlp,
     /// Where the job file's relative paths start.
     pub directory: PathBuf,
     /// Folder for `node-K.log`.
@@ -111,6 +114,7 @@ impl Workers {
                     "--node-id",
                     &node,
                 ])
+                .args(plan.otlp.arguments())
                 .current_dir(&plan.directory)
                 .stdin(Stdio::null())
                 .stdout(file.try_clone()?)
