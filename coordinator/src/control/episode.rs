@@ -52,7 +52,7 @@ impl Episode {
 
     /// A generation ended. What it is about began with the last sign of life.
     fn failed(&mut self, job: &Job, now: Now) {
-        let Some((index, recovery)) = job.recoveries.iter().enumerate().last() else {
+        let Some(recovery) = job.recoveries.last() else {
             return;
         };
         // Casts saturate, and make 0 of what is no number.
@@ -61,7 +61,7 @@ impl Episode {
         if self.whole.is_none() {
             let whole = Span::root("recovery", time(sign_of_life));
             self.open(whole, job, sign_of_life);
-            self.recovery = Some(index);
+            self.recovery = Some(job.recoveries.len() - 1);
         } else {
             // The last sign of life may be older than the part that failed.
             self.fail_stage(&recovery.reason);
