@@ -1,6 +1,6 @@
 //! Lets the worker's executables find libtorch without environment variables: the directory that it was built
 //! against becomes their run path. `LD_LIBRARY_PATH` still comes first. Tells them its version, and compiles what the worker
-//! adds to it.
+//! adds to it. For tests it compiles the CUDA kernels for the CPU too.
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -29,4 +29,26 @@ fn main() {
             "cargo:warning=LIBTORCH is not set: run `make build`, which fetches libtorch and sets it"
         ),
     }
+    kernels_for_the_cpu();
+}
+
+/// The twins of the head's CUDA kernels, which tests call (`head/cuda/twin`). Releases are built without: there is nothing of
+/// it in an executable that is shipped.
+fn kernels_for_the_cpu() {
+    println!("cargo:rerun-if-changed=src/head/cuda");
+    println!("cargo:rustc-check-cfg=cfg(cuda_twin)");
+    if std::env::var("PROFILE").is_ok_and(|profile| profile == "release") {
+        return;
+    }
+    println!("cargo:rustc-cfg=cuda_twin");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        // Products and sums are rounded each for itself where the kernels say so.
+        .flag("-ffp-contract=off")
+        // The compiler takes the switch of stacks for a jump.
+        .flag_if_supported("-Wno-clobbered")
+        .file("src/head/cuda/twin/twin.cpp")
+        .compile("arcface_cuda_twin");
 }

@@ -54,6 +54,11 @@ impl Draws {
         Self(mix(mix(mix(seed) ^ purpose as u64) ^ a))
     }
 
+    /// What [`mix`] takes with a second counter, for kernels that draw on a GPU.
+    pub fn word(&self) -> u64 {
+        self.0
+    }
+
     /// `bits(seed, purpose, a, b)`.
     #[inline]
     pub fn bits(&self, b: u64) -> u64 {

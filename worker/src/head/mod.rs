@@ -4,6 +4,7 @@
 
 mod centers;
 mod classes;
+pub mod cuda;
 mod exchange;
 pub mod lazy_sgd;
 pub mod margin;

@@ -1,0 +1,331 @@
+//! The kernels on the CPU, for tests: safe functions over slices, one a kernel or a chain of kernels. Owns the launches; what
+//! the kernels should compute is the tests' business.
+//!
+//! It needs `unsafe` because the kernels are C++ functions over pointers. Every function here derives the counts that it
+//! passes from the slices that it got, or compares them.
+#![allow(unsafe_code)]
+
+mod sampling;
+mod softmax;
+
+pub use sampling::sample;
+pub use softmax::{
+    Margin, Others, SoftmaxRows, Tile, largest_logits_bf16, largest_logits_f32, margin_logits,
+    softmax_gradient_bf16_bf16, softmax_gradient_f32_bf16, softmax_gradient_f32_f32,
+    softmax_gradient_in_place, softmax_rows, softmax_sums_bf16, softmax_sums_f32, target_cosines,
+};
+
+use crate::head::{lazy_sgd, tiled::kernel::rows::RowMap as Map};
+use half::bf16;
+use std::{ffi::c_void, ptr};
+
+/// How many threads run a kernel, and in which order.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    pub grid: u32,
+    pub block: u32,
+    pub backwards: bool,
+}
+
+impl Launch {
+    /// Grids smaller and larger than what there is to do, blocks smaller and larger than a row, both orders.
+    pub fn all() -> Vec<Self> {
+        let shapes = [(1, 1), (3, 32), (40, 8), (2, 256)];
+        shapes
+            .into_iter()
+            .flat_map(|(grid, block)| {
+                [false, true].map(|backwards| Self {
+                    grid,
+                    block,
+                    backwards,
+                })
+            })
+            .collect()
+    }
+
+    fn run<F: Fn()>(self, kernel: F) {
+        extern "C" fn thread<F: Fn()>(data: *mut c_void) {
+            // SAFETY: `run` passes its closure, which outlives the launch.
+            (unsafe { &*data.cast::<F>() })();
+        }
+        let data = (&raw const kernel).cast_mut().cast();
+        // SAFETY: `thread` takes this closure, and is only called before this returns; kernels do not unwind.
+        let split = unsafe { head_twin_run(self.grid, self.block, self.backwards.into(), thread::<F>, data) };
+        assert_eq!(
+            split, 0,
+            "the threads of a block came to different numbers of barriers"
+        );
+    }
+}
+
+/// As in common.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RowMap([f32; 4]);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RawHistory {
+    since: *const u32,
+    products: *const RowMap,
+    remembered: u32,
+    now: u32,
+}
+
+unsafe extern "C" {
+    fn head_twin_run(
+        grid: u32,
+        block: u32,
+        backwards: i32,
+        body: extern "C" fn(*mut c_void),
+        data: *mut c_void,
+    ) -> i32;
+    fn head_sgd_rows(
+        gradient: *const f32,
+        inverse: *const f32,
+        chosen: *const u32,
+        count: i64,
+        dim: i64,
+        weight: *mut f32,
+        momentum: *mut f32,
+        history: RawHistory,
+        touched: *mut u32,
+        lr: f32,
+        mu: f32,
+        decay: f32,
+    );
+    fn head_make_up_rows(
+        rows: i64,
+        dim: i64,
+        weight: *mut f32,
+        momentum: *mut f32,
+        history: RawHistory,
+        touched: *mut u32,
+        before: u32,
+    );
+}
+
+/// The steps that rows of weights have missed.
+pub struct History {
+    /// By row; empty: rows never miss any.
+    pub since: Vec<u32>,
+    products: Vec<RowMap>,
+    now: u32,
+}
+
+impl History {
+    /// No row ever misses a step.
+    pub fn none() -> Self {
+        Self {
+            since: Vec::new(),
+            products: Vec::new(),
+            now: 0,
+        }
+    }
+
+    /// As a GPU would be given it. `history` has forgotten nothing.
+    pub fn of(history: &lazy_sgd::History, since: &[u32]) -> Self {
+        let products = (0..history.now()).filter_map(|back_to| history.missed(back_to));
+        Self {
+            since: since.to_vec(),
+            products: products.map(|map| RowMap::of(&row_map(map))).collect(),
+            now: history.now(),
+        }
+    }
+
+    fn check(&self, rows: usize) {
+        assert!(self.since.is_empty() || self.since.len() == rows);
+        let oldest = self.now - self.products.len() as u32;
+        // One more than now: touched in this step.
+        assert!(
+            self.since
+                .iter()
+                .all(|since| (oldest..=self.now + 1).contains(since))
+        );
+    }
+
+    fn raw(&self) -> RawHistory {
+        RawHistory {
+            since: match self.since.is_empty() {
+                true => ptr::null(),
+                false => self.since.as_ptr(),
+            },
+            products: self.products.as_ptr(),
+            remembered: self.products.len() as u32,
+            now: self.now,
+        }
+    }
+}
+
+impl RowMap {
+    fn of(map: &Map) -> Self {
+        Self([map.w_by_w_less_1, map.w_by_v, map.v_by_w, map.v_by_v])
+    }
+}
+
+/// A map in single precision, as rows are.
+pub fn row_map(map: &lazy_sgd::Map) -> Map {
+    Map {
+        w_by_w_less_1: (map.w_by_w - 1.0) as f32,
+        w_by_v: map.w_by_v as f32,
+        v_by_w: map.v_by_w as f32,
+        v_by_v: map.v_by_v as f32,
+    }
+}
+
+/// Rows of length 1, 1 / norm, norm.
+pub type Normalized<T> = (Vec<T>, Vec<f32>, Vec<f64>);
+
+macro_rules! normalize_rows {
+    ($name:ident, $kernel:ident, $in:ty, $out:ty) => {
+        unsafe extern "C" {
+            fn $kernel(
+                rows: *const $in,
+                count: i64,
+                dim: i64,
+                unit: *mut $out,
+                inverse: *mut f32,
+                norm: *mut f64,
+            );
+        }
+
+        pub fn $name(launch: Launch, rows: &[$in], dim: usize) -> Normalized<$out> {
+            let count = rows.len() / dim;
+            let mut unit = vec![<$out>::default(); count * dim];
+            let (mut inverse, mut norm) = (vec![0f32; count], vec![0f64; count]);
+            let out = (unit.as_mut_ptr(), inverse.as_mut_ptr(), norm.as_mut_ptr());
+            // SAFETY: count * dim elements are read and written, and count of the other two.
+            launch.run(|| unsafe { $kernel(rows.as_ptr(), count as i64, dim as i64, out.0, out.1, out.2) });
+            (unit, inverse, norm)
+        }
+    };
+}
+normalize_rows!(normalize_f32_f32, head_normalize_rows_f32_f32, f32, f32);
+normalize_rows!(normalize_f32_bf16, head_normalize_rows_f32_bf16, f32, bf16);
+normalize_rows!(normalize_bf16_f32, head_normalize_rows_bf16_f32, bf16, f32);
+normalize_rows!(normalize_bf16_bf16, head_normalize_rows_bf16_bf16, bf16, bf16);
+
+/// Class weights with their momentum, `[rows, dim]`.
+pub struct Weights {
+    pub dim: usize,
+    pub weight: Vec<f32>,
+    pub momentum: Vec<f32>,
+    pub history: History,
+}
+
+impl Weights {
+    pub fn rows(&self) -> usize {
+        self.weight.len() / self.dim
+    }
+
+    fn check(&self, chosen: &[u32]) {
+        assert_eq!(self.weight.len(), self.momentum.len());
+        assert!(self.weight.len().is_multiple_of(self.dim));
+        assert!(chosen.iter().all(|row| (*row as usize) < self.rows()));
+        self.history.check(self.rows());
+    }
+}
+
+macro_rules! normalize_weights {
+    ($name:ident, $kernel:ident, $out:ty) => {
+        unsafe extern "C" {
+            fn $kernel(
+                weight: *const f32,
+                momentum: *const f32,
+                history: RawHistory,
+                chosen: *const u32,
+                count: i64,
+                dim: i64,
+                unit: *mut $out,
+                inverse: *mut f32,
+            );
+        }
+
+        /// `chosen`: `None` is all rows.
+        pub fn $name(launch: Launch, weights: &Weights, chosen: Option<&[u32]>) -> (Vec<$out>, Vec<f32>) {
+            weights.check(chosen.unwrap_or(&[]));
+            let count = chosen.map_or(weights.rows(), <[u32]>::len);
+            let mut unit = vec![<$out>::default(); count * weights.dim];
+            let mut inverse = vec![0f32; count];
+            let out = (unit.as_mut_ptr(), inverse.as_mut_ptr());
+            let list = chosen.map_or(ptr::null(), <[u32]>::as_ptr);
+            // SAFETY: `check` saw that all rows and steps named are there; count rows are written.
+            launch.run(|| unsafe {
+                $kernel(
+                    weights.weight.as_ptr(),
+                    weights.momentum.as_ptr(),
+                    weights.history.raw(),
+                    list,
+                    count as i64,
+                    weights.dim as i64,
+                    out.0,
+                    out.1,
+                )
+            });
+            (unit, inverse)
+        }
+    };
+}
+normalize_weights!(normalize_weights_f32, head_normalize_weights_f32, f32);
+normalize_weights!(normalize_weights_bf16, head_normalize_weights_bf16, bf16);
+
+/// The numbers of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Sgd {
+    pub lr: f32,
+    pub mu: f32,
+    pub decay: f32,
+}
+
+/// One step on some rows (`None`: all), from the gradient by rows of length 1.
+pub fn sgd_rows(
+    launch: Launch,
+    weights: &mut Weights,
+    chosen: Option<&[u32]>,
+    gradient: &[f32],
+    inverse: &[f32],
+    sgd: Sgd,
+) {
+    weights.check(chosen.unwrap_or(&[]));
+    let count = chosen.map_or(weights.rows(), <[u32]>::len);
+    assert_eq!((gradient.len(), inverse.len()), (count * weights.dim, count));
+    let dim = weights.dim as i64;
+    let touched = match weights.history.since.is_empty() {
+        true => ptr::null_mut(),
+        false => weights.history.since.as_mut_ptr(),
+    };
+    let mut history = weights.history.raw();
+    history.since = touched;
+    let (weight, momentum) = (weights.weight.as_mut_ptr(), weights.momentum.as_mut_ptr());
+    let list = chosen.map_or(ptr::null(), <[u32]>::as_ptr);
+    // SAFETY: `check` saw that all rows and steps named are there; the lengths were compared.
+    launch.run(|| unsafe {
+        head_sgd_rows(
+            gradient.as_ptr(),
+            inverse.as_ptr(),
+            list,
+            count as i64,
+            dim,
+            weight,
+            momentum,
+            history,
+            touched,
+            sgd.lr,
+            sgd.mu,
+            sgd.decay,
+        );
+    });
+}
+
+/// Makes up for what rows have missed that were touched before `before`.
+pub fn make_up_rows(launch: Launch, weights: &mut Weights, before: u32) {
+    weights.check(&[]);
+    assert!(!weights.history.since.is_empty());
+    let (rows, dim) = (weights.rows() as i64, weights.dim as i64);
+    let touched = weights.history.since.as_mut_ptr();
+    let mut history = weights.history.raw();
+    history.since = touched;
+    let (weight, momentum) = (weights.weight.as_mut_ptr(), weights.momentum.as_mut_ptr());
+    // SAFETY: `check` saw that all steps named are there; every row has an element of `since`.
+    launch.run(|| unsafe { head_make_up_rows(rows, dim, weight, momentum, history, touched, before) });
+}
