@@ -27,7 +27,7 @@ demo: build ## Train on synthetic identities with a coordinator and two workers 
 	@PROMETHEUS="$(PROMETHEUS)" scripts/demo.sh
 
 test: setup ## Run all tests: unit, property, golden and cluster
-	@scripts/setup.sh python etcd prometheus browser deploy
+	@scripts/setup.sh python nvrtc etcd prometheus browser deploy
 	@# Builds the binaries too, which the cluster tests start: the whole workspace at once, because another choice of
 	@# packages has other features and compiles everything again.
 	@$(ENV) $(CARGO) test --workspace --locked $(CARGO_FLAGS)

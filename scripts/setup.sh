@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Fetches what a fresh Debian or Ubuntu (x86-64) lacks to build, test and lint: C++ compiler, cmake, nasm, protoc, pip and
-# (for tests) an etcd server, Prometheus and Chromium from apt, libtorch from the wheels on the Python package index. Needs Rust, Python 3, git, and root or
+# (for tests) an etcd server, Prometheus and Chromium from apt, libtorch and (for tests) NVRTC from the wheels on the Python package index. Needs Rust, Python 3, git, and root or
 # sudo if apt packages are missing.
 #
-#   scripts/setup.sh [libtorch] [python] [etcd] [prometheus] [browser] [lint] [deploy]     default: libtorch
+#   scripts/setup.sh [libtorch] [python] [nvrtc] [etcd] [prometheus] [browser] [lint] [deploy]     default: libtorch
 #
 # Safe to interrupt and to run twice at once: downloads are checked by digest, unpacked beside their place and
 # renamed into it under a lock. When nothing is missing it takes a fraction of a second. See scripts/env.sh for the
-# variables; ARCFACE_WHEELS=DIR takes the three wheels from DIR where there is no network.
+# variables; ARCFACE_WHEELS=DIR takes the wheels of libtorch and NVRTC from DIR where there is no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/env.sh
@@ -128,6 +128,7 @@ fetch_wheel() {
     if ! python3 -m pip --disable-pip-version-check --no-input download --no-deps --no-cache-dir --only-binary=:all: \
         --python-version 3.11 --implementation cp --abi cp311 --abi none --abi abi3 \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 --platform manylinux2014_x86_64 \
+        --platform manylinux2010_x86_64 \
         --dest "$into" "$name==$version" >"$log" 2>&1 </dev/null; then
         die "$name $version from the Python package index: $(grep -iE 'error' "$log" | tail -n 1)" \
             "all of pip's output is in $log; ARCFACE_WHEELS=DIR takes $file from DIR instead"
@@ -240,6 +241,41 @@ need_python() {
     need_python_torch
 }
 
+# The compiler of the CUDA kernels, with which the tests compile them; it needs no GPU. That of CUDA 12.9 still knows V100
+# (sm_70), which the one of libtorch's CUDA 13 does not.
+NVRTC="nvidia-cuda-nvrtc-cu12 12.9.86 nvidia_cuda_nvrtc_cu12-12.9.86-py3-none-manylinux2010_x86_64.manylinux_2_12_x86_64.whl \
+210cf05005a447e29214e9ce50851e83fc5f4358df8b453155d5e1918094dcb4"
+
+need_nvrtc() {
+    local dir="$ARCFACE_CACHE/nvrtc-12.9.86"
+    local partial="$dir.partial"
+    [ -f "$ARCFACE_NVRTC" ] && return
+    [ "${ARCFACE_NVRTC#"$dir"/}" != "$ARCFACE_NVRTC" ] || die "NVRTC: ARCFACE_NVRTC=$ARCFACE_NVRTC is not there"
+    take_lock
+    [ -f "$ARCFACE_NVRTC" ] && return
+    mkdir -p "$partial"
+    # shellcheck disable=SC2086 # four words are four arguments
+    fetch_wheel $NVRTC "$partial"
+    say "unpacking NVRTC 12.9"
+    python3 - "$partial" <<'PY' || die "NVRTC: unpacking into $partial failed"
+import glob, os, shutil, sys, zipfile
+
+[partial] = sys.argv[1:]
+[wheel] = glob.glob(os.path.join(partial, "*.whl"))
+os.makedirs(os.path.join(partial, "lib"), exist_ok=True)
+with zipfile.ZipFile(wheel) as archive:
+    for entry in archive.infolist():
+        folder, _, file = entry.filename.rpartition("/")
+        if folder == "nvidia/cuda_nvrtc/lib" and file and ".alt." not in file:
+            with archive.open(entry) as source, open(os.path.join(partial, "lib", file), "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+os.remove(wheel)
+PY
+    rm -rf "$dir" # only an incomplete one comes here
+    mv "$partial" "$dir"
+    [ -f "$ARCFACE_NVRTC" ] || die "NVRTC: the wheel does not hold $(basename "$ARCFACE_NVRTC")"
+}
+
 # What looks at the status page: a Chromium with its driver (400 MB), and axe, which judges whether a page can be used by everybody.
 # axe comes in a package for Playwright, of which only its one script is wanted.
 need_browser() {
@@ -292,13 +328,14 @@ for part in "${@:-libtorch}"; do
         need_libtorch
         need_python
         ;;
+    nvrtc) need_nvrtc ;;
     etcd) need_server etcd etcd-server ;;
     prometheus) need_server prometheus prometheus ;;
     browser) need_browser ;;
     lint) need_lint ;;
     deploy) need_deploy ;;
     *)
-        printf 'setup: unknown part %s\nhint: libtorch, python, etcd, prometheus, browser, lint or deploy\n' "$part" >&2
+        printf 'setup: unknown part %s\nhint: libtorch, python, nvrtc, etcd, prometheus, browser, lint or deploy\n' "$part" >&2
         exit 2
         ;;
     esac

@@ -14,6 +14,7 @@ pub mod eval;
 pub mod export;
 pub mod head;
 pub mod model;
+pub mod nvrtc;
 pub mod optim;
 pub mod paths;
 pub mod progress;
