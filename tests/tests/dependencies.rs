@@ -172,12 +172,17 @@ fn closure(metadata: &Metadata, name: &str) -> Result<BTreeSet<String>> {
 }
 
 #[test]
-fn only_the_worker_links_libtorch() -> Result<()> {
+fn only_the_worker_links_libtorch_and_knows_cuda() -> Result<()> {
     let metadata = metadata()?;
     for name in ["arcface-proto", "arcface-coordinator", "arcface-tests"] {
         let tensors: Vec<_> = closure(&metadata, name)?
             .into_iter()
-            .filter(|dependency| matches!(dependency.as_str(), "tch" | "torch-sys" | "arcface-worker"))
+            .filter(|dependency| {
+                matches!(
+                    dependency.as_str(),
+                    "tch" | "torch-sys" | "arcface-worker" | "cudarc" | "nvml-wrapper"
+                )
+            })
             .collect();
         ensure!(
             tensors.is_empty(),

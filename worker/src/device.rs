@@ -1,7 +1,14 @@
 //! The one place that asks what hardware there is and how much of it a process may use.
 //!
-//! This version computes on the CPU; a GPU is named in the messages so that nobody wonders why it idles.
+//! This version computes on the CPU; a GPU is named in the messages so that nobody wonders why it idles. `--device cuda` looks
+//! whether this machine could train on its GPUs (`cuda.rs`), and then says that this version does not. Without it, no CUDA
+//! library is opened.
 
+mod cuda;
+mod gpus;
+mod libraries;
+
+use crate::nvrtc::Cache;
 use arcface_proto::failure::{ExitCode, Failure};
 use std::path::Path;
 
@@ -62,15 +69,23 @@ pub fn resolve(choice: DeviceChoice) -> Result<Device, Failure> {
     match choice {
         DeviceChoice::Cpu | DeviceChoice::Auto => Ok(Device::Cpu),
         DeviceChoice::Cuda => {
-            let seen = match nvidia_gpu_present() {
-                true => "a GPU is present, but",
-                false => "no NVIDIA GPU was found, and",
-            };
-            Err(Failure::new(
-                ExitCode::Usage,
-                format!("--device cuda: {seen} this version of arcface-worker computes on the CPU only"),
-            )
-            .hint("start it with --device cpu"))
+            let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+            let list = std::env::var_os("CUDA_VISIBLE_DEVICES");
+            let list = list.as_deref().map(std::ffi::OsStr::to_string_lossy);
+            let nvrtc = variable("ARCFACE_NVRTC");
+            match cuda::find(list.as_deref(), nvrtc.as_deref().map(Path::new), Cache::of_user()) {
+                Ok(found) => Err(Failure::new(
+                    ExitCode::Usage,
+                    format!(
+                        "--device cuda: {found}, but this version of arcface-worker trains on the CPU only"
+                    ),
+                )
+                .hint("start it with --device cpu")),
+                Err(error) => {
+                    let failure = Failure::new(error.code(), format!("--device cuda: {error}"));
+                    Err(failure.hint(error.hint()))
+                }
+            }
         }
     }
 }
