@@ -348,9 +348,9 @@ fn sources() -> Result<Vec<Source>> {
 }
 
 fn is_text(path: &Path) -> bool {
-    const ENDINGS: [&str; 19] = [
-        "rs", "cpp", "cu", "cuh", "h", "toml", "proto", "sh", "py", "md", "yml", "yaml", "service", "env",
-        "json", "txt", "html", "css", "js",
+    const ENDINGS: [&str; 20] = [
+        "rs", "c", "cpp", "cu", "cuh", "h", "toml", "proto", "sh", "py", "md", "yml", "yaml", "service",
+        "env", "json", "txt", "html", "css", "js",
     ];
     let name = path.file_name().unwrap_or_default();
     name == "Makefile"

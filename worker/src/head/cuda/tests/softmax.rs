@@ -142,14 +142,11 @@ fn target_cosines_see_what_rows_have_missed() {
     let target: Vec<i64> = (0..classes as i64).collect();
     let (made_up, _) = twin::normalize_weights_f32(Launch::all()[0], &weights, None);
     for (cosine, _) in in_every_launch(|launch| twin::target_cosines(launch, &unit, &weights, &target)) {
-        for row in 0..classes {
+        for (row, cosine) in cosine.into_iter().enumerate() {
             let span = row * dim..(row + 1) * dim;
             let pairs = unit[span.clone()].iter().zip(&made_up[span]);
             let expected: f64 = pairs.map(|(e, w)| f64::from(*e) * f64::from(*w)).sum();
-            assert!(
-                (cosine[row] - expected).abs() < 1e-6,
-                "lengths of 1 are f32: {row}"
-            );
+            assert!((cosine - expected).abs() < 1e-6, "lengths of 1 are f32: {row}");
         }
     }
 }
@@ -190,7 +187,7 @@ impl Case {
             .collect();
         // Samples at the poles of their own class.
         if let (0, Ok(column)) = (number % 3, usize::try_from(target[0])) {
-            cosines[column] = if number % 2 == 0 { 1.0 } else { -1.0 };
+            cosines[column] = if number.is_multiple_of(2) { 1.0 } else { -1.0 };
         }
         let m = MARGINS[draw(&mut stream, 0..MARGINS.len())];
         let exact = stream.next_uniform() < 0.5;
@@ -309,11 +306,11 @@ fn sums_and_gradients_are_those_of_the_whole_matrix() {
             .collect();
         for sums in in_every_launch(|launch| case.sums(launch, &others)) {
             let mut gradient = vec![0f64; logits.len()];
-            for sample in 0..case.samples {
+            for (sample, sum_of_terms) in sums.iter().enumerate() {
                 let row = sample * case.classes..(sample + 1) * case.classes;
                 let terms: Vec<f64> = logits[row.clone()].iter().map(|logit| logit.exp()).collect();
                 let sum: f64 = terms.iter().sum();
-                let ours = sums[sample] * (f64::from(others.shift[sample]) * LN_2).exp();
+                let ours = sum_of_terms * (f64::from(others.shift[sample]) * LN_2).exp();
                 let what = case.describe();
                 assert!(
                     (ours / sum - 1.0).abs() < TOLERANCE,
@@ -332,8 +329,8 @@ fn sums_and_gradients_are_those_of_the_whole_matrix() {
             }
             let launch = Launch::all()[3];
             let rows = twin::softmax_rows(launch, &sums, &target_logit, &by_cosine, &others, share);
-            for sample in 0..case.samples {
-                let sum = sums[sample].ln() + f64::from(others.shift[sample]) * LN_2;
+            for (sample, sum_of_terms) in sums.iter().enumerate() {
+                let sum = sum_of_terms.ln() + f64::from(others.shift[sample]) * LN_2;
                 let log_p = target_logit[sample] - sum;
                 assert!((rows.loss[sample] + log_p.max(1e-30f64.ln())).abs() < 1e-9);
                 // More than 1 where the sample's own class is elsewhere and not in the sum.

@@ -104,15 +104,15 @@ fn rows_are_made_up_for_up_to_a_step() {
         for limit in [0, steps / 2, steps] {
             let (mut weight, mut momentum) = (before.weight.clone(), before.momentum.clone());
             let mut since = before.history.since.clone();
-            for row in 0..rows {
+            for (row, since) in since.iter_mut().enumerate() {
                 let span = row * dim..(row + 1) * dim;
-                if let (true, Some(map)) = (since[row] < limit, history.missed(since[row])) {
+                if let (true, Some(map)) = (*since < limit, history.missed(*since)) {
                     Isa::best().run(MakeUp {
                         weight: &mut weight[span.clone()],
                         momentum: &mut momentum[span],
                         missed: twin::row_map(map),
                     });
-                    since[row] = history.now();
+                    *since = history.now();
                 }
             }
             for (ours_w, ours_v, ours_since) in in_every_launch(|launch| {
