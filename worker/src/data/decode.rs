@@ -118,7 +118,12 @@ fn with_decompressor<T>(f: impl FnOnce(&mut Decompressor) -> Result<T, String>) 
                 slot.insert(fresh)
             }
         };
-        f(decompressor)
+        let decoded = f(decompressor);
+        if decoded.is_err() {
+            // It is left in the middle of the image: what comes next would be taken for the rest of it.
+            *slot = None;
+        }
+        decoded
     })
 }
 
@@ -196,6 +201,26 @@ mod tests {
     fn decoded(bytes: &[u8], other_size: OtherSize) -> Result<Vec<u8>, String> {
         let mut out = [0u8; PIXEL_BYTES];
         decode(bytes, other_size, &mut out).map(|()| out.to_vec())
+    }
+
+    #[test]
+    fn a_damaged_image_does_no_harm_to_the_next_one() {
+        let good = jpeg(&picture(112, 112));
+        let known = decoded(&good, OtherSize::Refuse).unwrap();
+        let mut damaged = vec![b"\xff\xd8\xff no".to_vec()];
+        damaged.extend((2..good.len()).step_by(7).map(|end| good[..end].to_vec()));
+        damaged.extend((2..good.len()).step_by(3).map(|at| {
+            let mut bytes = good.clone();
+            bytes[at] ^= 0x55;
+            bytes
+        }));
+        let mut refused = 0;
+        for bytes in &damaged {
+            refused += u32::from(decoded(bytes, OtherSize::Refuse).is_err());
+            assert_eq!(decoded(&good, OtherSize::Refuse).as_ref(), Ok(&known));
+            assert_eq!(dimensions(&good), Ok((112, 112)));
+        }
+        assert!(refused > 100, "{refused} of {} were damaged", damaged.len());
     }
 
     #[test]
