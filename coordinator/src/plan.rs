@@ -14,8 +14,10 @@ pub struct PlanNode {
     pub id: NodeId,
     /// Ranks it can run at once.
     pub slots: u32,
-    /// Slots without a process, at most `slots`.
+    /// Slots without a process, at most `slots`, less those that are kept.
     pub free: u32,
+    /// Slots without a process that jobs which recover will need.
+    pub kept: u32,
     /// Heartbeats arrive and it is not being drained.
     pub usable: bool,
 }
@@ -39,6 +41,8 @@ pub struct Unplaceable {
     pub wanted: u32,
     /// Free slots on usable nodes.
     pub free: u32,
+    /// Slots there that are kept for jobs which recover.
+    pub kept: u32,
     /// Usable nodes.
     pub nodes: usize,
     /// Nodes that are there but not usable.
@@ -58,6 +62,9 @@ impl fmt::Display for Unplaceable {
             self.nodes,
             plural(self.nodes as u64)
         )?;
+        if self.kept > 0 {
+            write!(f, ", {} kept for a job that recovers", self.kept)?;
+        }
         match self.unusable {
             0 => Ok(()),
             count => write!(f, " ({count} more not usable)"),
@@ -78,12 +85,13 @@ pub fn plan(nodes: &[PlanNode], job: PlanJob, previous: &[NodeId]) -> Result<Pla
         .fold(0u32, |sum, node| sum.saturating_add(node.free));
     let world = free.min(job.most);
     if world < job.least.max(1) {
-        let healthy = nodes.iter().filter(|node| node.usable).count();
+        let healthy: Vec<&PlanNode> = nodes.iter().filter(|node| node.usable).collect();
         return Err(Unplaceable {
             wanted: job.least,
             free,
-            nodes: healthy,
-            unusable: nodes.len() - healthy,
+            kept: healthy.iter().fold(0, |sum, node| sum.saturating_add(node.kept)),
+            nodes: healthy.len(),
+            unusable: nodes.len() - healthy.len(),
         });
     }
     if previous.len() == world as usize && holds(previous, &usable) {
@@ -150,11 +158,15 @@ mod tests {
             id: words[0].parse().expect("node id"),
             slots: slots.parse().expect("slots"),
             free: free.parse().expect("free"),
+            kept: words
+                .iter()
+                .find_map(|word| word.strip_prefix("kept="))
+                .map_or(0, |kept| kept.parse().expect("kept")),
             usable: !words.contains(&"down"),
         }
     }
 
-    /// `node ID FREE/SLOTS [down]`, `previous ID...`, `job LEAST MOST`.
+    /// `node ID FREE/SLOTS [kept=N] [down]`, `previous ID...`, `job LEAST MOST`.
     fn case(lines: &[&str]) -> String {
         let (mut nodes, mut previous, mut job) = (Vec::new(), Vec::new(), None);
         for line in lines {
@@ -191,6 +203,7 @@ mod tests {
                     id: format!("n{i}").parse().expect("node id"),
                     slots,
                     free: free.min(slots),
+                    kept: 0,
                     usable,
                 })
                 .collect()

@@ -235,7 +235,7 @@ impl CheckpointSpec {
 mod loss;
 mod metric;
 
-pub use metric::{Metric, set_name};
+pub use metric::{Metric, is_set_path, set_name};
 
 /// A closed set of names in the job file.
 pub trait Choice: Copy + Sized + 'static {

@@ -178,6 +178,7 @@ impl Control {
                     .hello
                     .slots
                     .saturating_sub(used.get(id).copied().unwrap_or(0)),
+                kept: 0,
                 usable: member.usable(),
             })
             .collect();
@@ -241,9 +242,9 @@ fn placed_anew(nodes: &[PlanNode], job: &Job) -> Vec<NodeId> {
 fn set_aside(nodes: &mut [PlanNode], job: &Job, placement: &[NodeId]) {
     for node in nodes {
         let taken = placement.iter().filter(|id| **id == node.id).count() as u32;
-        node.free = (node.free + own(job, &node.id))
-            .saturating_sub(taken)
-            .min(node.free);
+        let kept = taken.saturating_sub(own(job, &node.id)).min(node.free);
+        node.free -= kept;
+        node.kept += kept;
     }
 }
 

@@ -498,6 +498,7 @@ impl Cluster {
                 .hello
                 .slots
                 .saturating_sub(used.get(id).map_or(0, |ranks| ranks.len() as u32)),
+            kept: 0,
             usable: member.usable(),
         };
         self.members.members().iter().map(node).collect()

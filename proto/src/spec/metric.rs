@@ -13,10 +13,14 @@ const RANKS: [&str; 3] = ["1", "5", "10"];
 /// Name of the mean over the verification sets.
 const MEAN: &str = "mean";
 
+/// Whether an entry of `eval.val_targets` is the path of a file, rather than the name of one beside the training data.
+pub fn is_set_path(target: &str) -> bool {
+    target.contains('/') || target.ends_with(".bin")
+}
+
 /// Name of a verification set in `eval.val_targets`: `lfw` for `lfw` and for `/sets/lfw.bin`.
 pub fn set_name(target: &str) -> &str {
-    let is_path = target.contains('/') || target.ends_with(".bin");
-    let stem = Path::new(target).file_stem().filter(|_| is_path);
+    let stem = Path::new(target).file_stem().filter(|_| is_set_path(target));
     stem.and_then(|stem| stem.to_str()).unwrap_or(target)
 }
 

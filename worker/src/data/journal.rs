@@ -1,5 +1,5 @@
 //! The journal of a set that is being written: how far its files are on the disk, so that a run that is broken off can be gone
-//! on with. It lies beside the files as `.journal` and is removed with the last of them.
+//! on with. It lies beside the files as `.journal` until the set is whole.
 //!
 //! The first line says what is made, as a digest of all that decides it. Each further line is a mark: items that are done,
 //! bytes of the `.rec` and the `.idx` with them, items that were left out since the line before, and a digest of the line.
@@ -35,11 +35,13 @@ pub struct Earlier {
     pub refused: Vec<u64>,
 }
 
-/// An open journal. No other process can open it meanwhile.
+/// An open journal. No other process can open it meanwhile. Without a mark its file goes with it.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
     file: File,
+    /// There is a mark to go on from.
+    marked: bool,
 }
 
 impl Journal {
@@ -91,7 +93,8 @@ impl Journal {
             })
             .map_err(failed)?;
         let earlier = Some(earlier).filter(|earlier| earlier.mark.items > 0);
-        Ok((Self { path, file }, earlier))
+        let marked = earlier.is_some();
+        Ok((Self { path, file, marked }, earlier))
     }
 
     /// Notes a mark, and the items that were left out since the one before.
@@ -102,15 +105,28 @@ impl Journal {
         self.file
             .write_all(line(mark, refused).as_bytes())
             .and_then(|()| self.file.sync_data())
-            .map_err(|error| DataError::io(&self.path, error))
+            .map_err(|error| DataError::io(&self.path, error))?;
+        self.marked = true;
+        Ok(())
     }
 
-    /// Removes it: there is nothing to go on with.
-    ///
-    /// # Errors
-    /// If it cannot be removed.
-    pub fn remove(self) -> Result<(), DataError> {
-        std::fs::remove_file(&self.path).map_err(|error| DataError::io(&self.path, error))
+    /// Whether there is a mark to go on from.
+    pub fn is_marked(&self) -> bool {
+        self.marked
+    }
+
+    /// The set is whole: there is nothing to go on with any more.
+    pub fn done(mut self) {
+        self.marked = false;
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        if !self.marked {
+            // Best effort: one that stays is of files that are not there, and the next run begins again.
+            std::fs::remove_file(&self.path).unwrap_or_default();
+        }
     }
 }
 
@@ -204,7 +220,9 @@ mod tests {
         drop(journal);
         assert_eq!(Journal::open(&rec, "others").unwrap().1, None);
         assert_eq!(Journal::open(&rec, "faces").unwrap().1, None, "forgotten");
-        Journal::open(&rec, "faces").unwrap().0.remove().unwrap();
+        assert!(!Journal::path_of(&rec).exists(), "one without a mark is gone");
+        noted(&rec, &[(10, &[])]);
+        Journal::open(&rec, "faces").unwrap().0.done();
         assert!(!Journal::path_of(&rec).exists());
     }
 

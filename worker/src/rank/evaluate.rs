@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use targets::Target;
 use tch::{Kind, Tensor};
 
-/// Bytes of all ranks together that go to rank 0 after an update: a hundredth of what gradients take, or less.
+/// Bytes of all ranks together that go to rank 0 after an update; r18's gradients are six times as many.
 const PIECE_BYTES: usize = 16 << 20;
 /// How long a rank that waits for its thread waits before it looks after the others.
 const LOOK: Duration = Duration::from_millis(200);

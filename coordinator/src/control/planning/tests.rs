@@ -304,6 +304,10 @@ async fn one_recovers_and_one_is_queued() -> (World, JobId, JobId) {
         (Phase::Recovering, Phase::Queued),
         "its slot is kept for it"
     );
+    assert_eq!(
+        world.job(&second).reason,
+        "wants 1 rank, 0 slots free on 1 node, 1 kept for a job that recovers"
+    );
     (world, first, second)
 }
 

@@ -8,7 +8,7 @@ use crate::eval::ijb::{
 use crate::eval::verification::{self, Embeddings, embed_set};
 use crate::eval::{Verification, VerificationSet};
 use crate::rank::failure::RankFailure;
-use arcface_proto::spec::{JobSpec, set_name};
+use arcface_proto::spec::{JobSpec, is_set_path, set_name};
 use arcface_proto::v1::{Evaluation, IjbNumbers};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -152,7 +152,7 @@ fn open_ijb(folder: &Path, protocol: Protocol) -> Result<Benchmark, RankFailure>
 
 /// `lfw` lies as `lfw.bin` beside the training data; what looks like a path is one.
 fn set_path(rec: &str, target: &str) -> PathBuf {
-    if target.contains('/') || target.ends_with(".bin") {
+    if is_set_path(target) {
         return PathBuf::from(target);
     }
     let rec = Path::new(rec);
@@ -213,6 +213,30 @@ fn of_ijb(name: &str, found: &ijb::Evaluation) -> Evaluation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eval::ijb::identification::RANKS;
+    use arcface_proto::spec::Metric;
+
+    /// What `eval.best` may name is what evaluations tell, no more and no less.
+    #[test]
+    fn the_best_is_of_a_number_that_there_is() {
+        let rates = |of: &str, fars: &[(&str, f64)]| -> Vec<String> {
+            fars.iter().map(|(far, _)| format!("{of}.tar@{far}")).collect()
+        };
+        let mut of_set = rates("lfw", &verification::FAR_TARGETS);
+        of_set.push("lfw.accuracy".into());
+        let mut of_ijb = rates("ijbc", &ijb::FARS);
+        of_ijb.push("ijbc.auc".into());
+        of_ijb.extend(RANKS.map(|rank| format!("ijbc.rank-{rank}")));
+        for (sets, benchmarks, mut told) in [(vec!["lfw"], vec![], of_set), (vec![], vec!["ijbc"], of_ijb)] {
+            let named = Metric::all(&sets, &benchmarks)
+                .into_iter()
+                .map(|metric| metric.to_string());
+            let mut named: Vec<String> = named.filter(|name| !name.starts_with("mean.")).collect();
+            named.sort();
+            told.sort();
+            assert_eq!(named, told);
+        }
+    }
 
     #[test]
     fn names_lie_beside_the_data_and_paths_are_paths() {

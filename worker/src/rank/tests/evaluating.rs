@@ -1,8 +1,9 @@
 //! Evaluation beside training: it changes nothing of training, gives the numbers that it would give if training waited, and
 //! its end is no rank's end but that of its generation. The best weights, and the end before the last step.
 
+use super::updates::Tapped;
 use super::*;
-use crate::collective::{CollectiveError, ReduceOp};
+use crate::collective::CollectiveError;
 use crate::data::decode::SIDE;
 use crate::eval::ijb::synthetic::{self, Sizes};
 use crate::eval::ijb::{self, Benchmark, Layout, Protocol, Settings, embed::embed_images};
@@ -212,52 +213,6 @@ fn one_that_is_due_while_another_is_under_way_is_left_out_but_not_the_last() {
     assert!(!log.contains("evaluation of step 10 is left out"), "{log}");
 }
 
-/// A rank that dies in its n-th gradient sum.
-struct Mortal {
-    inner: TcpCollective,
-    left: Option<u32>,
-}
-
-impl Collective for Mortal {
-    fn rank(&self) -> u32 {
-        self.inner.rank()
-    }
-
-    fn world_size(&self) -> u32 {
-        self.inner.world_size()
-    }
-
-    fn all_reduce(&mut self, tensor: &mut Tensor, op: ReduceOp) -> Result<(), CollectiveError> {
-        // The head's sums are small.
-        if let Some(left) = self.left.as_mut().filter(|_| tensor.numel() > 1000) {
-            if *left == 0 {
-                return Err(CollectiveError::Dead {
-                    operation: "all_reduce",
-                    first: "killed by the test".into(),
-                });
-            }
-            *left -= 1;
-        }
-        self.inner.all_reduce(tensor, op)
-    }
-
-    fn all_gather(&mut self, local: &Tensor) -> Result<Tensor, CollectiveError> {
-        self.inner.all_gather(local)
-    }
-
-    fn reduce_scatter(&mut self, full: &Tensor) -> Result<Tensor, CollectiveError> {
-        self.inner.reduce_scatter(full)
-    }
-
-    fn broadcast(&mut self, tensor: &mut Tensor, root: u32) -> Result<(), CollectiveError> {
-        self.inner.broadcast(tensor, root)
-    }
-
-    fn barrier(&mut self) -> Result<(), CollectiveError> {
-        self.inner.barrier()
-    }
-}
-
 #[test]
 fn a_rank_that_dies_during_an_evaluation_ends_the_generation_at_once() {
     let scratch = tempfile::tempdir().expect("scratch");
@@ -271,8 +226,23 @@ fn a_rank_that_dies_during_an_evaluation_ends_the_generation_at_once() {
         &spec,
         2,
         |inner| {
-            let left = (inner.rank() == 1).then_some(3);
-            Box::new(Mortal { inner, left })
+            // Rank 1 dies in its fourth gradient sum.
+            let mut left = (inner.rank() == 1).then_some(3);
+            Box::new(Tapped {
+                inner,
+                before: Box::new(move |_| match &mut left {
+                    Some(0) => Err(CollectiveError::Dead {
+                        operation: "all_reduce",
+                        first: "killed by the test".into(),
+                    }),
+                    Some(left) => {
+                        *left -= 1;
+                        Ok(())
+                    }
+                    None => Ok(()),
+                }),
+                after: Box::new(|_| {}),
+            })
         },
         |rank, trainer, job| {
             // Two ranks on a core: none is free.

@@ -253,6 +253,7 @@ fn a_gradient_that_is_not_finite_follows_the_policy() {
                 if std::mem::take(&mut breaks) {
                     let _ = own.narrow(0, 0, 1).fill_(f64::NAN);
                 }
+                Ok(())
             }),
             after: Box::new(|_| {}),
         })

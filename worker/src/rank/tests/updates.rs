@@ -10,11 +10,14 @@ use tch::Kind;
 /// Elements of a gradient sum at least; the head's messages are shorter.
 const GRADIENT: usize = 10_000;
 
-/// A communicator that shows, and lets change, gradient sums: `before(tensor)` is this rank's own, `after(tensor)` the
-/// sum.
+/// What is done to this rank's own gradient before it is summed.
+type Before = Box<dyn FnMut(&mut Tensor) -> Result<(), CollectiveError> + Send>;
+
+/// A communicator that shows, and lets change or fail, gradient sums: `before(tensor)` is this rank's own, `after(tensor)`
+/// the sum.
 pub(super) struct Tapped {
     pub inner: TcpCollective,
-    pub before: Box<dyn FnMut(&mut Tensor) + Send>,
+    pub before: Before,
     pub after: Box<dyn FnMut(&Tensor) + Send>,
 }
 
@@ -30,7 +33,7 @@ impl Collective for Tapped {
     fn all_reduce(&mut self, tensor: &mut Tensor, op: ReduceOp) -> Result<(), CollectiveError> {
         let is_gradient = tensor.kind() == Kind::Float && tensor.numel() > GRADIENT;
         if is_gradient {
-            (self.before)(tensor);
+            (self.before)(tensor)?;
         }
         self.inner.all_reduce(tensor, op)?;
         if is_gradient {
@@ -206,7 +209,7 @@ fn the_backbone_is_updated_as_restated_in_f64() {
             let (sums, rank) = (sums.clone(), inner.rank());
             Box::new(Tapped {
                 inner,
-                before: Box::new(|_| {}),
+                before: Box::new(|_| Ok(())),
                 after: Box::new(move |sum| {
                     if rank == 0 {
                         sums.lock().expect("whole").push(flat(&[sum.shallow_clone()]));

@@ -137,14 +137,14 @@ fn pack(
         }
         Ok(())
     };
-    let (mut done, mut noted, mut marked) = (earlier.mark.items, Instant::now(), earlier.mark.items > 0);
+    let (mut done, mut noted) = (earlier.mark.items, Instant::now());
     let mut mark = |items: u64, writer: &mut LayoutWriter| {
         bar.inc(items);
         done += items;
         if noted.elapsed() >= Duration::from_secs(args.mark_every.into()) {
             let mark = writer.mark(done)?;
             journal.note(&mark, &unnoted.take())?;
-            (noted, marked) = (Instant::now(), true);
+            noted = Instant::now();
         }
         Ok(())
     };
@@ -160,12 +160,10 @@ fn pack(
     );
     let labels = match made {
         Ok(labels) => labels,
-        Err(error) if marked => {
-            bar.suspend(|| eprintln!("the same command goes on from here; what is packed stays packed"));
-            return Err(error.into());
-        }
         Err(error) => {
-            journal.remove().map_err(explain)?;
+            if journal.is_marked() {
+                bar.suspend(|| eprintln!("the same command goes on from here; what is packed stays packed"));
+            }
             return Err(error.into());
         }
     };
@@ -175,7 +173,7 @@ fn pack(
         labels.iter().map(name).collect()
     });
     repack::finish(writer, rec, names.as_deref()).map_err(explain)?;
-    journal.remove().map_err(explain)?;
+    journal.done();
     bar.finish_and_clear();
     Ok((images, identities, skipped))
 }
