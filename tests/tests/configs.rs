@@ -293,6 +293,7 @@ fn every_config_is_placed_on_nodes_that_are_enough() -> Result<()> {
                 id: format!("node-{index}").parse()?,
                 slots,
                 free: slots,
+                kept: 0,
                 usable: true,
             })
         };
