@@ -46,6 +46,7 @@ if ! command -v prometheus >/dev/null; then
     exit 1
 fi
 metrics=127.0.0.1:9464
+worker_metrics=127.0.0.1:9465
 page=127.0.0.1:9090
 rm -rf "$work/prometheus"
 mkdir -p "$work/prometheus"
@@ -56,13 +57,15 @@ rule_files: ["$PWD/deploy/prometheus/rules/*.yml"]
 scrape_configs:
   - job_name: arcface-coordinator
     static_configs: [{targets: ["$metrics"]}]
+  - job_name: arcface-worker
+    static_configs: [{targets: ["$worker_metrics", "127.0.0.1:9466"]}]
 END
 prometheus --config.file="$work/prometheus/prometheus.yml" --storage.tsdb.path="$work/prometheus/data" \
     --web.listen-address="$page" --log.level=warn &
 recorder=$!
 trap 'kill "$recorder" 2>/dev/null || true' EXIT
 echo "Prometheus  http://$page   alerts  http://$page/alerts"
-"${demo[@]}" --metrics "$metrics"
+"${demo[@]}" --metrics "$metrics" --worker-metrics "$worker_metrics"
 if [ -t 0 ]; then
     echo "Prometheus keeps the record of the run at http://$page until Ctrl-C"
     wait "$recorder"

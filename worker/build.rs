@@ -4,7 +4,15 @@
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    println!("cargo:rerun-if-changed=src/model/native/prelu.cpp");
+    const NATIVE: [&str; 4] = [
+        "src/device/gpu.cpp",
+        "src/model/native/backward.cpp",
+        "src/model/native/prelu.cpp",
+        "src/optim/fused.cpp",
+    ];
+    for source in NATIVE {
+        println!("cargo:rerun-if-changed={source}");
+    }
     match std::env::var("LIBTORCH") {
         Ok(dir) => {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{dir}/lib");
@@ -22,7 +30,7 @@ fn main() {
                 .include(format!("{dir}/include/torch/csrc/api/include"))
                 // libtorch's headers are not ours to clean.
                 .warnings(false)
-                .file("src/model/native/prelu.cpp")
+                .files(NATIVE)
                 .compile("arcface_native");
         }
         Err(_) => println!(

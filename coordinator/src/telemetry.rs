@@ -229,6 +229,18 @@ metrics! {
     HEAD_TARGET_COSINE =
         "arcface_head_target_cosine", MetricKind::Gauge, ["job_id"],
         "Cosine of samples with their own class, before the margin, mean since the report of a rank before.";
+    WORKER_GPU_INFO =
+        "arcface_worker_gpu_info", MetricKind::Gauge, ["job_id", "node", "rank", "gpu", "uuid"],
+        "1 while a rank computes on that GPU, 0 afterwards; uuid joins with the UUID of dcgm-exporter.";
+    GPU_MEMORY_ALLOCATED_BYTES =
+        "arcface_gpu_memory_allocated_bytes", MetricKind::Gauge, ["job_id", "rank"],
+        "Bytes of GPU memory that the tensors of a rank take; 0 between generations.";
+    GPU_MEMORY_RESERVED_BYTES =
+        "arcface_gpu_memory_reserved_bytes", MetricKind::Gauge, ["job_id", "rank"],
+        "Bytes of GPU memory that a rank holds for tensors, those that are free included; 0 between generations.";
+    GPU_MEMORY_PEAK_BYTES =
+        "arcface_gpu_memory_peak_bytes", MetricKind::Gauge, ["job_id", "rank"],
+        "The most bytes of GPU memory that the tensors of a rank have taken at once; 0 between generations.";
     DATA_SAMPLES_TOTAL =
         "arcface_data_samples_total", MetricKind::Counter, ["job_id", "rank"],
         "Images that a rank has read and decoded, some of them ahead of training.";

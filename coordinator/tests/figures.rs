@@ -50,6 +50,13 @@ fn figures(samples: u64, cosines: f64) -> RankFigures {
         ]
         .into(),
         checkpoint_failures: [("write".to_owned(), 1), ("no such".to_owned(), 9)].into(),
+        gpu: Some(v1::RankGpu {
+            index: 3,
+            uuid: "GPU-7a5f-09".into(),
+            allocated: 64,
+            reserved: 128,
+            peak: 96,
+        }),
         ..Default::default()
     }
 }
@@ -91,6 +98,25 @@ async fn counts_of_ranks_are_added_up_and_end_with_their_generation() {
     ] {
         shows(&line).await;
     }
+    let info = |value| {
+        let label = "node=\"node-a\",rank=\"0\",gpu=\"3\",uuid=\"GPU-7a5f-09\"";
+        of("arcface_worker_gpu_info", label, value)
+    };
+    for line in [
+        info("1"),
+        of("arcface_gpu_memory_allocated_bytes", "rank=\"0\"", "64"),
+        of("arcface_gpu_memory_reserved_bytes", "rank=\"1\"", "128"),
+        of("arcface_gpu_memory_peak_bytes", "rank=\"0\"", "96"),
+    ] {
+        shows(&line).await;
+    }
+    let mut odd = figures(20, 1.0);
+    odd.gpu = odd.gpu.map(|gpu| v1::RankGpu {
+        uuid: "GPU-no such\",x=\"".into(),
+        allocated: 65,
+        ..gpu
+    });
+    tell(&zero, odd).await;
     // Reports in between were lost.
     tell(&zero, figures(70, 1.0)).await;
     shows(&of("arcface_data_samples_total", "rank=\"0\"", "70")).await;
@@ -101,6 +127,8 @@ async fn counts_of_ranks_are_added_up_and_end_with_their_generation() {
     zero.metrics(10).await;
     b.exit(&one.assignment, None, Some(9)).await;
     shows(&of("arcface_head_shard_rows", "rank=\"1\"", "0")).await;
+    shows(&info("0")).await;
+    shows(&of("arcface_gpu_memory_allocated_bytes", "rank=\"0\"", "0")).await;
     let (zero, one) = generation(&cluster, &mut a, &mut b).await;
     cluster.job_in(&id, JobState::Running).await;
     // It counts from 0 again.

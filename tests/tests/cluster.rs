@@ -313,6 +313,16 @@ fn a_standalone_run_starts_and_stops_everything_itself() -> Result<()> {
         .arg(&file)
         .args(["--nodes", "2", "--slots", "1"]);
     Finished::of(command, TRAINED)?.expect(0)?;
+    for (odd, words) in [
+        (["--device", "cuda"], "share its GPUs"),
+        (["--worker-metrics", "127.0.0.1:65535"], "no ports for 2 workers"),
+        (["--worker-metrics", "127.0.0.1:0"], "no ports for 2 workers"),
+    ] {
+        let mut command = arcface_tests::command("arcface-coordinator", scratch.path())?;
+        command.arg("run").arg(&file).args(odd);
+        let refused = Finished::of(command, TRAINED)?.expect(2)?;
+        ensure!(refused.stderr.contains(words), "{}", refused.stderr);
+    }
     ensure!(
         scratch.path().join("out/standalone/model.safetensors").is_file(),
         "run left no model"

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use arcface_tests::{
     Certificates, Cluster, Finished, JobFile, Options, command,
     wait::{self, Seen},
+    write_identities,
 };
 use nix::sys::signal::Signal;
 use opentelemetry_proto::tonic::{
@@ -341,6 +342,40 @@ fn a_collector_with_tls_is_known_by_the_systems_authorities() -> Result<()> {
         ensure!(status.message.contains("cancelled"), "{status:?}");
         Ok(())
     })
+}
+
+/// `run` gives its own coordinator and workers the same collector.
+#[test]
+fn a_run_on_this_machine_is_traced_with_its_evaluations() -> Result<()> {
+    let runtime = Runtime::new()?;
+    let collector = Collector::default();
+    let url = collector.serve(&runtime, None)?;
+    let scratch = tempfile::tempdir()?;
+    write_identities(scratch.path(), "faces", 8, 8, 40)?;
+    let job = JobFile {
+        rec: "faces".into(),
+        more: "[eval]\nverbose = 0\nval_targets = [\"synth\"]".into(),
+        ..JobFile::tiny("traced_run").epochs(1)
+    };
+    let mut run = command("arcface-coordinator", scratch.path())?;
+    run.arg("run")
+        .arg(job.write(scratch.path())?)
+        .args(["--nodes", "2", "--slots", "1", "--device", "cpu", "--otlp", &url]);
+    Finished::of(run, TRAINED)?.expect(0)?;
+    let (submit, trace) = collector.trace("submit", &PARTS)?;
+    let id = submit.text("job_id").context("the job's id")?;
+    check_parts(&submit, &trace, &id, 1)?;
+    let (evaluation, _) = collector.trace("evaluation", &[])?;
+    let links: Vec<_> = evaluation.span.links.iter().map(|link| &link.trace_id).collect();
+    ensure!(
+        evaluation.service == RANK
+            && links == [&submit.span.trace_id]
+            && evaluation.text("dataset").as_deref() == Some("synth")
+            && evaluation.text("job_id").as_deref() == Some(&id)
+            && evaluation.number("step") > Some(0),
+        "{evaluation:?}"
+    );
+    Ok(())
 }
 
 #[test]

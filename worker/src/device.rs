@@ -1,33 +1,39 @@
 //! The one place that asks what hardware there is and how much of it a process may use.
 //!
-//! This version computes on the CPU; a GPU is named in the messages so that nobody wonders why it idles. `--device cuda` looks
-//! whether this machine could train on its GPUs (`cuda.rs`), and then says that this version does not. Without it, no CUDA
-//! library is opened.
+//! `--device cuda` looks whether this machine is fit to train on its GPUs (`cuda.rs`); a rank then computes on the one GPU that
+//! its agent gave it (`placement.rs`). Without it, no CUDA library is opened.
 
 mod cuda;
-mod gpus;
+pub mod gpus;
 mod libraries;
+mod placement;
+
+pub use placement::{GpuMemory, Placement, pinned};
 
 use crate::nvrtc::Cache;
 use arcface_proto::failure::{ExitCode, Failure};
+use gpus::Gpu;
 use std::path::Path;
 
 /// What the user asked for with `--device`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceChoice {
-    /// The best that this version can use on this machine.
+    /// The best that was proven on such a machine: the CPU, until the acceptance run on a GPU has passed.
     Auto,
     /// CPU.
     Cpu,
-    /// NVIDIA GPU.
+    /// NVIDIA GPUs, one for each rank.
     Cuda,
 }
 
 /// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
     /// CPU.
+    #[default]
     Cpu,
+    /// One NVIDIA GPU for each rank.
+    Cuda,
 }
 
 impl Device {
@@ -35,6 +41,7 @@ impl Device {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
         }
     }
 
@@ -45,50 +52,78 @@ impl Device {
     pub fn parse(name: &str) -> Result<Self, Failure> {
         match name {
             "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
             other => Err(Failure::new(
                 ExitCode::Usage,
                 format!("device {other:?} is not one that this worker computes on"),
             )
-            .hint("this version computes on \"cpu\"")),
-        }
-    }
-
-    /// Ranks that a node runs at once unless it is told otherwise: all cores serve one CPU rank best.
-    pub fn default_slots(self) -> u32 {
-        match self {
-            Self::Cpu => 1,
+            .hint("this version computes on \"cpu\" and \"cuda\"")),
         }
     }
 }
 
-/// Turns the user's choice into a device.
+/// What a node computes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hardware {
+    /// The kind.
+    pub device: Device,
+    /// One for each rank; none on the CPU.
+    pub gpus: Vec<Gpu>,
+}
+
+impl Hardware {
+    /// Ranks that run at once, unless `asked` for another number: all cores serve one CPU rank best, and a GPU serves one rank.
+    ///
+    /// # Errors
+    /// For more ranks than GPUs.
+    pub fn slots(&self, asked: Option<u32>) -> Result<u32, Failure> {
+        let gpus = u32::try_from(self.gpus.len()).unwrap_or(u32::MAX);
+        match (self.device, asked) {
+            (Device::Cpu, asked) => Ok(asked.unwrap_or(1)),
+            (Device::Cuda, Some(asked)) if asked > gpus => Err(Failure::new(
+                ExitCode::Usage,
+                format!("--slots {asked}: there are {gpus} GPUs, and each serves one rank"),
+            )
+            .hint("leave --slots out: every GPU that is visible gets a rank")),
+            (Device::Cuda, asked) => Ok(asked.unwrap_or(gpus)),
+        }
+    }
+}
+
+/// Turns the user's choice into hardware.
 ///
 /// # Errors
 /// `cuda` where CUDA cannot be used.
-pub fn resolve(choice: DeviceChoice) -> Result<Device, Failure> {
+pub fn resolve(choice: DeviceChoice) -> Result<Hardware, Failure> {
     match choice {
-        DeviceChoice::Cpu | DeviceChoice::Auto => Ok(Device::Cpu),
-        DeviceChoice::Cuda => {
-            let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-            let list = std::env::var_os("CUDA_VISIBLE_DEVICES");
-            let list = list.as_deref().map(std::ffi::OsStr::to_string_lossy);
-            let nvrtc = variable("ARCFACE_NVRTC");
-            match cuda::find(list.as_deref(), nvrtc.as_deref().map(Path::new), Cache::of_user()) {
-                Ok(found) => Err(Failure::new(
-                    ExitCode::Usage,
-                    format!(
-                        "--device cuda: {found}, but this version of arcface-worker trains on the CPU only"
-                    ),
-                )
-                .hint("start it with --device cpu")),
-                Err(error) => {
-                    let failure = Failure::new(error.code(), format!("--device cuda: {error}"));
-                    Err(failure.hint(error.hint()))
-                }
-            }
-        }
+        DeviceChoice::Cpu | DeviceChoice::Auto => Ok(Hardware {
+            device: Device::Cpu,
+            gpus: Vec::new(),
+        }),
+        DeviceChoice::Cuda => Ok(Hardware {
+            device: Device::Cuda,
+            gpus: visible_gpus().map_err(|failure| Failure {
+                message: format!("--device cuda: {}", failure.message),
+                ..failure
+            })?,
+        }),
     }
 }
+
+/// The GPUs that this process may use, fit to train, with all that training on them needs.
+///
+/// # Errors
+/// The first thing that is in the way.
+fn visible_gpus() -> Result<Vec<Gpu>, Failure> {
+    let list = std::env::var_os(VISIBLE_VARIABLE);
+    let list = list.as_deref().map(std::ffi::OsStr::to_string_lossy);
+    let nvrtc = std::env::var_os("ARCFACE_NVRTC").filter(|value| !value.is_empty());
+    cuda::find(list.as_deref(), nvrtc.as_deref().map(Path::new), Cache::of_user())
+        .map_err(|error| Failure::new(error.code(), error.to_string()).hint(error.hint()))
+}
+
+/// Names the GPUs of a process; CUDA's own. An agent gives each of its ranks one.
+pub const VISIBLE_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
 
 /// True if the kernel has a node for an NVIDIA GPU.
 pub fn nvidia_gpu_present() -> bool {
@@ -144,11 +179,33 @@ mod tests {
 
     #[test]
     fn cuda_is_refused_in_words_and_auto_is_not() {
-        assert_eq!(resolve(DeviceChoice::Auto).unwrap(), Device::Cpu);
+        assert_eq!(resolve(DeviceChoice::Auto).unwrap().device, Device::Cpu);
         let refused = resolve(DeviceChoice::Cuda).unwrap_err();
         assert!(refused.message.contains("--device cuda"), "{refused}");
         assert_eq!(refused.code, ExitCode::Usage);
-        assert_eq!(Device::parse(Device::Cpu.as_str()).unwrap(), Device::Cpu);
+        for device in [Device::Cpu, Device::Cuda] {
+            assert_eq!(Device::parse(device.as_str()).unwrap(), device);
+        }
         assert!(Device::parse("tpu").is_err());
+    }
+
+    #[test]
+    fn a_gpu_serves_one_rank() {
+        let gpu = Gpu {
+            index: 0,
+            uuid: "GPU-1".to_owned(),
+            name: "one".to_owned(),
+            memory: 1,
+            arch: crate::nvrtc::Arch::new(9, 0),
+            fault: None,
+        };
+        let on = |device, gpus| Hardware { device, gpus };
+        let two = on(Device::Cuda, vec![gpu.clone(), gpu]);
+        assert_eq!(two.slots(None).unwrap(), 2);
+        assert_eq!(two.slots(Some(1)).unwrap(), 1);
+        let refused = two.slots(Some(3)).unwrap_err();
+        assert!(refused.message.contains("there are 2 GPUs"), "{refused}");
+        let none = on(Device::Cpu, Vec::new());
+        assert_eq!((none.slots(None).unwrap(), none.slots(Some(5)).unwrap()), (1, 5));
     }
 }

@@ -20,6 +20,7 @@ pub mod paths;
 pub mod progress;
 pub mod random;
 pub mod rank;
+pub mod slices;
 pub mod telemetry;
 pub mod timings;
 pub mod tools;

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing::warn;
+use tracing::{info, warn};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -53,10 +53,11 @@ struct AgentArgs {
     join: Vec<String>,
     #[command(flatten)]
     tls: ClientTls,
-    /// What computes; `auto` takes the best that this version can use.
+    /// What computes; `auto` is the CPU in this version, because training on GPUs is not proven yet. `cuda` gives each rank one of the
+    /// GPUs that CUDA_VISIBLE_DEVICES leaves.
     #[arg(long, value_enum, default_value = "auto", env = "ARCFACE_DEVICE")]
     device: DeviceChoice,
-    /// Ranks that run at once [default: 1 on the CPU].
+    /// Ranks that run at once [default: 1 on the CPU, one for each visible GPU with --device cuda].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), env = "ARCFACE_SLOTS")]
     slots: Option<u32>,
     /// Compute threads of each rank; fewer leave cores for evaluations beside training, and for others [default: an equal
@@ -197,11 +198,15 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         check_address(address)?;
     }
     args.tls.config()?;
-    let device = device::resolve(args.device)?;
+    let hardware = device::resolve(args.device)?;
+    let slots = hardware.slots(args.slots)?;
     telemetry::init_logs(args.log_format);
     let _traces = args.otlp.start("arcface-agent")?;
-    if args.device == DeviceChoice::Auto && device == Device::Cpu && device::nvidia_gpu_present() {
-        warn!("a GPU is present, but this version computes on the CPU only");
+    if args.device == DeviceChoice::Auto && hardware.device == Device::Cpu && device::nvidia_gpu_present() {
+        warn!("a GPU is present, and ranks compute on the CPU: --device cuda uses it");
+    }
+    for gpu in &hardware.gpus {
+        info!("{gpu} serves one rank");
     }
     let output_root = match &args.output_root {
         Some(root) => {
@@ -230,8 +235,8 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
         memory_root: memory_root(args.memory_root.as_deref(), &node_id)?,
         node_id,
         advertise: args.advertise,
-        slots: args.slots.unwrap_or(device.default_slots()),
-        device: device.as_str().into(),
+        slots,
+        hardware,
         output_root,
         data_roots,
         hang_after: Some(Duration::from_secs(args.hang_after.into())).filter(|after| !after.is_zero()),

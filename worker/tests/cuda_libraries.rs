@@ -1,13 +1,14 @@
 //! `--device cuda` on machines that lack something: the real worker, with stand-ins for NVIDIA's libraries that are compiled
 //! here. Each thing that is missing ends it with one line that names it, a hint, and exit code 2. Where all is there it compiles
-//! the head's kernels and says that this version trains on the CPU only.
+//! the head's kernels and joins.
 //!
 //! A machine with a GPU has the real libraries: there these tests would see those, and say that they are skipped.
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 /// Where the stand-ins lie, and what they say.
@@ -89,15 +90,20 @@ impl Machine {
         self.folder.path().join("cache/arcface/kernels")
     }
 
-    fn start(&self) -> Ended {
-        let output = Command::new(env!("CARGO_BIN_EXE_arcface-worker"))
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arcface-worker"));
+        command
             .args(["--join", "127.0.0.1:1", "--device", "cuda"])
             .env_remove("CUDA_VISIBLE_DEVICES")
             .env("LD_LIBRARY_PATH", self.folder.path())
             .env("XDG_CACHE_HOME", self.folder.path().join("cache"))
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .output()
-            .expect("start the worker");
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// Starts with these further arguments; it is to end by itself.
+    fn start(&self, arguments: &[&str]) -> Ended {
+        let output = self.command().args(arguments).output().expect("start the worker");
         let text = String::from_utf8(output.stderr).expect("UTF-8");
         let lines: Vec<&str> = text.lines().collect();
         let [error, hint] = lines[..] else {
@@ -106,19 +112,38 @@ impl Machine {
         assert!(output.stdout.is_empty(), "data alone goes there");
         Ended {
             code: output.status.code(),
-            error: error
-                .strip_prefix("error: --device cuda: ")
-                .expect("an error")
-                .to_owned(),
+            error: error.strip_prefix("error: ").expect("an error").to_owned(),
             hint: hint.strip_prefix("hint: ").expect("a hint").to_owned(),
         }
     }
 
+    /// Starts and stays; the lines of its log until one that says that it tries to join.
+    fn stays(&self) -> Vec<String> {
+        let mut worker = self
+            .command()
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("start the worker");
+        let output = worker.stderr.take().expect("its log");
+        let mut lines = Vec::new();
+        for line in BufReader::new(output).lines() {
+            lines.push(line.expect("UTF-8"));
+            if lines.last().is_some_and(|line| line.contains("not joined")) {
+                break;
+            }
+        }
+        worker.kill().expect("it still runs");
+        worker.wait().expect("its end");
+        lines
+    }
+
     /// Ends with exit code 2, and these in its line and its hint.
     fn refuses(&self, error: &str, hint: &str) {
-        let ended = self.start();
+        let ended = self.start(&[]);
         assert!(
-            ended.error.contains(error) && ended.hint.contains(hint),
+            ended.error.starts_with("--device cuda: ")
+                && ended.error.contains(error)
+                && ended.hint.contains(hint),
             "{ended:?}"
         );
         assert_eq!(ended.code, Some(2), "{ended:?}");
@@ -198,7 +223,7 @@ fn without_libtorchs_cuda_half_nccl_or_a_compiler() {
 }
 
 #[test]
-fn a_machine_that_is_fit_compiles_the_kernels_and_is_told_that_this_version_trains_on_cpus() {
+fn a_machine_that_is_fit_compiles_the_kernels_and_joins_with_a_slot_a_gpu() {
     let Some(nvrtc) = std::env::var_os("ARCFACE_NVRTC").filter(|path| Path::new(path).exists()) else {
         assert!(
             std::env::var_os("CI").is_none(),
@@ -214,12 +239,25 @@ fn a_machine_that_is_fit_compiles_the_kernels_and_is_told_that_this_version_trai
         .with_torch()
         .with_nccl()
         .set("ARCFACE_NVRTC", nvrtc.to_str().expect("UTF-8"));
-    let expected = "GPU 0 (NVIDIA H100, 80 GiB, sm_90), GPU 1 (NVIDIA H100, 80 GiB, sm_90) could take 2 ranks, but this version";
-    fit.refuses(expected, "--device cpu");
+    let serves = |lines: &[String], gpu: u32| {
+        let line = format!("GPU {gpu} (NVIDIA H100, 80 GiB, sm_90) serves one rank");
+        lines.iter().any(|said| said.contains(&line))
+    };
+    let lines = fit.stays();
+    assert!(serves(&lines, 0) && serves(&lines, 1), "{lines:?}");
     let files = || fs::read_dir(fit.cache()).expect("the cache").count();
-    assert_eq!(files(), 5, "a file a source, for one architecture");
-    fit.refuses(expected, "--device cpu");
-    assert_eq!(files(), 5, "they were there");
-    let old = fit.set("STUB_CAPABILITY", 37);
+    let sources = files();
+    assert!(sources > 0, "a file a source, for one architecture");
+    let too_many = fit.start(&["--slots", "3"]);
+    assert_eq!(too_many.code, Some(2), "{too_many:?}");
+    assert!(
+        too_many.error.contains("--slots 3: there are 2 GPUs"),
+        "{too_many:?}"
+    );
+    assert_eq!(files(), sources, "they were there");
+    let second = fit.set("CUDA_VISIBLE_DEVICES", 1);
+    let lines = second.stays();
+    assert!(!serves(&lines, 0) && serves(&lines, 1), "{lines:?}");
+    let old = second.set("STUB_CAPABILITY", 37);
     old.refuses("not for sm_37", "leaves it out");
 }

@@ -7,7 +7,7 @@ use arcface_proto::{
     spec::{Augment, DataSpec},
 };
 use arcface_worker::{
-    data::{self, DataError, Epochs, Loader, LoaderOptions, recordio::RecordFile},
+    data::{self, DataError, Epochs, Form, Loader, LoaderOptions, recordio::RecordFile},
     eval::VerificationSet,
     tools::data::{DataArgs, run},
 };
@@ -77,6 +77,7 @@ fn drawn_identities_are_written_read_and_loaded() {
         augment: Augment::Flip,
         seed: 1,
         prefetch: 2,
+        form: Form::Planes,
     };
     let mut labels: Vec<i64> = Loader::new(dataset, plan, options)
         .flat_map(|batch| Vec::<i64>::try_from(&batch.unwrap().labels).unwrap())

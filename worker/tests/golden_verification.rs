@@ -9,6 +9,7 @@ use arcface_worker::{
     },
     tools::{
         output::Output,
+        place::PlaceArgs,
         verify::{VerifyArgs, measure},
     },
 };
@@ -83,6 +84,7 @@ fn metrics_equal_the_references() {
             weights: None,
             embeddings: Some(path.clone()),
             batch: 64,
+            place: PlaceArgs::default(),
             output: Output::Json,
         });
         let command = command.unwrap_or_else(|error| panic!("{error:#}"));

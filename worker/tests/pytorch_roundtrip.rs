@@ -14,7 +14,10 @@ use arcface_proto::spec::Precision;
 use arcface_worker::{
     export::{pytorch, safetensors, weights},
     model::{Backbone, BackboneConfig, StateEntry, fill},
-    tools::infer::{self, InferArgs},
+    tools::{
+        infer::{self, InferArgs},
+        place::PlaceArgs,
+    },
 };
 use serde_json::Value;
 use tch::{Kind, Tensor};
@@ -89,6 +92,7 @@ fn embed(weights: PathBuf, input: &Path, out: PathBuf) -> Result<Tensor> {
         out: out.clone(),
         batch: 4,
         precision: Precision::Fp32,
+        place: PlaceArgs::default(),
     })?;
     let content = safetensors::read(&out)?;
     Ok(content.get("embedding").context("embeddings")?.shallow_clone())

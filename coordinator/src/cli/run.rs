@@ -56,6 +56,9 @@ pub(super) struct RunArgs {
     /// Address of the status page and of /metrics while the job runs; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = parse_socket)]
     metrics: SocketAddr,
+    /// Address of /metrics of the first worker; each further one takes the next port [default: none serves any]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_socket)]
+    worker_metrics: Option<SocketAddr>,
     #[command(flatten)]
     otlp: Otlp,
     #[command(flatten)]
@@ -91,6 +94,7 @@ impl Places {
 pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
     let JobFile { wire, spec } = args.job.read()?;
     enough_slots(&spec, args.nodes, args.slots)?;
+    own_resources(&args)?;
     let program = workers::find()?;
     let _traces = args.otlp.start("arcface-coordinator")?;
     let places = Places::of(args.dir.as_deref(), &spec)?;
@@ -129,6 +133,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
         nodes: args.nodes,
         slots: args.slots,
         device: args.device,
+        metrics: args.worker_metrics,
         otlp: args.otlp,
         directory: places.start.clone(),
         logs: places.run.clone(),
@@ -238,6 +243,29 @@ fn enough_slots(spec: &JobSpec, nodes: u32, slots: u32) -> Result<(), Failure> {
     .hint(format!(
         "--nodes {nodes_needed}, or --set job.world_size={there_are}"
     )))
+}
+
+/// What the workers of one machine cannot share.
+fn own_resources(args: &RunArgs) -> Result<(), Failure> {
+    if args.device.as_deref() == Some("cuda") && args.nodes > 1 {
+        return Err(Failure::new(
+            ExitCode::Usage,
+            format!("--nodes {} on one machine would share its GPUs", args.nodes),
+        )
+        .hint("--nodes 1 --slots N gives each of N ranks a GPU"));
+    }
+    let last = |first: SocketAddr| u32::from(first.port()) + args.nodes - 1;
+    match args.worker_metrics {
+        Some(first) if first.port() == 0 || last(first) > u32::from(u16::MAX) => Err(Failure::new(
+            ExitCode::Usage,
+            format!(
+                "--worker-metrics {first}: there are no ports for {}",
+                words::count(args.nodes.into(), "worker")
+            ),
+        )
+        .hint("for example 127.0.0.1:9465")),
+        _ => Ok(()),
+    }
 }
 
 /// Jobs of an earlier `run` that was killed are not taken up again: this one has its own.

@@ -33,6 +33,8 @@ pub(super) struct Plan {
     pub slots: u32,
     /// `--device`, if it was given.
     pub device: Option<String>,
+    /// Address of `/metrics` of the first; each further one takes the next port.
+    pub metrics: Option<SocketAddr>,
     /// Where their traces go.
     pub otlp: Otlp,
     /// Where the job file's relative paths start.
@@ -126,6 +128,10 @@ impl Workers {
             }
             if let Some(device) = &plan.device {
                 command.args(["--device", device]);
+            }
+            if let Some(mut address) = plan.metrics {
+                address.set_port(address.port() + u16::try_from(k - 1).context("a worker's number")?);
+                command.args(["--metrics", &address.to_string()]);
             }
             if env::var_os("OMP_NUM_THREADS").is_none() {
                 command.env("OMP_NUM_THREADS", threads.to_string());

@@ -2,8 +2,8 @@
 
 use crate::{histograms, telemetry as t};
 use arcface_proto::{
-    types::{JobId, Rank},
-    v1::{CollectiveFigures, FigureSum, FigureTimes, RankFigures},
+    types::{JobId, NodeId, Rank},
+    v1::{CollectiveFigures, FigureSum, FigureTimes, RankFigures, RankGpu},
 };
 use metrics::{counter, gauge};
 use std::collections::BTreeMap;
@@ -27,11 +27,13 @@ pub(super) struct Figures {
     ranks: BTreeMap<u32, RankFigures>,
     /// Target cosines between the last two reports of each rank.
     cosines: BTreeMap<u32, FigureSum>,
+    /// The GPU of each rank that has one, by node.
+    gpus: BTreeMap<u32, (NodeId, RankGpu)>,
 }
 
 impl Figures {
-    /// A rank tells what it has counted so far.
-    pub(super) fn told(&mut self, id: &JobId, rank: Rank, now: RankFigures) {
+    /// A rank on `node` tells what it has counted so far.
+    pub(super) fn told(&mut self, id: &JobId, rank: Rank, node: &NodeId, mut now: RankFigures) {
         let before = self.ranks.remove(&rank.0).unwrap_or_default();
         let (job, number) = (id.as_str(), rank.0.to_string());
         let of_job = |name: &'static str| gauge!(name, "job_id" => job.to_owned());
@@ -54,6 +56,14 @@ impl Figures {
         ] {
             counter!(name, "job_id" => job.to_owned(), "rank" => number.clone())
                 .increment(now.saturating_sub(before));
+        }
+        // A label is never free text.
+        if let Some(gpu) = now.gpu.take().filter(|gpu| is_uuid(&gpu.uuid)) {
+            of_rank(t::GPU_MEMORY_ALLOCATED_BYTES).set(gpu.allocated as f64);
+            of_rank(t::GPU_MEMORY_RESERVED_BYTES).set(gpu.reserved as f64);
+            of_rank(t::GPU_MEMORY_PEAK_BYTES).set(gpu.peak as f64);
+            computes_on(id, rank.0, node, &gpu).set(1.0);
+            self.gpus.insert(rank.0, (node.clone(), gpu));
         }
         for stage in RANK_STAGES {
             let count = |figures: &RankFigures| figures.checkpoint_failures.get(stage).copied().unwrap_or(0);
@@ -106,7 +116,18 @@ impl Figures {
 
     /// The generation of these ranks is over: there may be fewer in the next.
     pub(super) fn over(&mut self, id: &JobId) {
-        for rank in std::mem::take(self).ranks.into_keys() {
+        let before = std::mem::take(self);
+        for (rank, (node, gpu)) in before.gpus {
+            computes_on(id, rank, &node, &gpu).set(0.0);
+            for name in [
+                t::GPU_MEMORY_ALLOCATED_BYTES,
+                t::GPU_MEMORY_RESERVED_BYTES,
+                t::GPU_MEMORY_PEAK_BYTES,
+            ] {
+                gauge!(name, "job_id" => id.to_string(), "rank" => rank.to_string()).set(0.0);
+            }
+        }
+        for rank in before.ranks.into_keys() {
             for name in [
                 t::HEAD_SHARD_ROWS,
                 t::HEAD_SAMPLED_ROWS,
@@ -118,6 +139,24 @@ impl Figures {
             }
         }
     }
+}
+
+/// The metric that says where a rank computes.
+fn computes_on(id: &JobId, rank: u32, node: &NodeId, gpu: &RankGpu) -> metrics::Gauge {
+    gauge!(
+        t::WORKER_GPU_INFO,
+        "job_id" => id.to_string(),
+        "node" => node.to_string(),
+        "rank" => rank.to_string(),
+        "gpu" => gpu.index.to_string(),
+        "uuid" => gpu.uuid.clone()
+    )
+}
+
+/// Whether it has the form of a GPU's uuid: "GPU-" and hexadecimal digits in groups.
+fn is_uuid(text: &str) -> bool {
+    let digits = |rest: &str| rest.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+    text.len() <= 64 && text.strip_prefix("GPU-").is_some_and(digits)
 }
 
 /// Adds the times that are new.

@@ -193,8 +193,9 @@ impl Control {
             Report::Pace(mut pace) => {
                 if let Some(figures) = pace.figures.take()
                     && let Some(entry) = self.jobs.get_mut(&id)
+                    && let Some(state) = entry.job.ranks.get(rank.0 as usize)
                 {
-                    entry.figures.told(&id, rank, figures);
+                    entry.figures.told(&id, rank, &state.node, figures);
                 }
                 self.pace(&id, rank, &pace);
                 Ok(())

@@ -70,7 +70,7 @@ fn everything() -> Result<Vec<Help>> {
 }
 
 /// Flags of other programs, by the file that calls these.
-const FOREIGN: [(&str, &[&str]); 6] = [
+const FOREIGN: [(&str, &[&str]); 7] = [
     // etcd, etcdctl and wget.
     (
         "deploy/compose/compose.yaml",
@@ -104,6 +104,7 @@ const FOREIGN: [(&str, &[&str]); 6] = [
     ("deploy/helm/arcface/templates/NOTES.txt", &["--namespace"]),
     ("deploy/docker/coordinator.Dockerfile", BUILD_FLAGS),
     ("deploy/docker/worker.Dockerfile", BUILD_FLAGS),
+    ("deploy/docker/worker-cuda.Dockerfile", BUILD_FLAGS),
     (
         "deploy/slurm/arcface.sbatch",
         &[
@@ -121,7 +122,7 @@ const FOREIGN: [(&str, &[&str]); 6] = [
     ),
 ];
 
-/// Of docker build, apt, cargo, useradd and HEALTHCHECK.
+/// Of docker build and run, apt, cargo, pip, useradd and HEALTHCHECK.
 const BUILD_FLAGS: &[&str] = &[
     "--no-install-recommends",
     "--mount",
@@ -139,6 +140,9 @@ const BUILD_FLAGS: &[&str] = &[
     "--timeout",
     "--start-period",
     "--retries",
+    "--gpus",
+    "--no-cache-dir",
+    "--target",
 ];
 
 /// Variables of the deployment itself: who reads them.

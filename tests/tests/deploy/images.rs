@@ -4,9 +4,10 @@ use crate::{VERSION, flags::default_port, read, tools::tool};
 use anyhow::{Context, Result, ensure};
 use arcface_tests::workspace;
 
-const DOCKERFILES: [&str; 2] = [
+const DOCKERFILES: [&str; 3] = [
     "deploy/docker/coordinator.Dockerfile",
     "deploy/docker/worker.Dockerfile",
+    "deploy/docker/worker-cuda.Dockerfile",
 ];
 
 /// Instructions, continued lines joined, comments left out.
@@ -41,8 +42,8 @@ fn images_are_small_pinned_and_without_root() -> Result<()> {
         let all = instructions(&read(path)?);
         let bases: Vec<_> = all.iter().filter_map(|line| of("FROM", line)).collect();
         ensure!(
-            bases.len() == 2,
-            "{path}: a stage that builds, and one that is kept"
+            bases.len() == if path.contains("cuda") { 3 } else { 2 },
+            "{path}: a stage that builds, one that is kept, and on GPUs one with their libraries"
         );
         for base in &bases {
             let (_, tag) = base
@@ -112,17 +113,15 @@ fn images_listen_where_everything_else_looks() -> Result<()> {
             DOCKERFILES[0]
         );
     }
-    let worker = read(DOCKERFILES[1])?;
-    for text in [
-        "EXPOSE 9465\n",
-        "ARCFACE_WORKER_METRICS=0.0.0.0:9465 ",
-        "/dev/tcp/127.0.0.1/9465 ",
-    ] {
-        ensure!(
-            worker.contains(text),
-            "{text:?} was expected in {}",
-            DOCKERFILES[1]
-        );
+    for path in &DOCKERFILES[1..] {
+        let worker = read(path)?;
+        for text in [
+            "EXPOSE 9465\n",
+            "ARCFACE_WORKER_METRICS=0.0.0.0:9465 ",
+            "/dev/tcp/127.0.0.1/9465 ",
+        ] {
+            ensure!(worker.contains(text), "{text:?} was expected in {path}");
+        }
     }
     let scrape = read("deploy/prometheus/prometheus.yml")?;
     ensure!(
@@ -144,11 +143,21 @@ fn the_workers_libtorch_is_where_it_was_built_against() -> Result<()> {
         })
         .context("the version in scripts/env.sh")?;
     let path = format!("/opt/arcface/libtorch-{folder}/lib");
-    let worker = read(DOCKERFILES[1])?;
-    ensure!(worker.contains("ENV ARCFACE_CACHE=/opt/arcface\n"));
+    for (file, from) in [
+        (DOCKERFILES[1], format!("--from=build {path}")),
+        (DOCKERFILES[2], "--from=cuda /libraries".to_owned()),
+    ] {
+        let worker = read(file)?;
+        ensure!(worker.contains("ENV ARCFACE_CACHE=/opt/arcface\n"));
+        ensure!(
+            worker.contains(&format!("COPY {from} {path}\n")),
+            "{file}: {path}"
+        );
+    }
+    let cuda = read(DOCKERFILES[2])?;
     ensure!(
-        worker.contains(&format!("COPY --from=build {path} {path}\n")),
-        "{path}"
+        cuda.contains(&format!("torch=={folder} ")) && cuda.contains(&format!("LD_LIBRARY_PATH={path} ")),
+        "the libraries are of another libtorch"
     );
     Ok(())
 }
@@ -177,7 +186,7 @@ fn the_build_context_holds_the_sources() -> Result<()> {
 
 #[test]
 fn hadolint_has_nothing_to_say() -> Result<()> {
-    if let Some(finished) = tool(&["hadolint", DOCKERFILES[0], DOCKERFILES[1]], None)? {
+    if let Some(finished) = tool(&[&["hadolint"], &DOCKERFILES[..]].concat(), None)? {
         finished.expect(0)?;
     }
     Ok(())

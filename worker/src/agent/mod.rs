@@ -5,6 +5,7 @@
 //! `liveness` and `crate::dial`.
 
 mod epoch;
+mod gpus;
 mod link;
 mod liveness;
 mod memory;
@@ -20,6 +21,7 @@ pub use memory::MemoryRoot;
 pub use process::RankCommand;
 
 use crate::channel::ClientTls;
+use crate::device::Hardware;
 use crate::telemetry as names;
 use arcface_proto::types::{Generation, JobId, NodeId};
 use arcface_proto::v1::{
@@ -28,6 +30,7 @@ use arcface_proto::v1::{
 use arcface_proto::v1::{RankExited, join_request::Message as Request, join_response::Message as Response};
 use arcface_traces::Span;
 use epoch::Epoch;
+use gpus::Gpus;
 use link::{Link, LinkEvent};
 use liveness::Liveness;
 use outbox::Outbox;
@@ -60,8 +63,8 @@ pub struct AgentOptions {
     pub advertise: Option<String>,
     /// Ranks at once.
     pub slots: u32,
-    /// `"cpu"`.
-    pub device: String,
+    /// What it computes on; a GPU for each slot, where it is GPUs.
+    pub hardware: Hardware,
     /// Folder of relative job outputs; empty: the current directory, and absolute outputs anywhere.
     pub output_root: String,
     /// Folders that training data may be read from; empty: any.
@@ -159,6 +162,7 @@ struct Agent {
     advertise: String,
     table: Table,
     processes: HashMap<RankKey, RankProcess>,
+    gpus: Gpus,
     watchdogs: HashMap<RankKey, Watchdog>,
     exits: mpsc::Sender<(RankKey, ExitFacts)>,
     link: Link,
@@ -181,6 +185,7 @@ impl Agent {
             advertise: String::new(),
             table: Table::new(options.slots),
             processes: HashMap::new(),
+            gpus: Gpus::new(&options.hardware.gpus),
             watchdogs: HashMap::new(),
             exits,
             link: Link::new(options.coordinators.clone(), options.tls.clone()),
@@ -325,7 +330,7 @@ impl Agent {
         assignment.coordinators = self.options.coordinators.clone();
         assignment.output_root = self.options.output_root.clone();
         assignment.data_roots = self.options.data_roots.clone();
-        assignment.device = self.options.device.clone();
+        assignment.device = self.options.hardware.device.as_str().into();
         let memory = self.options.memory_root.as_ref();
         assignment.memory_root = memory.map_or(String::new(), |memory| memory.path().display().to_string());
         if assignment.address.is_empty() {
@@ -336,6 +341,7 @@ impl Agent {
 
     fn on_exit(&mut self, key: &RankKey, facts: ExitFacts) {
         self.processes.remove(key);
+        self.gpus.give_back(key);
         self.watchdogs.remove(key);
         metrics::gauge!(names::AGENT_RANKS).set(self.processes.len() as f64);
         let effects = self.table.exited(key, facts);
@@ -415,7 +421,14 @@ impl Agent {
             .number("generation", key.generation.0)
             .number("rank", key.rank.0.into())
             .text("node", self.options.node_id.as_str());
-        let spawned = process::spawn(&self.options.rank_command, &key, assignment, self.exits.clone());
+        let gpu = self.gpus.take(&key);
+        let spawned = process::spawn(
+            &self.options.rank_command,
+            &key,
+            assignment,
+            gpu,
+            self.exits.clone(),
+        );
         let span = match &spawned {
             Ok(_) => span,
             Err(cause) => span.failed(&format!("{cause:#}")),
@@ -434,6 +447,7 @@ impl Agent {
                 metrics::gauge!(names::AGENT_RANKS).set(self.processes.len() as f64);
             }
             Err(cause) => {
+                self.gpus.give_back(&key);
                 let facts = ExitFacts {
                     exit_code: Some(1),
                     last_error: format!("cannot start the rank: {cause:#}"),
@@ -493,7 +507,7 @@ impl Agent {
                 boot_id: self.boot_id.clone(),
                 address: self.advertise.clone(),
                 slots: self.options.slots,
-                device: self.options.device.clone(),
+                device: self.options.hardware.device.as_str().into(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 ranks: self.table.running(),
                 copies_of: self.copies_of(),

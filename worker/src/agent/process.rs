@@ -87,10 +87,14 @@ impl RankProcess {
     }
 }
 
-/// Environment of a rank: its compute threads, and, unless the agent's own sets the variable, waiting and memory as measured
+/// Environment of a rank: its compute threads, the GPU that is its own, and, unless the agent's own sets the variable, waiting and memory as measured
 /// in `docs/benchmarks`. Spinning OpenMP threads made a step up to 20 times slower beside busy neighbours, and fresh
 /// pages cost more than the arithmetic on them: large blocks stay in the heap, in huge pages.
-fn environment(command: &RankCommand, assignment: &RankAssignment) -> Vec<(&'static str, String)> {
+fn environment(
+    command: &RankCommand,
+    assignment: &RankAssignment,
+    gpu: Option<&str>,
+) -> Vec<(&'static str, String)> {
     let threads = match command.threads {
         Some(told) => told as usize,
         None => device::threads_per_rank(device::cores(), assignment.local_world_size),
@@ -106,11 +110,12 @@ fn environment(command: &RankCommand, assignment: &RankAssignment) -> Vec<(&'sta
     .filter(|(name, _)| std::env::var_os(name).is_none());
     // Whatever the agent was started with: that is one number for all of a node's ranks together, if it is meant at all.
     std::iter::once((device::THREADS_VARIABLE, threads.to_string()))
+        .chain(gpu.map(|uuid| (device::VISIBLE_VARIABLE, uuid.to_owned())))
         .chain(usual)
         .collect()
 }
 
-/// Starts a rank. Its end arrives on `exits`.
+/// Starts a rank, which sees the GPU of this uuid and no other. Its end arrives on `exits`.
 ///
 /// Call it on a thread that lives as long as the agent (the main one): the kernel sends the parent-death signal
 /// when the *thread* that started the process ends.
@@ -121,6 +126,7 @@ pub fn spawn(
     command: &RankCommand,
     key: &RankKey,
     assignment: &RankAssignment,
+    gpu: Option<&str>,
     exits: mpsc::Sender<(RankKey, ExitFacts)>,
 ) -> anyhow::Result<RankProcess> {
     let input = serde_json::to_vec(assignment).context("encode the assignment")?;
@@ -131,7 +137,7 @@ pub fn spawn(
         .arg("--parent-pid")
         .arg(std::process::id().to_string())
         .arg("--progress")
-        .envs(environment(command, assignment))
+        .envs(environment(command, assignment, gpu))
         .stdin(Stdio::piped())
         .stdout(output)
         .stderr(Stdio::piped())

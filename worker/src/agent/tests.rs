@@ -1,6 +1,7 @@
 //! The agent against a coordinator of this test's own, with shell scripts as ranks.
 
 use super::*;
+use crate::device::{DeviceChoice, resolve};
 use arcface_proto::v1::worker_service_server::{WorkerService, WorkerServiceServer};
 use arcface_proto::v1::{HeartbeatAck, JobSpec, LaunchRanks, Welcome};
 use std::ffi::OsString;
@@ -226,7 +227,7 @@ impl Running {
             node_id: "node-a".parse().unwrap(),
             advertise: None,
             slots: 2,
-            device: "cpu".into(),
+            hardware: resolve(DeviceChoice::Cpu).expect("a CPU"),
             output_root: scratch.path().to_str().unwrap().into(),
             data_roots: vec!["/data".into()],
             memory_root: None,

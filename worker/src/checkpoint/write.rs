@@ -35,7 +35,8 @@ pub fn snapshot(tensors: &[(&str, &Tensor)], old: Vec<NamedTensor>) -> Vec<Named
                         copy.copy_(tensor);
                         copy
                     }
-                    _ => tensor.detach().to_device(Device::Cpu).copy(),
+                    _ if tensor.device() == Device::Cpu => tensor.detach().copy(),
+                    _ => tensor.detach().to_device(Device::Cpu),
                 };
                 ((*name).to_owned(), copy)
             })

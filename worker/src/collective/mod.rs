@@ -3,8 +3,9 @@
 //!
 //! `tcp.rs` has the ring's algorithms, `links.rs` its connections and who is to blame for their end, `connect.rs`
 //! how they come up, `wire.rs` what they carry, `reduce.rs` and `memory.rs` the arithmetic on a tensor's bytes. `parts.rs`
-//! moves whole files, beside the ring.
+//! moves whole files, beside the ring; `beside.rs` lets sums go on while the training thread computes.
 
+mod beside;
 mod connect;
 mod links;
 pub mod local;
@@ -16,6 +17,7 @@ mod suite;
 pub mod tcp;
 mod wire;
 
+pub use beside::Beside;
 pub use connect::{Listener, Session, Timeouts};
 pub use tcp::TcpCollective;
 
@@ -52,6 +54,17 @@ pub trait Collective: Send {
 
     /// Returns when every rank has called it.
     fn barrier(&mut self) -> Result<(), CollectiveError>;
+
+    /// Begins a sum over all ranks, in place, that may go on while the caller computes something else: the tensor is not to be
+    /// touched until [`finish_sums`](Self::finish_sums) has returned. Several may be begun; no other call comes in between.
+    fn begin_sum(&mut self, tensor: &mut Tensor) -> Result<(), CollectiveError> {
+        self.all_reduce(tensor, ReduceOp::Sum)
+    }
+
+    /// Waits for all sums that were begun.
+    fn finish_sums(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
 }
 
 /// How values of ranks are combined.

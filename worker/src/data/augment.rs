@@ -4,6 +4,7 @@ mod appearance;
 
 use appearance::Appearance;
 use arcface_proto::spec::Augment;
+use tch::{Kind, Tensor};
 
 use super::decode::{PIXEL_BYTES, Pixels, SIDE};
 use crate::random::{Purpose, uniform};
@@ -48,6 +49,23 @@ pub fn normalise(pixels: &Pixels, flip: bool, out: &mut [f32; PIXEL_BYTES]) {
     }
 }
 
+/// Mirrors left to right.
+pub fn mirror(pixels: &mut Pixels) {
+    for row in pixels.as_chunks_mut::<{ 3 * SIDE }>().0 {
+        row.as_chunks_mut::<3>().0.reverse();
+    }
+}
+
+/// What [`normalise`] makes of pixels `[b, 112, 112, 3]` u8, by libtorch where they are: `[b, 3, 112, 112]` f32, the channels
+/// innermost in memory. The same bits.
+pub fn planes(pixels: &Tensor) -> Tensor {
+    let mut planes = pixels.to_kind(Kind::Float).permute([0, 3, 1, 2]);
+    planes /= 255.0;
+    planes -= 0.5;
+    planes /= 0.5;
+    planes
+}
+
 /// The normalised value of every grey level, in the reference's order of operations in f32: scale, shift, scale.
 fn normalised_levels() -> [f32; 256] {
     std::array::from_fn(|level| (level as f32 / 255.0 - 0.5) / 0.5)
@@ -72,6 +90,28 @@ mod tests {
         }
         let levels = normalised_levels();
         assert_eq!((levels[0], levels[255]), (-1.0, 1.0));
+    }
+
+    /// Every grey level, mirrored or not: a batch for a GPU trains as one for the CPU.
+    #[test]
+    fn pixels_become_the_same_planes_by_libtorch() {
+        let mut pixels: Pixels = std::array::from_fn(|i| (i * 7 % 256) as u8);
+        for flip in [false, true] {
+            let mut expected = [0.0; PIXEL_BYTES];
+            normalise(&pixels, flip, &mut expected);
+            let mut turned = pixels;
+            if flip {
+                mirror(&mut turned);
+            }
+            let batch = Tensor::from_slice(&turned).view([1, SIDE as i64, SIDE as i64, 3]);
+            let ours = Vec::<f32>::try_from(planes(&batch).contiguous().view([-1])).expect("f32");
+            assert_eq!(ours, expected);
+        }
+        let before = pixels;
+        mirror(&mut pixels);
+        assert_ne!(pixels, before);
+        mirror(&mut pixels);
+        assert_eq!(pixels, before);
     }
 
     #[test]

@@ -18,12 +18,12 @@ use std::{
 use arcface_proto::{buckets::DECODE_SECONDS, spec::Augment};
 use tch::{Kind, Tensor};
 
-use crate::timings::Timings;
+use crate::{device, slices, timings::Timings};
 
 use super::{
     DataError, Dataset, MicroBatch,
-    augment::{change, flips, normalise},
-    decode::{PIXEL_BYTES, SIDE},
+    augment::{change, flips, mirror, normalise},
+    decode::{PIXEL_BYTES, Pixels, SIDE},
     read_counted,
 };
 
@@ -38,12 +38,24 @@ pub struct LoaderOptions {
     pub seed: u64,
     /// Micro-batches kept ready or in work, at least 1.
     pub prefetch: usize,
+    /// What becomes of the images.
+    pub form: Form,
+}
+
+/// The form of a batch's images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `[b, 3, 112, 112]` f32, normalised: what the network takes.
+    Planes,
+    /// `[b, 112, 112, 3]` u8 in pinned memory, a quarter of the bytes: for a GPU, which makes planes of it
+    /// ([`planes`](super::augment::planes)).
+    Pixels,
 }
 
 /// A micro-batch on the CPU.
 #[derive(Debug)]
 pub struct Batch {
-    /// `[b, 3, 112, 112]` f32, normalised; b may be 0.
+    /// In the loader's form, mirrored and changed; b may be 0.
     pub images: Tensor,
     /// `[b]` i64, identities over all ranks.
     pub labels: Tensor,
@@ -300,9 +312,9 @@ fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> 
     } = shared;
     let rows = micro.indices.len();
     let mut pixels = [0u8; PIXEL_BYTES];
-    let mut images = vec![0f32; rows * PIXEL_BYTES];
+    let mut images = Images::new(options.form, rows);
     let mut labels = Vec::with_capacity(rows);
-    for (&index, out) in micro.indices.iter().zip(images.as_chunks_mut::<PIXEL_BYTES>().0) {
+    for (row, &index) in micro.indices.iter().enumerate() {
         if shared.stopped() {
             return None;
         }
@@ -319,24 +331,57 @@ fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> 
             }
         }
         change(options.augment, options.seed, micro.epoch, index, &mut pixels);
-        normalise(
-            &pixels,
-            flips(options.augment, options.seed, micro.epoch, index),
-            out,
-        );
+        let flip = flips(options.augment, options.seed, micro.epoch, index);
+        images.set(row, &mut pixels, flip);
     }
-    let side = SIDE as i64;
     Some(Ok(Batch {
-        images: match rows {
-            0 => Tensor::zeros([0, 3, side, side], (Kind::Float, tch::Device::Cpu)),
-            rows => Tensor::from_slice(&images).view([rows as i64, 3, side, side]),
-        },
+        images: images.into_tensor(),
         labels: match rows {
             0 => Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)),
             _ => Tensor::from_slice(&labels),
         },
         micro,
     }))
+}
+
+/// A batch's images, which are written where the network or the GPU takes them from.
+struct Images {
+    form: Form,
+    tensor: Tensor,
+}
+
+impl Images {
+    fn new(form: Form, rows: usize) -> Self {
+        let (rows, side) = (rows as i64, SIDE as i64);
+        let tensor = match form {
+            // Every row is written before anyone reads.
+            Form::Planes => Tensor::empty([rows, 3, side, side], (Kind::Float, tch::Device::Cpu)),
+            Form::Pixels => Tensor::empty([rows, side, side, 3], (Kind::Uint8, tch::Device::Cpu)),
+        };
+        Self { form, tensor }
+    }
+
+    fn set(&mut self, row: usize, pixels: &mut Pixels, flip: bool) {
+        match self.form {
+            Form::Planes => {
+                let images = slices::floats_mut(&mut self.tensor);
+                normalise(pixels, flip, &mut images.as_chunks_mut().0[row]);
+            }
+            Form::Pixels => {
+                if flip {
+                    mirror(pixels);
+                }
+                slices::bytes_mut(&mut self.tensor).as_chunks_mut().0[row] = *pixels;
+            }
+        }
+    }
+
+    fn into_tensor(self) -> Tensor {
+        match self.form {
+            Form::Planes => self.tensor,
+            Form::Pixels => device::pinned(self.tensor),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -394,6 +439,7 @@ mod tests {
             augment: Augment::Flip,
             seed: 3,
             prefetch,
+            form: Form::Planes,
         };
         Loader::new(Arc::new(dataset), epochs.plan(0, 1, 4, 0..steps), options)
     }
@@ -490,6 +536,7 @@ mod tests {
             augment: Augment::None,
             seed: 0,
             prefetch: 1,
+            form: Form::Planes,
         };
         let mut loader = Loader::new(Arc::new(numbers(1)), std::iter::once(micro), options);
         let batch = loader.next().unwrap().unwrap();

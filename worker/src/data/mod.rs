@@ -38,7 +38,7 @@ use arcface_proto::spec::DataSpec;
 pub use self::{
     decode::{OtherSize, Pixels},
     error::DataError,
-    loader::{Batch, Loaded, Loader, LoaderOptions},
+    loader::{Batch, Form, Loaded, Loader, LoaderOptions},
     mmap::{Access, MappedFile},
     sampler::{Epochs, MicroBatch},
 };

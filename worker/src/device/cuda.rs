@@ -12,7 +12,7 @@ use crate::{
 };
 use arcface_proto::failure::ExitCode;
 use nvml_wrapper::error::NvmlError;
-use std::{collections::BTreeSet, fmt, path::Path};
+use std::{collections::BTreeSet, path::Path};
 
 /// What libtorch is built with: drivers of this version and newer ones run it.
 const CUDA: Version = Version { major: 13, minor: 0 };
@@ -129,38 +129,12 @@ impl CudaError {
     }
 }
 
-/// GPUs that are ready to train.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// One a rank.
-    pub gpus: Vec<Gpu>,
-}
-
-impl Found {
-    /// Ranks that run at once: a GPU each.
-    pub fn slots(&self) -> usize {
-        self.gpus.len()
-    }
-}
-
-impl fmt::Display for Found {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<String> = self.gpus.iter().map(Gpu::to_string).collect();
-        let ranks = if self.slots() == 1 {
-            "1 rank"
-        } else {
-            &format!("{} ranks", self.slots())
-        };
-        write!(f, "{} could take {ranks}", names.join(", "))
-    }
-}
-
 /// The GPUs that this process may use, with everything there that training on them needs, the head's kernels compiled. `list`
 /// is `CUDA_VISIBLE_DEVICES`, `nvrtc` another NVRTC than the loader's.
 ///
 /// # Errors
 /// The first thing that is in the way.
-pub fn find(list: Option<&str>, nvrtc: Option<&Path>, cache: Option<Cache>) -> Result<Found, CudaError> {
+pub fn find(list: Option<&str>, nvrtc: Option<&Path>, cache: Option<Cache>) -> Result<Vec<Gpu>, CudaError> {
     match libraries::start_driver(CUDA) {
         Driver::Absent => return Err(CudaError::NoDriver),
         Driver::Fails(reason) => return Err(CudaError::DriverFails { reason }),
@@ -210,7 +184,5 @@ pub fn find(list: Option<&str>, nvrtc: Option<&Path>, cache: Option<Cache>) -> R
             compiler.compile(&source, target)?;
         }
     }
-    Ok(Found {
-        gpus: visible.into_iter().cloned().collect(),
-    })
+    Ok(visible.into_iter().cloned().collect())
 }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     IMAGE_SIZE, fill,
-    graph::{Graph, Trace},
+    graph::{Graph, Trace, address},
     init,
     layers::Network,
     pass::{ForwardMode, Pass, Tap},
@@ -133,7 +133,7 @@ fn more(others: usize) -> String {
     }
 }
 
-/// A network with its parameters, on the CPU.
+/// A network with its parameters, on the CPU until it is moved.
 pub struct Backbone {
     config: BackboneConfig,
     state: Vec<StateEntry>,
@@ -207,6 +207,23 @@ impl Backbone {
     /// Number of parameter elements that train.
     pub fn num_trainable(&self) -> usize {
         self.trainable().iter().map(|(_, tensor)| tensor.numel()).sum()
+    }
+
+    /// Where its tensors are.
+    pub fn device(&self) -> Device {
+        self.state
+            .first()
+            .map_or(Device::Cpu, |entry| entry.tensor.device())
+    }
+
+    /// Moves every tensor to a device; layers and whoever else has a handle see it there. Gradients are not moved.
+    pub fn move_to(&mut self, device: Device) {
+        let _no_grad = tch::no_grad_guard();
+        for entry in &mut self.state {
+            if entry.tensor.device() != device {
+                entry.tensor.set_data(&entry.tensor.detach().to_device(device));
+            }
+        }
     }
 
     /// Draws initial weights with the reference's distributions.
@@ -287,7 +304,18 @@ impl Backbone {
         self.run(images, &mut Pass::new(mode, None))
     }
 
-    /// The same, reporting the output of every child module by name.
+    /// Embeddings on the CPU of images that may lie anywhere, computed where the network is, without a way back to the
+    /// parameters.
+    ///
+    /// # Panics
+    /// If the images have another shape.
+    pub fn embed(&self, images: &Tensor, mode: &ForwardMode) -> Tensor {
+        let _no_grad = tch::no_grad_guard();
+        let embeddings = self.forward(&images.to_device(self.device()), mode);
+        embeddings.to_kind(Kind::Float).to_device(Device::Cpu)
+    }
+
+    /// The same as [`forward`](Self::forward), reporting the output of every child module by name.
     pub fn forward_tapped(&self, images: &Tensor, mode: &ForwardMode, tap: Tap) -> Tensor {
         self.run(images, &mut Pass::new(mode, Some(tap)))
     }
@@ -297,10 +325,41 @@ impl Backbone {
     /// # Panics
     /// If the images have another shape.
     pub fn forward_to_train<'a>(&'a self, images: &Tensor, mode: &ForwardMode) -> TrainingPass<'a> {
-        match self.config.gradient_checkpointing && num_images(images) > 0 {
-            true => TrainingPass::recomputing(self.network.as_ref(), &channels_last(images), mode),
-            false => TrainingPass::keeping(self.forward(images, mode)),
+        let network = self.network.as_ref();
+        match num_images(images) {
+            0 => TrainingPass::empty(network, self.forward(images, mode), mode),
+            _ => {
+                let again = self.config.gradient_checkpointing;
+                TrainingPass::run(network, &channels_last(images), mode, again)
+            }
         }
+    }
+
+    /// By trainable parameter, in `state_dict` order, the part of the network that reads it, as
+    /// [`TrainingPass::backward`] counts them: 0 the stem, then the trunk's pieces, the tail last. What training alone reads counts
+    /// as the stem's, which is differentiated last.
+    pub fn parts(&self) -> Vec<usize> {
+        let mode = ForwardMode::evaluation(Precision::Fp32);
+        let (mut trace, image) = Trace::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE]);
+        let mut pass = Pass::tracing(&mode, &mut trace);
+        let mut ends = Vec::new();
+        tch::no_grad(|| {
+            let mut x = self.network.stem(&image, &mut pass);
+            ends.push(pass.recorded());
+            for piece in self.network.trunk() {
+                x = piece.forward(&x, &mut pass);
+                ends.push(pass.recorded());
+            }
+            let _embedding = self.network.tail(&x, &mut pass);
+        });
+        let readers = trace.readers();
+        self.trainable()
+            .iter()
+            .map(|(_, parameter)| {
+                let reader = readers.get(&address(parameter));
+                reader.map_or(0, |node| ends.partition_point(|end| end <= node))
+            })
+            .collect()
     }
 
     pub(super) fn run(&self, images: &Tensor, pass: &mut Pass) -> Tensor {

@@ -191,6 +191,22 @@ impl Trace {
         placeholder
     }
 
+    /// Operations so far.
+    pub(super) fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// By storage of a parameter, the operation that reads it.
+    pub(super) fn readers(&self) -> HashMap<usize, usize> {
+        let nodes = self.nodes.iter().enumerate();
+        nodes
+            .flat_map(|(number, node)| {
+                let parameters = node.op.parameters().into_iter();
+                parameters.map(move |parameter| (address(parameter), number))
+            })
+            .collect()
+    }
+
     /// The graph that ends in `output`.
     pub(super) fn finish(self, output: &Tensor, state: &[StateEntry]) -> Graph {
         let output = self.find(output, "network's output");
@@ -230,7 +246,8 @@ impl Trace {
     }
 }
 
-fn address(tensor: &Tensor) -> usize {
+/// What tells storages apart.
+pub(super) fn address(tensor: &Tensor) -> usize {
     tensor.data_ptr() as usize
 }
 

@@ -117,6 +117,11 @@ impl<'a> Pass<'a> {
         }
     }
 
+    /// Operations that were taken down so far.
+    pub(super) fn recorded(&self) -> usize {
+        self.trace.as_ref().map_or(0, |trace| trace.len())
+    }
+
     /// Sum of two tensors of one shape: where a shortcut joins its branch.
     pub fn add(&mut self, a: &Tensor, b: &Tensor) -> Tensor {
         self.record(&[a, b], a + b, || Op::Add)

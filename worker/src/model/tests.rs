@@ -158,6 +158,38 @@ fn computing_activations_again_gives_the_same_gradients_and_statistics() {
 }
 
 #[test]
+fn the_gradients_of_a_part_are_complete_when_it_is_finished() {
+    for network in ["tiny", "mbf", "vit_t"] {
+        for gradient_checkpointing in [false, true] {
+            let backbone = filled(BackboneConfig {
+                gradient_checkpointing,
+                ..BackboneConfig::new(network, 32)
+            });
+            let parts = backbone.parts();
+            let last = *parts.iter().max().expect("parameters");
+            assert!(last > 3 && parts.contains(&0), "{network}: {parts:?}");
+            let mut seen: Vec<Option<Tensor>> = parts.iter().map(|_| None).collect();
+            let mut numbers = Vec::new();
+            let pass = backbone.forward_to_train(&images(2), &training(Precision::Fp32));
+            let finished = |part| {
+                numbers.push(part);
+                for ((index, of), (_, parameter)) in parts.iter().enumerate().zip(backbone.trainable()) {
+                    if *of == part {
+                        seen[index] = Some(parameter.grad().copy());
+                    }
+                }
+                Ok::<(), std::convert::Infallible>(())
+            };
+            let Ok(()) = pass.backward_by_part(&fill::symmetric("cotangent", &[2, 32]), finished);
+            assert_eq!(numbers, (0..=last).rev().collect::<Vec<_>>(), "{network}");
+            for ((name, parameter), seen) in backbone.trainable().into_iter().zip(seen) {
+                assert_eq!(seen.expect("its part"), parameter.grad(), "{network}: {name}");
+            }
+        }
+    }
+}
+
+#[test]
 fn an_empty_batch_has_no_gradient() {
     for gradient_checkpointing in [false, true] {
         let backbone = filled(BackboneConfig {

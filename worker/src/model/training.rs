@@ -1,64 +1,86 @@
 //! A forward pass that will be differentiated: embeddings now, and later the parameters' gradients from the embeddings'.
 //!
+//! The network runs in parts, each with a graph of its own: the stem, the trunk's pieces, the tail. On the way back the parts
+//! are differentiated one after the other, the tail first, and whoever sums gradients over ranks begins with those that are
+//! there already.
+//!
 //! With gradient checkpointing (Chen et al., "Training deep nets with sublinear memory cost", 2016) the trunk's pieces run
 //! without autograd and leave only their inputs. On the way back each piece runs again from its input, with autograd,
 //! and is differentiated at once. Random masks are functions of counters, so the second run draws the same ones; running
 //! statistics have moved in the first.
 
-use tch::{Kind, Tensor};
+use std::convert::Infallible;
+use tch::Tensor;
 
 use super::{
     layers::{Network, Piece},
+    native::differentiate,
     pass::{ForwardMode, Pass},
 };
 
 /// Embeddings with the way back to the parameters.
 pub struct TrainingPass<'a> {
+    mode: ForwardMode,
     embedding_bd: Tensor,
-    trunk: Option<Trunk<'a>>,
+    /// First to last; none of an empty batch.
+    parts: Vec<Part<'a>>,
+    /// Parts of the network.
+    count: usize,
 }
 
-/// A trunk that ran without autograd.
-struct Trunk<'a> {
-    mode: ForwardMode,
-    /// Output of the stem, whose graph autograd has kept.
-    stem: Tensor,
-    /// Every piece with its input.
-    pieces: Vec<(Piece<'a>, Tensor)>,
-    /// Input of the tail, whose graph begins here.
-    output: Tensor,
+/// A part that has run.
+enum Part<'a> {
+    /// Autograd has kept what is between its input, where its graph begins, and its output. The stem's input is the images.
+    Kept { input: Option<Tensor>, output: Tensor },
+    /// It runs again.
+    Again { piece: Piece<'a>, input: Tensor },
 }
 
 impl<'a> TrainingPass<'a> {
-    /// Autograd has kept all of it.
-    pub(super) fn keeping(embedding_bd: Tensor) -> Self {
+    /// Of an empty batch, whose embeddings these are.
+    pub(super) fn empty(network: &'a dyn Network, embedding_bd: Tensor, mode: &ForwardMode) -> Self {
         Self {
+            mode: *mode,
             embedding_bd,
-            trunk: None,
+            parts: Vec::new(),
+            count: network.trunk().len() + 2,
         }
     }
 
-    /// Runs the network on images, not none, and keeps the inputs of the trunk's pieces.
-    pub(super) fn recomputing(network: &'a dyn Network, images: &Tensor, mode: &ForwardMode) -> Self {
+    /// Runs the network on images, not none. With `again`, the trunk's pieces keep their inputs alone.
+    pub(super) fn run(network: &'a dyn Network, images: &Tensor, mode: &ForwardMode, again: bool) -> Self {
         let mut pass = Pass::new(mode, None);
         let stem = network.stem(images, &mut pass);
-        let mut x = stem.detach();
-        let mut pieces = Vec::new();
+        let mut x = begin(&stem);
+        let mut parts = vec![Part::Kept {
+            input: None,
+            output: stem,
+        }];
         for piece in network.trunk() {
-            let y = tch::no_grad(|| piece.forward(&x, &mut pass));
-            pieces.push((piece, x));
-            x = y;
+            let y = match again {
+                true => tch::no_grad(|| piece.forward(&x, &mut pass)),
+                false => piece.forward(&x, &mut pass),
+            };
+            let next = begin(&y);
+            parts.push(match again {
+                true => Part::Again { piece, input: x },
+                false => Part::Kept {
+                    input: Some(x),
+                    output: y,
+                },
+            });
+            x = next;
         }
-        let output = x.set_requires_grad(true);
-        let embedding_bd = network.tail(&output, &mut pass);
+        let embedding_bd = network.tail(&x, &mut pass);
+        parts.push(Part::Kept {
+            input: Some(x),
+            output: embedding_bd.shallow_clone(),
+        });
         Self {
+            mode: *mode,
             embedding_bd,
-            trunk: Some(Trunk {
-                mode: *mode,
-                stem,
-                pieces,
-                output,
-            }),
+            count: parts.len(),
+            parts,
         }
     }
 
@@ -70,24 +92,46 @@ impl<'a> TrainingPass<'a> {
     /// Adds the parameters' gradients to their `grad()`, for a gradient of the embeddings \[N, D\]. An empty batch adds
     /// nothing.
     pub fn backward(self, grad_bd: &Tensor) {
-        if self.embedding_bd.size()[0] == 0 {
-            return;
+        let Ok(()) = self.backward_by_part(grad_bd, |_| Ok::<(), Infallible>(()));
+    }
+
+    /// The same; after each part, from the last to the first, `finished` hears its number: the gradients of its parameters
+    /// ([`parts`](super::Backbone::parts)) are complete.
+    ///
+    /// # Errors
+    /// What `finished` says; the way back ends there.
+    pub fn backward_by_part<E>(
+        self,
+        grad_bd: &Tensor,
+        mut finished: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        drop(self.embedding_bd);
+        if self.parts.is_empty() {
+            return (0..self.count).rev().try_for_each(finished);
         }
-        differentiate(&self.embedding_bd, grad_bd);
-        let Some(trunk) = self.trunk else { return };
-        let mut grad = trunk.output.grad();
-        drop(trunk.output);
-        for (piece, input) in trunk.pieces.into_iter().rev() {
-            let input = input.set_requires_grad(true);
-            let output = piece.forward(&input, &mut Pass::repeating(&trunk.mode));
-            differentiate(&output, &grad);
-            grad = input.grad();
+        let mut grad = grad_bd.shallow_clone();
+        for (number, part) in self.parts.into_iter().enumerate().rev() {
+            let input = match part {
+                Part::Kept { input, output } => {
+                    differentiate(&output, &grad);
+                    input
+                }
+                Part::Again { piece, input } => {
+                    let output = piece.forward(&input, &mut Pass::repeating(&self.mode));
+                    differentiate(&output, &grad);
+                    Some(input)
+                }
+            };
+            finished(number)?;
+            if let Some(input) = input {
+                grad = input.grad();
+            }
         }
-        differentiate(&trunk.stem, &grad);
+        Ok(())
     }
 }
 
-/// Backward of `y`, whose gradient is `grad`.
-fn differentiate(y: &Tensor, grad: &Tensor) {
-    (y * grad).sum(Kind::Float).backward();
+/// Where the next part's graph begins.
+fn begin(y: &Tensor) -> Tensor {
+    y.detach().set_requires_grad(true)
 }

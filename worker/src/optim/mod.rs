@@ -3,11 +3,13 @@
 
 pub mod adamw;
 pub mod clip;
+pub mod fused;
 pub mod grad_scaler;
 pub mod schedule;
 pub mod sgd;
 
 pub use adamw::AdamW;
+pub use fused::Fused;
 pub use grad_scaler::GradScaler;
 pub use sgd::Sgd;
 
@@ -45,6 +47,14 @@ impl OptimizerConfig {
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
+        }
+    }
+
+    /// Names of its buffers.
+    pub fn slots(self) -> &'static [&'static str] {
+        match self {
+            Self::Sgd { .. } => &["momentum_buffer"],
+            Self::AdamW { .. } => &["exp_avg", "exp_avg_sq"],
         }
     }
 

@@ -392,7 +392,11 @@ fn copy(
 ) -> Result<Backbone, RankFailure> {
     let copy = match room {
         Some(room) => room,
-        None => Backbone::new(weights.config())?,
+        None => {
+            let mut room = Backbone::new(weights.config())?;
+            room.move_to(weights.device());
+            room
+        }
     };
     let _no_grad = tch::no_grad_guard();
     for (to, from) in copy.state().iter().zip(weights.state()) {

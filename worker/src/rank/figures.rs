@@ -4,9 +4,10 @@
 use super::checkpoints::Failures;
 use super::phases::Calls;
 use crate::data::Loaded;
+use crate::device::Placement;
 use crate::head::{Seen, Total};
 use crate::model::Backbone;
-use arcface_proto::v1::{CollectiveFigures, FigureSum, FigureTimes, RankFigures};
+use arcface_proto::v1::{CollectiveFigures, FigureSum, FigureTimes, RankFigures, RankGpu};
 
 /// What heads saw of micro-batches that counted.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,6 +60,19 @@ pub fn flops_per_sample(backbone: &Backbone) -> f64 {
     3.0 * 2.0 * backbone.macs() as f64
 }
 
+/// The GPU of a place, and its memory.
+pub fn gpu(placement: &Placement) -> Option<RankGpu> {
+    let gpu = placement.gpu()?;
+    let memory = placement.memory().unwrap_or_default();
+    Some(RankGpu {
+        index: gpu.index,
+        uuid: gpu.uuid.clone(),
+        allocated: memory.allocated,
+        reserved: memory.reserved,
+        peak: memory.peak,
+    })
+}
+
 /// Everything that is counted.
 pub struct Counted<'a> {
     /// Classes over all ranks.
@@ -75,6 +89,8 @@ pub struct Counted<'a> {
     pub checkpoint_failures: Option<&'a Failures>,
     /// See [`flops_per_sample`]; on rank 0.
     pub flops_per_sample: Option<f64>,
+    /// Where it computes.
+    pub placement: &'a Placement,
 }
 
 /// What the coordinator is told of it.
@@ -106,6 +122,7 @@ pub fn to_wire(counted: Counted<'_>) -> RankFigures {
         collectives: collectives.collect(),
         checkpoint_failures: failures.map(|(stage, count)| (stage.to_owned(), count)).collect(),
         flops_per_sample: counted.flops_per_sample.unwrap_or_default(),
+        gpu: gpu(counted.placement),
     }
 }
 

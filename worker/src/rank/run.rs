@@ -7,6 +7,7 @@ use super::failure::RankFailure;
 use super::figures;
 use super::log::TrainingLog;
 use super::meeting::{agree, meet};
+use super::memory::{Account, out_of_memory};
 use super::outputs;
 use super::phases::Together;
 use super::report::Reporter;
@@ -17,8 +18,10 @@ use super::watched::Watched;
 use crate::channel::ClientTls;
 use crate::checkpoint::location::Remote;
 use crate::checkpoint::{Checkpoint, Location};
+use crate::collective::Beside;
+use crate::device::{self, Placement};
+use crate::paths;
 use crate::progress::{Activity, Board};
-use crate::{device, paths};
 use arcface_proto::convert::job_spec;
 use arcface_proto::failure::Failure;
 use arcface_proto::location::{Scheme, StoreUrl};
@@ -29,6 +32,8 @@ use arcface_proto::v1::{
     CommitCheckpointRequest, Evaluation, RankAssignment, RankId, RankPace, StepMetrics, TrainingFinished,
     TrainingStarted,
 };
+use std::cell::OnceCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 use tracing::{info, warn};
@@ -53,7 +58,14 @@ pub fn run(assignment: RankAssignment, tls: ClientTls, board: &Board) -> anyhow:
         rank: assignment.rank,
     };
     let mut reporter = Reporter::start(id, assignment.coordinators.clone(), tls).map_err(Failure::from)?;
-    let worked = work(&assignment, &mut reporter, board);
+    let account = OnceCell::new();
+    let worked = catch_unwind(AssertUnwindSafe(|| {
+        work(&assignment, &mut reporter, board, &account)
+    }));
+    let worked = worked.unwrap_or_else(|panic| match out_of_memory(panic.as_ref(), account.get()) {
+        Some(failure) => Err(failure),
+        None => resume_unwind(panic),
+    });
     board.enter(Activity::Finishing);
     match worked {
         Ok(finished) => {
@@ -73,6 +85,7 @@ fn work(
     assignment: &RankAssignment,
     reporter: &mut Reporter,
     board: &Board,
+    account: &OnceCell<Account>,
 ) -> Result<TrainingFinished, RankFailure> {
     let (rank, world_size) = (assignment.rank, assignment.world_size);
     if world_size == 0 || rank >= world_size {
@@ -105,9 +118,14 @@ fn work(
     let data_roots: Vec<PathBuf> = assignment.data_roots.iter().map(PathBuf::from).collect();
 
     let spans = Spans::of(assignment);
-    let prepared = spans.during("load data", || {
-        Prepared::open(spec, &data_roots, &assignment.device)
+    let placement = Placement::open(&assignment.device, spec.train.precision).map_err(|refused| {
+        RankFailure::permanent(format!("device {}: {}", assignment.device, refused.message))
+            .hint(refused.hint)
     })?;
+    if let Some(gpu) = placement.gpu() {
+        info!("computes on {gpu}");
+    }
+    let prepared = spans.during("load data", || Prepared::open(spec, &data_roots, placement))?;
     if rank == 0 {
         prepared.targets.iter().try_for_each(Target::check)?;
     }
@@ -126,7 +144,7 @@ fn work(
     })?;
     let loading = spans.begin("load");
     let together = Together::default();
-    let comm = Watched::new(met.comm, board.clone(), together.clone());
+    let comm = Watched::new(Beside::new(met.comm), board.clone(), together.clone());
     let (mut trainer, mut job) = prepared.into_trainer(Box::new(comm))?;
     job.ranks_on_node = assignment.local_world_size;
     let begin = Instant::now();
@@ -141,6 +159,10 @@ fn work(
         _ => checkpoint,
     };
     restoring += begin.elapsed();
+    if let Some(known) = Account::of(&mut trainer) {
+        // There is one trainer in a rank's life.
+        let _set_once = account.set(known);
+    }
     agree(trainer.comm.as_mut(), assignment.resume.as_ref())?;
     trainer.phases.show_on(board.clone());
     trainer.phases.know(together);

@@ -4,16 +4,18 @@
 use super::evaluate::targets::Target;
 use super::failure::RankFailure;
 use super::figures::Sight;
+use super::gradients::{Buckets, GradientSum};
 use super::head_start::HeadStart;
 use super::nonfinite::{Guard, Samples};
 use super::phases::Phases;
 use super::step::{StepSettings, Trainer, Window};
 use crate::collective::Collective;
 use crate::data::{self, Dataset, Epochs};
+use crate::device::Placement;
+use crate::export;
 use crate::head::{self, HeadConfig};
 use crate::model::{Backbone, BackboneConfig};
-use crate::optim::{self, GradScaler, OptimizerConfig, schedule::PolyWarmup};
-use crate::{device, export};
+use crate::optim::{Fused, GradScaler, OptimizerConfig, schedule::PolyWarmup};
 use arcface_proto::spec::{JobSpec, Precision};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,27 +26,27 @@ use tracing::warn;
 pub struct Prepared {
     /// The job.
     pub spec: JobSpec,
+    /// Where this rank computes.
+    pub placement: Placement,
     /// The training set.
     pub dataset: Arc<dyn Dataset>,
     /// The order of its samples.
     pub epochs: Epochs,
     /// What is evaluated.
     pub targets: Vec<Target>,
-    /// The network with its initial weights, the same on every rank.
+    /// The network with its initial weights, the same on every rank; on the CPU until the trainer is put together.
     pub backbone: Backbone,
     /// Where class weights come from, if not from random draws.
     pub head_start: Option<HeadStart>,
 }
 
 impl Prepared {
-    /// Opens data and network.
+    /// Opens data and network, to train at `placement`.
     ///
     /// # Errors
     /// Permanent for anything that the job file or the data is to blame for.
-    pub fn open(spec: JobSpec, data_roots: &[PathBuf], device_name: &str) -> Result<Self, RankFailure> {
-        let device = device::Device::parse(device_name)
-            .map_err(|refused| RankFailure::permanent(refused.message).hint(refused.hint))?;
-        if device == device::Device::Cpu && spec.train.precision == Precision::Fp16 {
+    pub fn open(spec: JobSpec, data_roots: &[PathBuf], placement: Placement) -> Result<Self, RankFailure> {
+        if placement.gpu().is_none() && spec.train.precision == Precision::Fp16 {
             warn!(
                 "train.precision = \"fp16\" is slow on a CPU, good for comparisons alone: use \"bf16\" or \"fp32\""
             );
@@ -70,6 +72,7 @@ impl Prepared {
         };
         Ok(Self {
             spec,
+            placement,
             dataset,
             epochs,
             targets,
@@ -106,19 +109,23 @@ impl Prepared {
             targets: self.targets.into(),
             ranks_on_node: 1,
         };
-        let params: Vec<Tensor> = self
-            .backbone
+        let mut backbone = self.backbone;
+        let parts = backbone.parts();
+        backbone.move_to(self.placement.device());
+        let params: Vec<Tensor> = backbone
             .trainable()
             .into_iter()
             .map(|(_, tensor)| tensor.shallow_clone())
             .collect();
+        let elements: Vec<usize> = params.iter().map(Tensor::numel).collect();
         let mut head = head::build(&HeadConfig::of(&job.spec, job.num_classes), rank, world_size);
         if let Some(start) = &self.head_start {
             start.fill(head.as_mut())?;
         }
         let warmup_steps = job.epochs.steps_per_epoch() * u64::from(job.spec.train.warmup_epoch);
         let trainer = Trainer {
-            optimizer: optim::build(OptimizerConfig::of(&job.spec.train), &params),
+            placement: self.placement,
+            optimizer: Box::new(Fused::new(OptimizerConfig::of(&job.spec.train), &params)),
             scaler: (job.spec.train.precision == Precision::Fp16).then(GradScaler::default),
             head,
             schedule: PolyWarmup::new(job.spec.train.lr, warmup_steps, job.total_steps),
@@ -130,9 +137,10 @@ impl Prepared {
                 batch_size: job.spec.train.batch_size,
             },
             window: Window::default(),
+            sum: GradientSum::new(Buckets::new(&elements, &parts)),
             phases: Phases::default(),
             sight: Sight::default(),
-            backbone: self.backbone,
+            backbone,
             params,
             comm,
         };

@@ -14,10 +14,12 @@
 
 use super::failure::RankFailure;
 use super::figures::Sight;
+use super::gradients::{GradientSum, Summed};
 use super::nonfinite::{Guard, Samples, Site, Verdict};
 use super::phases::Phases;
-use crate::collective::{Collective, ReduceOp};
-use crate::data::{Batch, DataError, Epochs};
+use crate::collective::Collective;
+use crate::data::{Batch, DataError, Epochs, augment};
+use crate::device::Placement;
 use crate::head::Head;
 use crate::model::{Backbone, DropoutDraw, ForwardMode, Role};
 use crate::optim::{GradScaler, Optimizer, clip::clip_grad_norm, schedule::PolyWarmup};
@@ -97,6 +99,34 @@ pub struct Says {
     pub stop: bool,
 }
 
+impl Says {
+    /// As elements of a sum.
+    pub(super) fn to_elements(self) -> [f32; 6] {
+        let Self {
+            wish,
+            busy,
+            copying,
+            uncopied,
+            evaluating,
+            stop,
+        } = self;
+        [wish, busy, copying, uncopied, evaluating, stop].map(|said| f32::from(u8::from(said)))
+    }
+
+    /// What any rank said, from the elements of the sum.
+    pub(super) fn from_elements(sum: impl Fn(i64) -> f64) -> Self {
+        let any = |which| sum(which) > 0.0;
+        Self {
+            wish: any(0),
+            busy: any(1),
+            copying: any(2),
+            uncopied: any(3),
+            evaluating: any(4),
+            stop: any(5),
+        }
+    }
+}
+
 /// What a step gave; the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
@@ -121,6 +151,8 @@ pub struct Window {
 
 /// Everything that a step changes.
 pub struct Trainer {
+    /// Where it computes: network, head and their updates are there.
+    pub placement: Placement,
     /// The network, replicated.
     pub backbone: Backbone,
     /// Its trainable parameters, in state_dict order: f32 in every precision, cast for each pass.
@@ -143,6 +175,8 @@ pub struct Trainer {
     pub samples: Samples,
     /// The update under way.
     pub window: Window,
+    /// The sum of its gradients.
+    pub sum: GradientSum,
     /// Where the time went.
     pub phases: Phases,
     /// What the head saw.
@@ -217,14 +251,19 @@ impl Trainer {
                 first_sample: batch.micro.first_position % self.settings.global_batch,
             },
         );
-        let forward = self
-            .phases
-            .time("forward", || self.backbone.forward_to_train(&batch.images, &mode));
+        let forward = self.phases.time("forward", || {
+            let images = self.placement.take(&batch.images);
+            let images = match images.kind() {
+                Kind::Uint8 => augment::planes(&images),
+                _ => images,
+            };
+            self.backbone.forward_to_train(&images, &mode)
+        });
         let output = self.phases.time("head", || {
             self.head.forward_backward(
                 self.comm.as_mut(),
                 &forward.embedding(),
-                &batch.labels,
+                &self.placement.take(&batch.labels),
                 rows,
                 step,
                 share * self.settings.weight_of_step(),
@@ -244,9 +283,18 @@ impl Trainer {
         }
         self.sight.add(&output.seen);
         let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
-        self.phases.time("backward", || {
-            forward.backward(&(output.grad_embedding * scale));
-        });
+        let grad = output.grad_embedding * scale;
+        let ends = self.ends_update(step) && micro + 1 == self.settings.rows.len();
+        let (params, comm) = (&self.params, self.comm.as_mut());
+        let sum = &mut self.sum;
+        self.phases.time("backward", || match ends {
+            // The last of the window's gradients: the sum over the ranks begins on the way.
+            true => forward.backward_by_part(&grad, |part| sum.finished(part, params, comm)),
+            false => {
+                forward.backward(&grad);
+                Ok(())
+            }
+        })?;
         Ok(output.loss * share)
     }
 
@@ -254,14 +302,11 @@ impl Trainer {
     /// what any rank said.
     fn update(&mut self, step: u64, lr: f64, says: Says) -> Result<(Option<f64>, Says), RankFailure> {
         let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
-        let (params, comm) = (&self.params, self.comm.as_mut());
-        let (flat, grads, said) = self
+        let (params, comm, sum) = (&self.params, self.comm.as_mut(), &mut self.sum);
+        let Summed { grads, said } = self
             .phases
-            .time("comm", || sum_gradients(params, comm, says, scale))?;
-        let norm = match self.settings.clip_grad_norm {
-            Some(max_norm) => clip_grad_norm(&grads, max_norm),
-            None => flat.norm().double_value(&[]),
-        };
+            .time("comm", || sum.finish(params, comm, says, scale))?;
+        let norm = clip_grad_norm(&grads, self.settings.clip_grad_norm);
         // An infinity or NaN of one rank survives the sum, whose bits all ranks share: they agree without a word.
         let finite = norm.is_finite();
         if let Some(scaler) = &mut self.scaler {
@@ -341,61 +386,4 @@ fn forget_gradients(params: &mut [Tensor]) {
     for param in params {
         param.zero_grad();
     }
-}
-
-/// Mean of the gradients over the ranks, divided by the loss `scale`: one flat tensor, its views by parameter, and
-/// what any rank said (it travels as a few more elements). Parameters without gradient count as zero.
-fn sum_gradients(
-    params: &[Tensor],
-    comm: &mut dyn Collective,
-    says: Says,
-    scale: f64,
-) -> Result<(Tensor, Vec<Tensor>, Says), RankFailure> {
-    let divisor = f64::from(comm.world_size()) * scale;
-    let _no_grad = tch::no_grad_guard();
-    let mut parts: Vec<Tensor> = params
-        .iter()
-        .map(|param| {
-            let grad = param.grad();
-            match grad.defined() {
-                true => grad.reshape([-1]),
-                false => Tensor::zeros([param.numel() as i64], (Kind::Float, param.device())),
-            }
-        })
-        .collect();
-    let said = [
-        says.wish,
-        says.busy,
-        says.copying,
-        says.uncopied,
-        says.evaluating,
-        says.stop,
-    ];
-    let said = said.map(|said| f32::from(u8::from(said)));
-    parts.push(Tensor::from_slice(&said));
-    let mut all = Tensor::cat(&parts, 0);
-    comm.all_reduce(&mut all, ReduceOp::Sum)?;
-    let elements = all.size()[0] - said.len() as i64;
-    let any = |which| all.double_value(&[elements + which]) > 0.0;
-    let said = Says {
-        wish: any(0),
-        busy: any(1),
-        copying: any(2),
-        uncopied: any(3),
-        evaluating: any(4),
-        stop: any(5),
-    };
-    let mut flat = all.narrow(0, 0, elements);
-    flat /= divisor;
-    let mut at = 0;
-    let grads = params
-        .iter()
-        .map(|param| {
-            let count = param.numel() as i64;
-            let grad = flat.narrow(0, at, count).view(param.size().as_slice());
-            at += count;
-            grad
-        })
-        .collect();
-    Ok((flat, grads, said))
 }

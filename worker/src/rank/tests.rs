@@ -8,7 +8,8 @@ use super::step::{Says, Trainer};
 use super::train::{Outside, Sinks, train};
 use crate::checkpoint::{Checkpoint, write_part};
 use crate::collective::{Collective, TcpCollective, local};
-use crate::data::{Loader, LoaderOptions};
+use crate::data::{Form, Loader, LoaderOptions};
+use crate::device::Placement;
 use arcface_proto::convert::job_spec;
 use arcface_proto::spec::JobSpec;
 use arcface_proto::types::ClassRange;
@@ -127,7 +128,7 @@ fn on_ranks_with<T: Send>(
                     tch::set_num_threads(1);
                     let comm = wrap(comm);
                     let rank = comm.rank();
-                    let prepared = Prepared::open(spec.clone(), &[], "cpu").expect("prepared");
+                    let prepared = Prepared::open(spec.clone(), &[], Placement::cpu()).expect("prepared");
                     let (mut trainer, mut job) = prepared.into_trainer(comm).expect("a trainer");
                     job.ranks_on_node = world_size;
                     work(rank, &mut trainer, &job)
@@ -159,6 +160,11 @@ fn losses(rank: u32, trainer: &mut Trainer, job: &Job, start: u64, output: &Path
 
 /// This rank's batches of some steps.
 fn loader(trainer: &Trainer, job: &Job, steps: std::ops::Range<u64>) -> Loader {
+    loader_of(Form::Planes, trainer, job, steps)
+}
+
+/// The same in this form.
+fn loader_of(form: Form, trainer: &Trainer, job: &Job, steps: std::ops::Range<u64>) -> Loader {
     let (rank, world_size) = (trainer.comm.rank(), trainer.comm.world_size());
     let plan = job
         .epochs
@@ -168,8 +174,33 @@ fn loader(trainer: &Trainer, job: &Job, steps: std::ops::Range<u64>) -> Loader {
         augment: job.spec.data.augment,
         seed: job.spec.seed,
         prefetch: 1,
+        form,
     };
     Loader::new(job.dataset.clone(), plan, options)
+}
+
+/// What a GPU is given trains as what the CPU is given.
+#[test]
+fn pixels_train_as_planes() {
+    let trained = |form| {
+        on_ranks(&job(1, |_| {}), 1, |_, trainer, job| {
+            let mut batches = loader_of(form, trainer, job, 0..3);
+            let step = |step| trainer.step(step, &mut batches, Says::default()).expect("a step");
+            (0..3).map(step).map(|outcome| outcome.loss).collect::<Vec<_>>()
+        })
+    };
+    assert_eq!(trained(Form::Pixels), trained(Form::Planes));
+}
+
+#[test]
+fn an_account_names_what_stays_in_memory() {
+    let accounts = on_ranks(&job(1, |_| {}), 1, |_, trainer, _| {
+        assert_eq!(super::memory::Account::of(trainer), None, "a CPU has none");
+        super::memory::Account::at("here".to_owned(), trainer).to_string()
+    });
+    for name in ["here has", " backbone ", " its momentum_buffer ", " head weight "] {
+        assert!(accounts[0].contains(name), "{accounts:?}");
+    }
 }
 
 /// Everything that training changed, in one list.
@@ -419,7 +450,9 @@ fn the_model_file_has_the_names_of_the_network() {
 #[test]
 fn a_job_that_cannot_train_says_why_before_it_starts() {
     let fails = |change: fn(&mut v1::JobSpec), words: &str| {
-        let failure = Prepared::open(job(1, change), &[], "cpu").err().expect("refused");
+        let failure = Prepared::open(job(1, change), &[], Placement::cpu())
+            .err()
+            .expect("refused");
         assert!(failure.permanent, "{failure:?}");
         assert!(failure.message.contains(words), "{failure:?}");
         failure

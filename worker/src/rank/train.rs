@@ -12,7 +12,7 @@ use super::pace::Pace;
 use super::setup::Job;
 use super::step::{Says, StepOutcome, Trainer};
 use crate::checkpoint::TrainState;
-use crate::data::{Batch, DataError, Loader, LoaderOptions};
+use crate::data::{Batch, DataError, Form, Loader, LoaderOptions};
 use arcface_proto::v1::{Evaluation, LossScaler, RankPace, StepMetrics, TrainingFinished};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -116,6 +116,10 @@ pub fn train(
             augment: spec.data.augment,
             seed: spec.seed,
             prefetch: PREFETCH,
+            form: match trainer.placement.gpu() {
+                Some(_) => Form::Pixels,
+                None => Form::Planes,
+            },
         },
     );
     let mut meter = Meter::begin();
@@ -240,6 +244,7 @@ fn tell(
         calls: trainer.phases.calls(),
         checkpoint_failures: sinks.writer.map(Writer::failures),
         flops_per_sample: sinks.flops_per_sample,
+        placement: &trainer.placement,
     };
     let figures = Some(figures::to_wire(counted));
     let own = trainer.phases.take_own();

@@ -12,6 +12,8 @@ pub struct Watched {
     inner: Box<dyn Collective>,
     board: Board,
     together: Together,
+    /// Bytes of the sums that were begun.
+    begun: usize,
 }
 
 impl Watched {
@@ -21,6 +23,7 @@ impl Watched {
             inner,
             board,
             together,
+            begun: 0,
         }
     }
 
@@ -74,6 +77,17 @@ impl Collective for Watched {
         self.show(Operation::Broadcast, bytes(tensor), |inner| {
             inner.broadcast(tensor, root)
         })
+    }
+
+    fn begin_sum(&mut self, tensor: &mut Tensor) -> Result<(), CollectiveError> {
+        self.begun += bytes(tensor);
+        self.inner.begin_sum(tensor)
+    }
+
+    /// Only what is waited for at the end counts as time together: before, this rank computes.
+    fn finish_sums(&mut self) -> Result<(), CollectiveError> {
+        let bytes = std::mem::take(&mut self.begun);
+        self.show(Operation::AllReduce, bytes, |inner| inner.finish_sums())
     }
 
     fn barrier(&mut self) -> Result<(), CollectiveError> {

@@ -1,7 +1,7 @@
 //! `arcface-worker ijb`: 1:1 and 1:N numbers of IJB-B or IJB-C, of features that something else computed or of a
 //! network.
 
-use super::output::Output;
+use super::{output::Output, place::PlaceArgs};
 use crate::{
     eval::{
         ijb::{
@@ -10,7 +10,7 @@ use crate::{
         },
         plot::{raster, svg},
     },
-    export::{atomic, safetensors, weights},
+    export::{atomic, safetensors},
     model::ForwardMode,
 };
 use anyhow::Context;
@@ -52,6 +52,9 @@ pub struct IjbArgs {
     /// Images embedded at a time.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch: u32,
+    /// Where the network computes.
+    #[command(flatten)]
+    pub place: PlaceArgs,
     /// Folder that holds IJBB or IJBC, or one of these itself.
     #[arg(long, value_name = "DIR")]
     pub root: PathBuf,
@@ -151,7 +154,7 @@ fn embed(
 ) -> anyhow::Result<MemoryFeatures> {
     // A bad list of pairs should not cost the time of embedding.
     benchmark.pairs().map_err(failure)?;
-    let backbone = weights::open_backbone(weights, network).map_err(Failure::from)?;
+    let backbone = args.place.open_backbone(weights, network, Precision::Fp32)?;
     let flip = args.options().settings.flip || args.all_settings || args.save_features.is_some();
     let passes = if flip { 2 } else { 1 };
     // Shown on a terminal only.
@@ -160,7 +163,7 @@ fn embed(
     bar.set_style(ProgressStyle::with_template(style).context("progress bar")?);
     let mode = ForwardMode::evaluation(Precision::Fp32);
     let mut embed = |images: &Tensor| {
-        let embedding = tch::no_grad(|| backbone.forward(images, &mode));
+        let embedding = backbone.embed(images, &mode);
         bar.inc(images.size()[0] as u64);
         Ok(embedding)
     };

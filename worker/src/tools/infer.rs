@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use super::place::PlaceArgs;
 use crate::{
     data::{
         align::{self, Similarity},
@@ -24,7 +25,7 @@ use crate::{
         image_folder::read_image_file,
         landmarks,
     },
-    export::{npy, safetensors, weights},
+    export::{npy, safetensors},
     model::{Backbone, ForwardMode, IMAGE_SIZE},
 };
 
@@ -67,6 +68,9 @@ pub struct InferArgs {
     /// Arithmetic of the network: fp32 or bf16.
     #[arg(long, default_value = "fp32", value_parser = precision)]
     pub precision: Precision,
+    /// Where the network computes.
+    #[command(flatten)]
+    pub place: PlaceArgs,
 }
 
 fn precision(name: &str) -> Result<Precision, String> {
@@ -140,7 +144,9 @@ pub fn run(args: InferArgs) -> anyhow::Result<()> {
         Some(path) => Source::Tensor(read_input(path)?),
         None => Source::Files(pictures(&args.images, args.landmarks.as_deref())?),
     };
-    let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
+    let backbone = args
+        .place
+        .open_backbone(&args.weights, &args.network, args.precision)?;
     let embedding = embed(&backbone, &source, &args)?;
     let names = match &source {
         Source::Files(files) => Some(files.iter().map(|file| file.path.display().to_string()).collect()),
@@ -163,16 +169,12 @@ fn embed(backbone: &Backbone, source: &Source, args: &InferArgs) -> anyhow::Resu
     for start in (0..total).step_by(args.batch as usize) {
         let end = total.min(start + args.batch as usize);
         let images = source.batch(start, end)?;
-        let embedding = tch::no_grad(|| {
-            let plain = backbone.forward(&images, &mode);
-            // The mirrored width, as verification adds it.
-            if args.flip {
-                plain + backbone.forward(&images.flip([3]), &mode)
-            } else {
-                plain
-            }
+        let plain = backbone.embed(&images, &mode);
+        // The mirrored width, as verification adds it.
+        parts.push(match args.flip {
+            true => plain + backbone.embed(&images.flip([3]), &mode),
+            false => plain,
         });
-        parts.push(embedding);
         bar.inc((end - start) as u64);
     }
     bar.finish_and_clear();

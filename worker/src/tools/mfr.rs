@@ -1,7 +1,7 @@
 //! `arcface-worker mfr`: all images of a set compared with each other, by features that something else computed or by
 //! a network.
 
-use super::output::Output;
+use super::{output::Output, place::PlaceArgs};
 use crate::{
     data::{self, DataError, Dataset},
     eval::{
@@ -9,7 +9,7 @@ use crate::{
         mfr::{self, Evaluation, FARS, Far, Gallery, MfrError, embed::embed_dataset, report, select},
         plot::{raster, svg},
     },
-    export::{atomic, safetensors, weights},
+    export::{atomic, safetensors},
     model::{Backbone, ForwardMode},
 };
 use anyhow::Context;
@@ -52,6 +52,9 @@ pub struct MfrArgs {
     /// Images embedded at a time.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch: u32,
+    /// Where the network computes.
+    #[command(flatten)]
+    pub place: PlaceArgs,
     /// False accept rates, separated by commas.
     #[arg(long, value_name = "RATE", value_delimiter = ',', default_values = FARS)]
     pub far: Vec<Far>,
@@ -168,7 +171,7 @@ pub fn measure(args: &MfrArgs) -> anyhow::Result<Vec<Evaluation>> {
         .any(|(_, source)| matches!(source, Source::Images(_)));
     let backbone = match (&args.network, &args.weights) {
         (Some(network), Some(weights)) => {
-            Some(weights::open_backbone(weights, network).map_err(Failure::from)?)
+            Some(args.place.open_backbone(weights, network, Precision::Fp32)?)
         }
         _ if has_images => {
             let message = "a set of images needs --network and --weights";
@@ -245,7 +248,7 @@ fn embed(
     let bar = bar(passes * dataset.len(), &format!("embed {}", set.name))?;
     let mode = ForwardMode::evaluation(Precision::Fp32);
     let mut embed = |images: &Tensor| {
-        let embedding = tch::no_grad(|| backbone.forward(images, &mode));
+        let embedding = backbone.embed(images, &mode);
         bar.inc(images.size()[0] as u64);
         Ok(embedding)
     };

@@ -9,5 +9,6 @@ pub mod infer;
 pub mod mfr;
 pub mod networks;
 pub mod output;
+pub mod place;
 pub mod rank;
 pub mod verify;

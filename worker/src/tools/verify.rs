@@ -1,10 +1,10 @@
 //! `arcface-worker verify`: accuracy, XNorm and TAR at FAR of a network on verification sets, or of embeddings
 //! that something else computed.
 
-use super::output::Output;
+use super::{output::Output, place::PlaceArgs};
 use crate::{
     eval::{self, EvalError, Verification, VerificationSet, report, verification},
-    export::{safetensors, weights},
+    export::safetensors,
     model::ForwardMode,
 };
 use anyhow::Context;
@@ -41,6 +41,9 @@ pub struct VerifyArgs {
     /// Images embedded at a time.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch: u32,
+    /// Where the network computes.
+    #[command(flatten)]
+    pub place: PlaceArgs,
     /// How to print the results.
     #[arg(long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
@@ -76,7 +79,7 @@ pub fn measure(args: &VerifyArgs) -> anyhow::Result<Vec<Verification>> {
         .iter()
         .map(|path| VerificationSet::open(path).map_err(failure))
         .collect::<Result<_, _>>()?;
-    let backbone = weights::open_backbone(weights, network).map_err(Failure::from)?;
+    let backbone = args.place.open_backbone(weights, network, Precision::Fp32)?;
 
     let images: usize = sets.iter().map(VerificationSet::len).sum();
     // Every image is embedded twice, plain and mirrored. Shown on a terminal only.
@@ -85,7 +88,7 @@ pub fn measure(args: &VerifyArgs) -> anyhow::Result<Vec<Verification>> {
     bar.set_style(ProgressStyle::with_template(style).context("progress bar")?);
     let mode = ForwardMode::evaluation(Precision::Fp32);
     let mut embed = |images: &Tensor| {
-        let embedding = tch::no_grad(|| backbone.forward(images, &mode));
+        let embedding = backbone.embed(images, &mode);
         bar.inc(images.size()[0] as u64);
         Ok(embedding)
     };

@@ -16,7 +16,6 @@
 mod buffer;
 mod chunk;
 pub mod kernel;
-mod memory;
 mod micro;
 mod sweep;
 
@@ -33,6 +32,7 @@ use super::{
 use crate::{
     collective::{Collective, ReduceOp},
     optim::{self, Optimizer, OptimizerConfig},
+    slices,
 };
 use arcface_proto::{spec::Precision, types::ClassRange};
 use chunk::{Taking, Weights};
@@ -239,7 +239,7 @@ impl TiledHead {
         let micro = &mut self.micros[self.pending];
         let weights = weights(&self.weight_nd, &*self.buffers, self.lazy.as_ref());
         let shard_rows = self.shard.len() as usize;
-        let out = memory::floats_mut(embeddings);
+        let out = slices::floats_mut(embeddings);
         self.sums.resize(micro.batch, 0.0);
         self.threads
             .softmax(weights, taking(micro, shard_rows), micro, &mut self.sums, out);
@@ -256,7 +256,7 @@ impl TiledHead {
         }
         let mut largest = Tensor::from_slice(&largest);
         comm.all_reduce(&mut largest, ReduceOp::Max)?;
-        let largest = memory::floats(&largest).to_vec();
+        let largest = slices::floats(&largest).to_vec();
         for ((shift, largest), sum) in micro.shift.iter_mut().zip(largest).zip(&softmax.sums) {
             if lost(sum) {
                 *shift = largest.ceil();
@@ -299,12 +299,12 @@ fn taking(micro: &Micro, rows: usize) -> Taking<'_> {
 
 fn weights<'a>(weight_nd: &'a Tensor, buffers: &'a dyn Optimizer, lazy: Option<&'a Lazy>) -> Weights<'a> {
     let momentum = match lazy {
-        Some(_) => memory::floats(&buffers.state()[0].1[0]),
+        Some(_) => slices::floats(&buffers.state()[0].1[0]),
         None => &[],
     };
     Weights {
         first: 0,
-        weight: memory::floats(weight_nd),
+        weight: slices::floats(weight_nd),
         momentum,
         lazy: lazy.map(|lazy| (lazy.since.as_slice(), &lazy.history)),
     }
@@ -381,7 +381,7 @@ impl Head for TiledHead {
             self.micros.push(Micro::default());
         }
         let mut micro = std::mem::take(&mut self.micros[self.pending]);
-        micro.take(memory::floats(&embedding_bd), self.geometry);
+        micro.take(slices::floats(&embedding_bd), self.geometry);
         micro.classes = chosen.classes;
         micro.share = share;
         micro.scale = self.config.scale;
@@ -460,7 +460,7 @@ impl Head for TiledHead {
             None => taking(&micros[0], self.shard.len() as usize),
         };
         let mut slots = slots(&*self.buffers);
-        let mut slots = slots.iter_mut().map(memory::floats_mut);
+        let mut slots = slots.iter_mut().map(slices::floats_mut);
         let mut slot = || slots.next().unwrap_or(&mut []);
         let rule = match self.config.optimizer {
             OptimizerConfig::Sgd {
@@ -496,7 +496,7 @@ impl Head for TiledHead {
             },
         };
         self.threads
-            .update(memory::floats_mut(&mut self.weight_nd), rule, taking, micros);
+            .update(slices::floats_mut(&mut self.weight_nd), rule, taking, micros);
         if let Some(lazy) = &mut self.lazy {
             lazy.history.advance(lr);
             if let Some(before) = lazy.history.overdue() {
@@ -572,7 +572,7 @@ impl TiledHead {
     /// Divides the rows' sums by the terms' sums, and adds the targets' part.
     fn finish_embeddings(&self, grad_unit_bd: &mut Tensor, factors: &[f64]) {
         let (dim, weights, isa) = (self.geometry.dim, self.weights(), self.threads.isa());
-        let out = memory::floats_mut(grad_unit_bd);
+        let out = slices::floats_mut(grad_unit_bd);
         for (row, factor) in out.chunks_exact_mut(dim).zip(factors) {
             row.iter_mut()
                 .for_each(|value| *value = (f64::from(*value) * factor) as f32);
@@ -607,8 +607,8 @@ impl TiledHead {
         let micro = &self.micros[self.pending];
         let dim = self.geometry.dim;
         let mut grad_rd = Tensor::empty([own.len() as i64, dim as i64], (Kind::Float, Device::Cpu));
-        let rows = memory::floats(grad_unit_rd).chunks_exact(dim);
-        let out = memory::floats_mut(&mut grad_rd).chunks_exact_mut(dim);
+        let rows = slices::floats(grad_unit_rd).chunks_exact(dim);
+        let out = slices::floats_mut(&mut grad_rd).chunks_exact_mut(dim);
         for ((sample, grad), out) in own.zip(rows).zip(out) {
             let unit = &micro.unit_row(sample, self.geometry)[..dim];
             let norm = micro.norms[sample];
@@ -640,8 +640,8 @@ impl TiledHead {
         let mut slots = slots(&*self.buffers);
         if let Some(momentum) = slots.first_mut() {
             let (weight, momentum) = (
-                memory::floats_mut(&mut self.weight_nd),
-                memory::floats_mut(momentum),
+                slices::floats_mut(&mut self.weight_nd),
+                slices::floats_mut(momentum),
             );
             self.threads
                 .make_up(weight, momentum, &mut lazy.since, &lazy.history, before);

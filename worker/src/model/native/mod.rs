@@ -2,6 +2,10 @@
 //! passes tensors across the C interface.
 #![allow(unsafe_code)]
 
+mod backward;
+
+pub use backward::differentiate;
+
 use std::ffi::{CStr, c_char, c_void};
 use tch::{Device, Kind, Tensor};
 

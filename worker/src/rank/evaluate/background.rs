@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
-use tch::Kind;
 use tracing::warn;
 
 /// Images in one forward pass: few, so that rests are short and often.
@@ -286,14 +285,13 @@ fn embed(
     shares: &Shares,
     turns: &mut Turns<'_>,
 ) -> Result<Vec<f32>, RankFailure> {
-    let _no_grad = tch::no_grad_guard();
     let mode = ForwardMode::evaluation(setting.precision);
     let mut list = Vec::with_capacity(shares.values());
     for (place, &target) in which.iter().enumerate() {
         let own = shares.of_rank(place, setting.rank);
         let found = setting.targets[target].embed(own, BATCH, &mut |images| {
             anyhow::ensure!(turns.rest(), "nobody waits for it any more");
-            Ok(weights.forward(images, &mode).to_kind(Kind::Float))
+            Ok(weights.embed(images, &mode))
         })?;
         shares.append(&mut list, place, &found);
     }

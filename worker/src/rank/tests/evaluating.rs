@@ -442,7 +442,11 @@ fn ijb_is_evaluated_by_all_ranks_together_at_the_end_of_its_epochs() {
     synthetic::write(scratch.path(), &sizes).expect("written");
     let crops = scratch.path().join("IJBC/loose_crop");
     std::fs::create_dir(&crops).expect("made");
-    let incomplete = |spec: &JobSpec| Prepared::open(spec.clone(), &[], "cpu").err().expect("refused");
+    let incomplete = |spec: &JobSpec| {
+        Prepared::open(spec.clone(), &[], Placement::cpu())
+            .err()
+            .expect("refused")
+    };
     let set = draw_set(scratch.path());
     let spec = evaluated(&set, |eval| {
         eval.verbose = Some(0);
@@ -512,7 +516,7 @@ fn ijb_is_evaluated_by_all_ranks_together_at_the_end_of_its_epochs() {
     // A list of pairs that only rank 0 reads is checked by it beforehand as well.
     let pairs: PathBuf = scratch.path().join("IJBC/meta/ijbc_template_pair_label.txt");
     std::fs::write(&pairs, "3 8 1\nnonsense\n").expect("written");
-    let prepared = Prepared::open(spec, &[], "cpu").expect("the rest is there");
+    let prepared = Prepared::open(spec, &[], Placement::cpu()).expect("the rest is there");
     let failure = prepared.targets[1].check().expect_err("damaged");
     assert!(
         failure.permanent && failure.message.contains("ijbc_template_pair_label.txt:2"),

@@ -165,7 +165,7 @@ fn the_centres_of_a_class_stay_together() {
 /// Why a job does not start.
 fn refusal(spec: &JobSpec) -> String {
     let comm = local::world(1, OPERATION).expect("a world").swap_remove(0);
-    let failure = Prepared::open(spec.clone(), &[], "cpu")
+    let failure = Prepared::open(spec.clone(), &[], Placement::cpu())
         .and_then(|prepared| prepared.into_trainer(Box::new(comm)).map(drop))
         .expect_err("refused");
     assert!(failure.permanent, "{failure:?}");

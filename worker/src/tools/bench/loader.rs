@@ -1,7 +1,7 @@
 //! How fast batches are read, decoded and augmented.
 
 use super::timing::{median, min, time};
-use crate::data::{self, Dataset, Epochs, Loader, LoaderOptions, synthetic::SyntheticFaces};
+use crate::data::{self, Dataset, Epochs, Form, Loader, LoaderOptions, synthetic::SyntheticFaces};
 use anyhow::Context;
 use arcface_proto::spec::Augment;
 use serde_json::{Value, json};
@@ -22,6 +22,7 @@ pub(super) fn measure(repetitions: u32, data: &str, batch: u32, threads: u16) ->
         augment: Augment::Flip,
         seed: 1,
         prefetch: 4,
+        form: Form::Planes,
     };
     let mut loader = Loader::new(dataset, plan, options);
     let begin = Instant::now();

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     data::{Batch, MicroBatch},
-    device,
+    device::{self, Placement},
     rank::{
         setup::Prepared,
         step::{Says, Trainer},
@@ -153,7 +153,7 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
         let list: Vec<String> = violations.iter().map(ToString::to_string).collect();
         Failure::new(ExitCode::Usage, list.join("; "))
     })?;
-    let prepared = Prepared::open(spec, &[], "cpu")
+    let prepared = Prepared::open(spec, &[], Placement::cpu())
         .map_err(|failure| Failure::new(ExitCode::Usage, failure.message).hint(failure.hint))?;
     let (trainer, _) = prepared.into_trainer(Box::new(Alone))?;
     Ok(trainer)

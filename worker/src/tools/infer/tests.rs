@@ -18,6 +18,7 @@ fn args(folder: &Path) -> InferArgs {
         out: folder.join("out.safetensors"),
         batch: 2,
         precision: Precision::Fp32,
+        place: PlaceArgs::default(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The numbers of a tensor as a slice, without a copy. Knows nothing of heads.
+//! The numbers of a tensor as a slice, without a copy. Knows nothing of what they are.
 //!
 //! It needs `unsafe` because a tensor hands out its memory as a pointer only.
 #![allow(unsafe_code)]
@@ -8,9 +8,9 @@ use tch::{Device, Kind, Tensor};
 /// The elements of a contiguous f32 tensor on the CPU.
 ///
 /// # Panics
-/// If it is another tensor: the head makes its own.
+/// If it is another tensor: who asks has made it.
 pub fn floats(tensor: &Tensor) -> &[f32] {
-    match check(tensor) {
+    match length(tensor, Kind::Float) {
         0 => &[],
         // SAFETY: a contiguous f32 tensor on the CPU owns `length` initialised elements from `data_ptr` on, which is
         // not null and aligned since it has elements; they live as long as the tensor, which the result borrows.
@@ -18,21 +18,32 @@ pub fn floats(tensor: &Tensor) -> &[f32] {
     }
 }
 
-/// The same, to write. The head owns the storage: it gives out further handles to it only by `Head::state`, whose
-/// callers copy before the next update.
+/// The same, to write. Who asks owns the storage: nobody else reads or writes it meanwhile through a handle of their own.
 ///
 /// # Panics
 /// As [`floats`].
 pub fn floats_mut(tensor: &mut Tensor) -> &mut [f32] {
-    match check(tensor) {
+    match length(tensor, Kind::Float) {
         0 => &mut [],
         // SAFETY: as above; the exclusive borrow of this handle and the contract above make it the only access.
         length => unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), length) },
     }
 }
 
-fn check(tensor: &Tensor) -> usize {
-    let ours = tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous();
-    assert!(ours, "the head's tensors are contiguous f32 on the CPU");
+/// The elements of a contiguous u8 tensor on the CPU, to write; the contract of [`floats_mut`].
+///
+/// # Panics
+/// As [`floats`].
+pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
+    match length(tensor, Kind::Uint8) {
+        0 => &mut [],
+        // SAFETY: as above, of u8.
+        length => unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) },
+    }
+}
+
+fn length(tensor: &Tensor, kind: Kind) -> usize {
+    let fits = tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous();
+    assert!(fits, "not a contiguous tensor of {kind:?} on the CPU");
     tensor.numel()
 }

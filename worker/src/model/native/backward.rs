@@ -1,0 +1,64 @@
+//! The way back from a tensor whose gradient is known, which tch does not offer. Unsafe, because it passes tensors across the
+//! C interface.
+#![allow(unsafe_code)]
+
+use super::REASON;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use tch::Tensor;
+
+unsafe extern "C" {
+    fn arcface_differentiate(
+        y: *const c_void,
+        grad: *const c_void,
+        error: *mut c_char,
+        length: usize,
+    ) -> c_int;
+}
+
+/// Adds to the `grad()` of everything that `y` was made of, for the gradient of `y`, which has its shape and kind. What
+/// autograd kept for it is freed.
+///
+/// # Panics
+/// If `y` has no way back, or `grad` does not fit, as tch's own functions do.
+pub fn differentiate(y: &Tensor, grad: &Tensor) {
+    let mut reason = [0u8; REASON];
+    // SAFETY: both pointers are to tensors that outlive the call, the buffer is as long as we say, and C++ exceptions
+    // end inside.
+    let status = unsafe {
+        arcface_differentiate(
+            y.as_ptr().cast(),
+            grad.as_ptr().cast(),
+            reason.as_mut_ptr().cast(),
+            reason.len(),
+        )
+    };
+    if status != 0 {
+        let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
+        panic!("backward: {}", reason.to_string_lossy());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_the_gradient_of_the_product_with_the_gradient() {
+        let x = Tensor::from_slice(&[1f32, -2.0, 3.0]).set_requires_grad(true);
+        let grad = Tensor::from_slice(&[0.5f32, 2.0, -1.0]);
+        differentiate(&x.square(), &grad);
+        let expected: Vec<f32> = vec![1.0, -8.0, -6.0];
+        assert_eq!(Vec::<f32>::try_from(x.grad()).expect("f32"), expected);
+        // It adds.
+        differentiate(&(&x * 1.0), &grad);
+        let expected: Vec<f32> = vec![1.5, -6.0, -7.0];
+        assert_eq!(Vec::<f32>::try_from(x.grad()).expect("f32"), expected);
+    }
+
+    #[test]
+    #[should_panic(expected = "backward: ")]
+    fn a_tensor_without_a_way_back_is_refused() {
+        let x = Tensor::from_slice(&[1f32]);
+        differentiate(&x, &x);
+    }
+}
