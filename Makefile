@@ -11,7 +11,7 @@ CARGO_FLAGS ?=
 # The paths are evaluated per recipe, after the set-up has run: Python itself may be among what it installs.
 ENV := . scripts/env.sh;
 
-.PHONY: help setup build demo test chaos golden onnx lint clean
+.PHONY: help setup build demo test chaos golden onnx bench lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ onnx: setup ## Export every network as ONNX and compare it with onnxruntime (nee
 	@scripts/setup.sh python
 	@$(ENV) ARCFACE_ONNX_NETWORKS="$${ARCFACE_ONNX_NETWORKS:-all}" CI=1 \
 		$(CARGO) test --package arcface-worker --locked $(CARGO_FLAGS) --test onnx_runtime -- --nocapture
+
+bench: build ## Measure what training is made of into docs/benchmarks/training.md (ROWS='head-*', AGAIN=1, BENCH_QUICK=1)
+	@scripts/bench.sh $(if $(AGAIN),--again) $(ROWS)
 
 lint: setup ## Check format, clippy, docs, lock file, protocol, scripts, Dockerfiles, YAML and spelling
 	@scripts/setup.sh lint deploy
