@@ -5,6 +5,7 @@
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=src/model/native/prelu.cpp");
+    println!("cargo:rerun-if-changed=src/model/native/allocations.cpp");
     match std::env::var("LIBTORCH") {
         Ok(dir) => {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{dir}/lib");
@@ -23,6 +24,7 @@ fn main() {
                 // libtorch's headers are not ours to clean.
                 .warnings(false)
                 .file("src/model/native/prelu.cpp")
+                .file("src/model/native/allocations.cpp")
                 .compile("arcface_native");
         }
         Err(_) => println!(

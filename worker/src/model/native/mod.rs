@@ -2,6 +2,8 @@
 //! passes tensors across the C interface.
 #![allow(unsafe_code)]
 
+pub mod allocations;
+
 use std::ffi::{CStr, c_char, c_void};
 use tch::{Device, Kind, Tensor};
 
