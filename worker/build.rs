@@ -4,8 +4,9 @@
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    const NATIVE: [&str; 4] = [
+    const NATIVE: [&str; 5] = [
         "src/device/gpu.cpp",
+        "src/model/native/allocations.cpp",
         "src/model/native/backward.cpp",
         "src/model/native/prelu.cpp",
         "src/optim/fused.cpp",

@@ -7,6 +7,7 @@ pub mod buckets;
 pub mod convert;
 pub mod failure;
 pub mod location;
+pub mod memory;
 pub mod redirect;
 mod skip;
 pub mod spec;

@@ -7,6 +7,7 @@ mod follow;
 mod jobs;
 mod nodes;
 mod output;
+mod plan;
 mod progress;
 mod render;
 mod run;
@@ -66,6 +67,8 @@ enum Command {
     Evals(jobs::EvalsArgs),
     /// Turn a recipe of arcface_torch (.py) into a job file, without executing it
     ConvertConfig(convert_config::ConvertConfigArgs),
+    /// Say what memory a job takes, before it runs, and what would make it fit
+    Plan(plan::PlanArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
 }
@@ -199,6 +202,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Nodes(args) => nodes::list(args).await?,
         Command::Drain(args) => nodes::drain(args).await?,
         Command::ConvertConfig(args) => convert_config::run(&args)?,
+        Command::Plan(args) => plan::run(&args)?,
         Command::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(

@@ -6,32 +6,32 @@ use arcface_proto::v1;
 use std::fmt::Write;
 
 /// Columns under a header, numbers to the right. The last column is not padded.
-struct Table {
+pub(super) struct Table {
     header: Vec<(&'static str, Align)>,
     rows: Vec<Vec<String>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Align {
+pub(super) enum Align {
     Left,
     Right,
 }
 use Align::{Left, Right};
 
 impl Table {
-    fn new(header: &[(&'static str, Align)]) -> Self {
+    pub(super) fn new(header: &[(&'static str, Align)]) -> Self {
         Self {
             header: header.to_vec(),
             rows: Vec::new(),
         }
     }
 
-    fn row<const N: usize>(&mut self, cells: [String; N]) {
+    pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
         debug_assert_eq!(N, self.header.len());
         self.rows.push(cells.map(|cell| clean(&cell)).into());
     }
 
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let names = self
             .header
             .iter()

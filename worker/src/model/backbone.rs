@@ -7,10 +7,11 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     IMAGE_SIZE, fill,
+    footprint::Walk,
     graph::{Graph, Trace, address},
     init,
     layers::Network,
-    pass::{ForwardMode, Pass, Tap},
+    pass::{DropoutDraw, ForwardMode, Pass, Tap},
     registry::{self, REGISTRY, Registered},
     state::{Builder, Role, StateEntry},
     training::TrainingPass,
@@ -385,6 +386,23 @@ impl Backbone {
         let image = Tensor::zeros([1, 3, IMAGE_SIZE, IMAGE_SIZE], (Kind::Float, Device::Cpu));
         let _embedding = tch::no_grad(|| self.run(&image, &mut pass));
         pass.macs()
+    }
+
+    /// What a training pass keeps, of one image.
+    pub(super) fn walk(&self, precision: Precision) -> Walk {
+        let mode = ForwardMode::training(precision, DropoutDraw::default());
+        let (mut walk, images) = Walk::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE]);
+        let mut pass = Pass::walking(&mode, &mut walk);
+        tch::no_grad(|| {
+            let mut x = self.network.stem(&images, &mut pass);
+            pass.border(&x);
+            for piece in self.network.trunk() {
+                x = piece.forward(&x, &mut pass);
+                pass.border(&x);
+            }
+            let _embedding = self.network.tail(&x, &mut pass);
+        });
+        walk
     }
 
     /// The operations of evaluation, with the current parameters.

@@ -8,6 +8,7 @@
 
 mod backbone;
 pub mod fill;
+pub mod footprint;
 pub mod graph;
 mod init;
 pub mod iresnet;
@@ -22,6 +23,7 @@ pub mod transformer;
 pub mod vit;
 
 pub use backbone::{Backbone, BackboneConfig, ModelError};
+pub use native::allocations;
 pub use pass::{DropoutDraw, ForwardMode, Pass};
 pub use state::{Builder, Init, Role, StateEntry};
 pub use training::TrainingPass;

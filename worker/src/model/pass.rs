@@ -3,6 +3,7 @@
 use arcface_proto::spec::Precision;
 use tch::{Kind, Tensor};
 
+use super::footprint::Walk;
 use super::graph::{Op, Trace};
 use crate::random::{self, Purpose, Stream};
 
@@ -62,6 +63,7 @@ pub struct Pass<'a> {
     repeats: bool,
     macs: u64,
     trace: Option<&'a mut Trace>,
+    walk: Option<&'a mut Walk>,
 }
 
 impl<'a> Pass<'a> {
@@ -80,6 +82,7 @@ impl<'a> Pass<'a> {
             repeats: false,
             macs: 0,
             trace: None,
+            walk: None,
         }
     }
 
@@ -108,12 +111,29 @@ impl<'a> Pass<'a> {
         }
     }
 
+    /// A counting pass of training, over statistics that stay, that notes what autograd would keep.
+    pub(super) fn walking(mode: &'a ForwardMode, walk: &'a mut Walk) -> Self {
+        Self {
+            walk: Some(walk),
+            counts_only: true,
+            ..Self::repeating(mode)
+        }
+    }
+
+    /// Notes, in a walk, that a part of the network ends in `x`.
+    pub(super) fn border(&mut self, x: &Tensor) {
+        if let Some(walk) = &mut self.walk {
+            walk.border(x);
+        }
+    }
+
     /// Hands on what an operation made of `inputs`. Every operation of a network in evaluation goes through here, so
     /// that a network can be exported.
     pub fn record(&mut self, inputs: &[&Tensor], output: Tensor, op: impl FnOnce() -> Op) -> Tensor {
-        match &mut self.trace {
-            Some(trace) => trace.record(inputs, &output, op()),
-            None => output,
+        match (&mut self.trace, &mut self.walk) {
+            (Some(trace), _) => trace.record(inputs, &output, op()),
+            (None, Some(walk)) => walk.record(inputs, &output, &op(), self.kind),
+            (None, None) => output,
         }
     }
 
@@ -125,6 +145,15 @@ impl<'a> Pass<'a> {
     /// Sum of two tensors of one shape: where a shortcut joins its branch.
     pub fn add(&mut self, a: &Tensor, b: &Tensor) -> Tensor {
         self.record(&[a, b], a + b, || Op::Add)
+    }
+
+    /// The tokens of `x` \[N, L, F\] that `index` \[N, K, F\] names: \[N, K, F\]. While training alone.
+    pub fn gather(&mut self, x: &Tensor, index: &Tensor) -> Tensor {
+        let y = x.gather(1, index, false);
+        match &mut self.walk {
+            Some(walk) => walk.record_gather(x, &y),
+            None => y,
+        }
     }
 
     /// \[N, ..\] to \[N, F\].

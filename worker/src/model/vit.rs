@@ -158,7 +158,7 @@ impl Network for VisionTransformer {
         });
         pass.tap("pos_drop", &x);
         match self.seen(&x, pass) {
-            Some(seen) => x.gather(1, &seen, false),
+            Some(seen) => pass.gather(&x, &seen),
             None => x,
         }
     }

@@ -2,6 +2,7 @@
 //! passes tensors across the C interface.
 #![allow(unsafe_code)]
 
+pub mod allocations;
 mod backward;
 
 pub use backward::differentiate;

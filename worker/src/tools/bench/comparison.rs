@@ -55,6 +55,8 @@ pub(super) fn compare(pairs: u32, ours: &[String], other: &[String], malloc: &st
             "median_ms",
             "min_ms",
             "peak_bytes",
+            "process_peak_bytes",
+            "tensor_peak_bytes",
             "samples_per_second",
             "torch_threads",
         ] {

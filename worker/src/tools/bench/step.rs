@@ -8,6 +8,7 @@ use super::{
 use crate::{
     data::{Batch, MicroBatch},
     device::{self, Placement},
+    model::allocations::Allocations,
     rank::{
         setup::Prepared,
         step::{Says, Trainer},
@@ -16,7 +17,7 @@ use crate::{
 use arcface_proto::{
     convert,
     failure::{ExitCode, Failure},
-    spec::{HeadImplementation, Precision},
+    spec::{HeadImplementation, Optimizer, Precision},
     v1,
 };
 use serde_json::{Value, json};
@@ -43,6 +44,12 @@ pub struct StepArgs {
     /// Which head: tiled or plain.
     #[arg(long, default_value = "tiled", value_parser = choice::<HeadImplementation>)]
     implementation: HeadImplementation,
+    /// Update rule: sgd or adamw.
+    #[arg(long, default_value = "sgd", value_parser = choice::<Optimizer>)]
+    optimizer: Optimizer,
+    /// Compute activations again in the backward pass instead of keeping them; some networks do in any case.
+    #[arg(long)]
+    gradient_checkpointing: bool,
     /// Measure the plain trainer too, in turn, and print the ratio of the times; --repetitions is the number of pairs.
     #[arg(long, value_parser = ["plain"])]
     against: Option<String>,
@@ -84,6 +91,7 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
     let before = memory::resident();
     memory::forget_peak();
+    let mut allocations = Allocations::begin();
     let mut trainer = trainer(repetitions, args)?;
     let rows = i64::from(args.batch);
     tch::manual_seed(1);
@@ -104,13 +112,17 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
         trainer.step(step.into(), &mut std::iter::once(Ok(batch)), Says::default())?;
         Ok(())
     })?;
-    let peak = memory::peak()
+    let process_peak = memory::peak();
+    let peak = process_peak
         .zip(before)
         .map(|(peak, before)| peak.saturating_sub(before));
+    let tensor_peak = allocations.take().peak;
     Ok(json!({
         "bench": "step", "network": args.network, "implementation": args.implementation.as_str(),
         "precision": args.precision.as_str(), "classes": args.classes, "batch": args.batch,
         "sample_rate": args.rate, "threads": threads, "state_bytes": state_bytes(&mut trainer), "peak_bytes": peak,
+        "process_peak_bytes": process_peak, "tensor_peak_bytes": tensor_peak,
+        "optimizer": args.optimizer.as_str(), "gradient_checkpointing": trainer.backbone.config().gradient_checkpointing,
         "median_ms": median(&times), "min_ms": min(&times),
         "samples_per_second": f64::from(args.batch) * 1e3 / median(&times),
     }))
@@ -126,6 +138,7 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
         }),
         model: Some(v1::ModelSection {
             network: Some(args.network.clone()),
+            gradient_checkpointing: args.gradient_checkpointing.then_some(true),
             ..Default::default()
         }),
         head: Some(v1::HeadSection {
@@ -143,6 +156,7 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
             batch_size: Some(args.batch),
             num_epoch: Some(1),
             precision: Some(args.precision.as_str().into()),
+            optimizer: Some(args.optimizer.as_str().into()),
             // Random images teach nothing; a step that diverges would be measured as one that is left out.
             lr: Some(1e-6),
             ..Default::default()
@@ -183,9 +197,13 @@ fn arguments(args: &StepArgs, precision: Precision, implementation: HeadImplemen
     set("--classes", args.classes.to_string());
     set("--batch", args.batch.to_string());
     set("--rate", args.rate.to_string());
+    set("--optimizer", args.optimizer.as_str().into());
     set("--repetitions", args.steps.to_string());
     if let Some(threads) = args.threads {
         set("--threads", threads.to_string());
+    }
+    if args.gradient_checkpointing {
+        arguments.push("--gradient-checkpointing".to_owned());
     }
     arguments
 }

@@ -1,0 +1,137 @@
+use std::fmt::Write;
+
+use arcface_proto::memory::networks::NETWORKS;
+
+use super::*;
+use crate::model::{DropoutDraw, ForwardMode, allocations::Allocations, registry::REGISTRY};
+
+/// The file with the planner's numbers, from the worker's folder.
+const TABLE: &str = "../proto/src/memory/networks/table.rs";
+
+fn per_dim(number: PerDim) -> String {
+    format!("d({}, {})", number.base, number.per_dim)
+}
+
+fn passes(passes: &[Numbers; 2]) -> String {
+    let at = |number: &PerImage| format!("i({}, {})", number.per_image, number.fixed);
+    let pass = |pass: &Numbers| {
+        let moments: Vec<String> = pass.backward.iter().map(at).collect();
+        format!("pass({}, [{}])", at(&pass.kept), moments.join(", "))
+    };
+    format!("[{}, {}]", pass(&passes[0]), pass(&passes[1]))
+}
+
+fn rust(networks: &[Sizes]) -> String {
+    let mut text = String::from(
+        "//! Written by the worker's test that counts the networks: `UPDATE_EXPECT=1`.\n\n\
+         use super::{Network, Pass, PerDim, PerImage};\n\n\
+         const fn d(base: u64, per_dim: u64) -> PerDim {\n    PerDim { base, per_dim }\n}\n\n\
+         const fn i(per_image: u64, fixed: u64) -> PerImage {\n    PerImage { per_image, fixed }\n}\n\n\
+         const fn pass(kept: PerImage, backward: [PerImage; 4]) -> Pass {\n    Pass { kept, backward }\n}\n\n\
+         /// Every network of `arcface_proto::spec::NETWORKS`, in that order.\n\
+         #[rustfmt::skip]\n",
+    );
+    let mut line = |line: String| writeln!(text, "{line}").expect("memory");
+    line(format!("pub const NETWORKS: [Network; {}] = [", networks.len()));
+    for n in networks {
+        line(format!("    Network {{\n        name: {:?},", n.name));
+        line(format!("        trainable: {},", per_dim(n.trainable)));
+        line(format!("        frozen: {},", per_dim(n.frozen)));
+        line(format!("        buffer_bytes: {},", per_dim(n.buffer_bytes)));
+        line(format!("        largest: {},", per_dim(n.largest)));
+        line(format!("        fp32: {},", passes(&n.fp32)));
+        line(format!("        half: {},\n    }},", passes(&n.half)));
+    }
+    line("];".into());
+    text
+}
+
+#[test]
+fn the_planners_table_is_what_the_networks_are() {
+    let counted: Vec<Sizes> = REGISTRY
+        .iter()
+        .map(|network| sizes(network).expect(network.name))
+        .collect();
+    if std::env::var_os("UPDATE_EXPECT").is_some() {
+        std::fs::write(TABLE, rust(&counted)).expect("write the table");
+        return;
+    }
+    for (counted, planned) in counted.iter().zip(&NETWORKS) {
+        assert_eq!(
+            counted, planned,
+            "{TABLE} is not what {} is; UPDATE_EXPECT=1 writes it anew",
+            counted.name
+        );
+    }
+    assert_eq!(counted.len(), NETWORKS.len());
+}
+
+/// Bytes of tensors that a training pass of the real network takes: at the beginning of the way back, and at most on it.
+/// Gradients of parameters are there before.
+fn measured(network: &str, precision: Precision, recomputes: bool, images: i64) -> [f64; 2] {
+    let config = BackboneConfig {
+        gradient_checkpointing: recomputes,
+        ..BackboneConfig::new(network, 512)
+    };
+    let mut backbone = Backbone::new(&config).expect("registered");
+    backbone.init_random(1);
+    let mode = ForwardMode::training(precision, DropoutDraw::default());
+    tch::manual_seed(1);
+    let images = Tensor::rand([images, 3, 112, 112], (Kind::Float, Device::Cpu));
+    backbone
+        .forward_to_train(&images, &mode)
+        .backward(&Tensor::ones([images.size()[0], 512], (Kind::Float, Device::Cpu)));
+    let gradient = Tensor::ones([images.size()[0], 512], (Kind::Float, Device::Cpu));
+    let mut allocations = Allocations::begin();
+    let pass = backbone.forward_to_train(&images, &mode);
+    let kept = allocations.take().live;
+    pass.backward(&gradient);
+    [kept as f64, allocations.take().peak as f64]
+}
+
+/// The rules of what autograd keeps, against libtorch's allocator. The way back also has the libraries' workspaces.
+fn check(network: &str, precision: Precision, recomputes: bool) {
+    const IMAGES: u64 = 8;
+    let backbone = Backbone::outline(&BackboneConfig::new(network, 512)).expect("registered");
+    let numbers = backbone.walk(precision).numbers(recomputes);
+    let counted = [numbers.kept.bytes(IMAGES), numbers.highest(IMAGES)];
+    let measured = measured(network, precision, recomputes, IMAGES as i64);
+    let tolerances = [0.01, 0.06];
+    for (what, ((counted, measured), tolerance)) in ["kept", "on the way back"]
+        .into_iter()
+        .zip(counted.into_iter().zip(measured).zip(tolerances))
+    {
+        let off = counted as f64 / measured - 1.0;
+        println!(
+            "{network} {precision:?} recomputing {recomputes}, {what}: counted {:.1} MB, measured {:.1} MB, {:+.2} %",
+            counted as f64 / 1e6,
+            measured / 1e6,
+            100.0 * off
+        );
+        assert!(
+            off.abs() <= tolerance,
+            "{network} {precision:?} recomputing {recomputes}: {what}: counted {counted}, measured {measured}"
+        );
+    }
+}
+
+#[test]
+fn what_is_counted_of_convolutional_networks_is_what_they_take() {
+    for network in ["tiny", "r18", "mbf"] {
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            for recomputes in [false, true] {
+                check(network, precision, recomputes);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_counted_of_transformers_is_what_they_take() {
+    for network in ["vit_t", "vit_t_dp005_mask0"] {
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            check(network, precision, false);
+        }
+        check(network, Precision::Fp32, true);
+    }
+}
