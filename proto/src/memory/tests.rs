@@ -40,8 +40,8 @@ const GIB: f64 = (1u64 << 30) as f64;
 const DEVICES: [Device; 2] = [Device::Cuda, Device::Cpu];
 
 /// The reference's table (README of 2021, 8 x V100 with 32 GB; B over all ranks): GiB a GPU with the classes split in f32,
-/// with the backbone in fp16, and with a tenth of the classes sampled. A job that fills the card tells only that it does: PyTorch's
-/// allocator keeps what it does not need as long as nobody else wants it.
+/// with the backbone in fp16, and with a tenth of the classes sampled. They contain what PyTorch's allocator holds beyond what
+/// it gives out; a job that fills the card tells only that it does.
 #[test]
 fn the_published_memory_of_the_reference_is_its_account() {
     const FULL: f64 = 32.0;
@@ -64,7 +64,7 @@ fn the_published_memory_of_the_reference_is_its_account() {
                  ({:+.1} %); the reference now {now:.1}, ours {ours:.1}",
                 100.0 * off
             );
-            let bar = if published > FULL { 0.15 } else { 0.11 };
+            let bar = if published > FULL { 0.18 } else { 0.12 };
             assert!(
                 off.abs() < bar,
                 "{network} {classes} {precision} {rate}: {then}, published {published}"
