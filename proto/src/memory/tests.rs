@@ -1,3 +1,5 @@
+//! The account: what it adds up to, what it follows, and what was measured.
+
 use proptest::prelude::*;
 
 use super::fit::{self, Place};

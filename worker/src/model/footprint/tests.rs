@@ -1,3 +1,5 @@
+//! The table of sizes against the networks themselves.
+
 use std::fmt::Write;
 
 use arcface_proto::memory::networks::NETWORKS;
