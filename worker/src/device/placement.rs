@@ -112,6 +112,13 @@ impl Placement {
         })
     }
 
+    /// Waits until everything that was begun here is done; at once on the CPU.
+    pub fn wait(&self) {
+        if self.gpu.is_some() {
+            tch::Cuda::synchronize(0);
+        }
+    }
+
     /// Brings a tensor here. From pinned memory the copy runs while the caller goes on.
     pub fn take(&self, tensor: &Tensor) -> Tensor {
         match tensor.device() == self.device {

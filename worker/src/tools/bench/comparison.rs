@@ -69,7 +69,7 @@ pub(super) fn compare(pairs: u32, ours: &[String], other: &[String], malloc: &st
 }
 
 /// One side of a pair: this program again.
-fn in_a_process(arguments: &[String], malloc: &str) -> anyhow::Result<Value> {
+pub(super) fn in_a_process(arguments: &[String], malloc: &str) -> anyhow::Result<Value> {
     let mut command = Command::new(env::current_exe().context("find this program")?);
     command.arg("bench").args(arguments).args(["--output", "json"]);
     if malloc == "tuned" {

@@ -1,7 +1,7 @@
 //! How fast a step of the head is, and how much memory it takes: alone, or one head against another.
 
 use super::{
-    Alone, choice, comparison, memory,
+    Share, choice, comparison, memory,
     timing::{median, min, time},
 };
 use crate::{
@@ -146,7 +146,14 @@ fn step_once(
     batch: u32,
     step: u64,
 ) -> anyhow::Result<()> {
-    head.forward_backward(&mut Alone, embedding, labels, &[batch], step, 1.0)?;
+    head.forward_backward(
+        &mut Share { world_size: 1 },
+        embedding,
+        labels,
+        &[batch],
+        step,
+        1.0,
+    )?;
     head.update(0.1);
     Ok(())
 }

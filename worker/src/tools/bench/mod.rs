@@ -10,6 +10,7 @@ mod ijb;
 mod loader;
 mod memory;
 mod step;
+mod table;
 mod timing;
 
 use super::output::Output;
@@ -30,6 +31,7 @@ use tch::Tensor;
     arcface-worker bench head --classes 100000 --batch 128 --against plain --output json\n  \
     arcface-worker bench step --network r18 --classes 100000 --precision bf16 --against plain\n  \
     arcface-worker bench backbone --network mbf --train\n  \
+    arcface-worker bench table --device cuda --output json\n  \
     arcface-worker bench collective --ranks 2\n  \
     arcface-worker bench ijb --dir /tmp --output json")]
 pub struct BenchArgs {
@@ -53,6 +55,9 @@ pub enum Part {
     Backbone(backbone::BackboneArgs),
     /// One training step of one rank, from images to updated weights.
     Step(step::StepArgs),
+    /// Samples a second and memory of each GPU for millions of identities over eight GPUs, by way of training: the share of
+    /// one of them.
+    Table(table::TableArgs),
     /// The operations between ranks, over loopback.
     Collective(collective::CollectiveArgs),
     /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
@@ -115,13 +120,19 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
         Part::Head(args) => head::measure(repetitions, args)?,
         Part::Backbone(args) => backbone::measure(repetitions, args)?,
         Part::Step(args) => step::measure(repetitions, args)?,
+        Part::Table(args) => table::measure(repetitions, args)?,
         Part::Collective(args) => collective::measure(repetitions, args)?,
         Part::Loader { data, batch, threads } => loader::measure(repetitions, data, *batch, *threads)?,
         Part::Ijb(args) => ijb::measure(repetitions, args)?,
         Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
     };
     result["repetitions"] = repetitions.into();
-    result["device"] = "cpu".into();
+    let device = match &args.part {
+        Part::Step(args) => args.device(),
+        Part::Table(args) => args.device(),
+        _ => "cpu",
+    };
+    result["device"] = device.into();
     result["date"] = humantime::format_rfc3339_seconds(SystemTime::now())
         .to_string()
         .into();
@@ -137,16 +148,19 @@ fn choice<T: Choice>(name: &str) -> Result<T, String> {
     })
 }
 
-/// The communicator of a single rank: what others would add is nothing.
-struct Alone;
+/// The communicator of the first rank of a world that runs alone. The others have what it has: gathered rows are its own
+/// again and again, and sums are left as they are.
+struct Share {
+    world_size: u32,
+}
 
-impl Collective for Alone {
+impl Collective for Share {
     fn rank(&self) -> u32 {
         0
     }
 
     fn world_size(&self) -> u32 {
-        1
+        self.world_size
     }
 
     fn all_reduce(&mut self, _: &mut Tensor, _: ReduceOp) -> Result<(), CollectiveError> {
@@ -154,11 +168,14 @@ impl Collective for Alone {
     }
 
     fn all_gather(&mut self, local: &Tensor) -> Result<Tensor, CollectiveError> {
-        Ok(local.copy())
+        let rows: Vec<&Tensor> = (0..self.world_size).map(|_| local).collect();
+        Ok(Tensor::cat(&rows, 0))
     }
 
     fn reduce_scatter(&mut self, full: &Tensor) -> Result<Tensor, CollectiveError> {
-        Ok(full.copy())
+        Ok(full
+            .narrow(0, 0, full.size()[0] / i64::from(self.world_size))
+            .copy())
     }
 
     fn broadcast(&mut self, _: &mut Tensor, _: u32) -> Result<(), CollectiveError> {
@@ -221,6 +238,10 @@ mod tests {
                 "samples_per_second",
             ),
             (
+                "bench step --network tiny --classes 40 --batch 4 --world 4 --repetitions 2",
+                "samples_per_second",
+            ),
+            (
                 "bench collective --ranks 3 --mib 1 --repetitions 2",
                 "all_reduce_gb_per_second",
             ),
@@ -249,6 +270,7 @@ mod tests {
             "bench backbone --network nosuch",
             "bench step --network nosuch",
             "bench step --rate 2",
+            "bench step --network tiny --device cuda",
         ] {
             let error = bench(line).expect_err("refused");
             assert!(

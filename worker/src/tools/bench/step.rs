@@ -2,12 +2,13 @@
 //! takes: alone, or against the plain trainer (fp32, with a head that materialises the logits).
 
 use super::{
-    Alone, choice, comparison, memory,
-    timing::{median, min, time},
+    Share, choice, comparison, memory,
+    timing::{median, min, time, variation},
 };
+use crate::tools::place::PlaceArgs;
 use crate::{
     data::{Batch, MicroBatch},
-    device::{self, Placement},
+    device,
     model::allocations::Allocations,
     rank::{
         setup::Prepared,
@@ -29,10 +30,16 @@ pub struct StepArgs {
     /// Network.
     #[arg(long, default_value = "r18")]
     network: String,
-    /// Classes of the shard.
+    /// Classes over all ranks.
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     classes: u32,
-    /// Samples.
+    /// Ranks of the world whose first one runs, alone: with its shard of the classes, and with its own rows in place of the
+    /// others'.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    world: u32,
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// Samples of the rank.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536))]
     batch: u32,
     /// Share of the classes used, in (0, 1].
@@ -66,6 +73,11 @@ pub struct StepArgs {
 }
 
 impl StepArgs {
+    /// What computes.
+    pub(super) fn device(&self) -> &'static str {
+        self.place.name()
+    }
+
     /// True if two trainers are measured.
     pub(super) fn is_comparison(&self) -> bool {
         self.against.is_some()
@@ -110,12 +122,17 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
             },
         };
         trainer.step(step.into(), &mut std::iter::once(Ok(batch)), Says::default())?;
+        trainer.placement.wait();
         Ok(())
     })?;
     let process_peak = memory::peak();
-    let peak = process_peak
-        .zip(before)
-        .map(|(peak, before)| peak.saturating_sub(before));
+    // A GPU's memory where it computes there.
+    let peak = match trainer.placement.memory() {
+        Some(memory) => Some(memory.peak),
+        None => process_peak
+            .zip(before)
+            .map(|(peak, before)| peak.saturating_sub(before)),
+    };
     let tensor_peak = allocations.take().peak;
     Ok(json!({
         "bench": "step", "network": args.network, "implementation": args.implementation.as_str(),
@@ -123,7 +140,7 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
         "sample_rate": args.rate, "threads": threads, "state_bytes": state_bytes(&mut trainer), "peak_bytes": peak,
         "process_peak_bytes": process_peak, "tensor_peak_bytes": tensor_peak,
         "optimizer": args.optimizer.as_str(), "gradient_checkpointing": trainer.backbone.config().gradient_checkpointing,
-        "median_ms": median(&times), "min_ms": min(&times),
+        "world": args.world, "median_ms": median(&times), "min_ms": min(&times), "variation": variation(&times),
         "samples_per_second": f64::from(args.batch) * 1e3 / median(&times),
     }))
 }
@@ -133,7 +150,7 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
     let wire = v1::JobSpec {
         output: Some("bench".into()),
         job: Some(v1::JobSection {
-            world_size: Some(1),
+            world_size: Some(args.world),
             ..Default::default()
         }),
         model: Some(v1::ModelSection {
@@ -149,7 +166,7 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
         }),
         data: Some(v1::DataSection {
             rec: Some("synthetic".into()),
-            num_image: Some(u64::from(args.batch) * (u64::from(repetitions) + 1)),
+            num_image: Some(u64::from(args.batch) * u64::from(args.world) * (u64::from(repetitions) + 1)),
             ..Default::default()
         }),
         train: Some(v1::TrainSection {
@@ -167,9 +184,12 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
         let list: Vec<String> = violations.iter().map(ToString::to_string).collect();
         Failure::new(ExitCode::Usage, list.join("; "))
     })?;
-    let prepared = Prepared::open(spec, &[], Placement::cpu())
+    let placement = args.place.open(args.precision)?;
+    let prepared = Prepared::open(spec, &[], placement)
         .map_err(|failure| Failure::new(ExitCode::Usage, failure.message).hint(failure.hint))?;
-    let (trainer, _) = prepared.into_trainer(Box::new(Alone))?;
+    let (trainer, _) = prepared.into_trainer(Box::new(Share {
+        world_size: args.world,
+    }))?;
     Ok(trainer)
 }
 
@@ -199,6 +219,8 @@ fn arguments(args: &StepArgs, precision: Precision, implementation: HeadImplemen
     set("--rate", args.rate.to_string());
     set("--optimizer", args.optimizer.as_str().into());
     set("--repetitions", args.steps.to_string());
+    set("--world", args.world.to_string());
+    set("--device", args.place.name().to_owned());
     if let Some(threads) = args.threads {
         set("--threads", threads.to_string());
     }

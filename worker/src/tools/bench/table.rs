@@ -23,6 +23,13 @@ pub struct TableArgs {
     place: PlaceArgs,
 }
 
+impl TableArgs {
+    /// What computes.
+    pub(super) fn device(&self) -> &'static str {
+        self.place.name()
+    }
+}
+
 /// A column of the table.
 struct Setting {
     classes: u32,

@@ -33,6 +33,14 @@ pub(super) fn median(times: &[f64]) -> f64 {
     }
 }
 
+/// Standard deviation over the mean. NaN for nothing.
+pub(super) fn variation(times: &[f64]) -> f64 {
+    let count = times.len() as f64;
+    let mean = times.iter().sum::<f64>() / count;
+    let square = times.iter().map(|time| (time - mean).powi(2)).sum::<f64>() / count;
+    square.sqrt() / mean
+}
+
 /// The shortest.
 pub(super) fn min(times: &[f64]) -> f64 {
     times.iter().copied().fold(f64::INFINITY, f64::min)
@@ -47,5 +55,12 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn variations() {
+        assert_eq!(variation(&[2.0, 2.0]), 0.0);
+        assert_eq!(variation(&[1.0, 3.0]), 0.5);
+        assert!(variation(&[]).is_nan());
     }
 }
