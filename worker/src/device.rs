@@ -6,7 +6,10 @@
 
 mod cuda;
 mod gpus;
+mod launcher;
 mod libraries;
+
+pub use launcher::{GpuLauncher, GpuLauncherError};
 
 use crate::nvrtc::Cache;
 use arcface_proto::failure::{ExitCode, Failure};

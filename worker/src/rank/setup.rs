@@ -10,7 +10,7 @@ use super::phases::Phases;
 use super::step::{StepSettings, Trainer, Window};
 use crate::collective::Collective;
 use crate::data::{self, Dataset, Epochs};
-use crate::head::{self, HeadConfig};
+use crate::head::{self, HeadConfig, Placement};
 use crate::model::{Backbone, BackboneConfig};
 use crate::optim::{self, GradScaler, OptimizerConfig, schedule::PolyWarmup};
 use crate::{device, export};
@@ -112,7 +112,8 @@ impl Prepared {
             .into_iter()
             .map(|(_, tensor)| tensor.shallow_clone())
             .collect();
-        let mut head = head::build(&HeadConfig::of(&job.spec, job.num_classes), rank, world_size);
+        let config = HeadConfig::of(&job.spec, job.num_classes);
+        let mut head = head::build(&config, rank, world_size, &Placement::Cpu);
         if let Some(start) = &self.head_start {
             start.fill(head.as_mut())?;
         }

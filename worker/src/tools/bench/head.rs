@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     device,
-    head::{self, Head, HeadConfig, tiled},
+    head::{self, Head, HeadConfig, Placement, tiled},
     optim::OptimizerConfig,
 };
 use arcface_proto::{
@@ -136,7 +136,7 @@ fn config(args: &HeadArgs, num_classes: u32) -> HeadConfig {
 }
 
 fn build(config: &HeadConfig) -> Box<dyn Head> {
-    head::build(config, 0, 1)
+    head::build(config, 0, 1, &Placement::Cpu)
 }
 
 fn step_once(
