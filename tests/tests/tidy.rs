@@ -295,12 +295,16 @@ const RULES: [Rule; 20] = [
 ];
 
 /// Files with unsafe code, each with its reason in its head and `SAFETY:` at every block (clippy sees to that).
-const UNSAFE: [&str; 16] = [
+const UNSAFE: [&str; 20] = [
     "coordinator/tests/simulation/determinism.rs",
     "worker/src/collective/memory.rs",
     "worker/src/data/mmap.rs",
+    "worker/src/device/launcher.rs",
     "worker/src/device/libraries.rs",
     "worker/src/device/placement.rs",
+    "worker/src/head/cuda/kernels/mod.rs",
+    "worker/src/head/cuda/launch.rs",
+    "worker/src/head/cuda/twin/launcher.rs",
     "worker/src/head/cuda/twin/mod.rs",
     "worker/src/head/cuda/twin/sampling.rs",
     "worker/src/head/cuda/twin/softmax.rs",

@@ -5,15 +5,18 @@
 
 mod cuda;
 pub mod gpus;
+mod launcher;
 mod libraries;
 mod placement;
 
 pub use placement::{GpuMemory, Placement, pinned};
 
-use crate::nvrtc::Cache;
+pub use launcher::{GpuLauncher, GpuLauncherError};
+
+use crate::nvrtc::{Cache, Compiler, NvrtcError};
 use arcface_proto::failure::{ExitCode, Failure};
 use gpus::Gpu;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What the user asked for with `--device`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -117,9 +120,19 @@ pub fn resolve(choice: DeviceChoice) -> Result<Hardware, Failure> {
 fn visible_gpus() -> Result<Vec<Gpu>, Failure> {
     let list = std::env::var_os(VISIBLE_VARIABLE);
     let list = list.as_deref().map(std::ffi::OsStr::to_string_lossy);
-    let nvrtc = std::env::var_os("ARCFACE_NVRTC").filter(|value| !value.is_empty());
-    cuda::find(list.as_deref(), nvrtc.as_deref().map(Path::new), Cache::of_user())
+    cuda::find(list.as_deref(), nvrtc().as_deref(), Cache::of_user())
         .map_err(|error| Failure::new(error.code(), error.to_string()).hint(error.hint()))
+}
+
+/// Another NVRTC than the loader's, if the user names one.
+fn nvrtc() -> Option<PathBuf> {
+    let path = std::env::var_os("ARCFACE_NVRTC").filter(|value| !value.is_empty());
+    path.map(PathBuf::from)
+}
+
+/// What compiles kernels here, and keeps them for this user.
+fn compiler() -> Result<Compiler, NvrtcError> {
+    Compiler::open(nvrtc().as_deref(), Cache::of_user())
 }
 
 /// Names the GPUs of a process; CUDA's own. An agent gives each of its ranks one.

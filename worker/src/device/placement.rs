@@ -2,12 +2,13 @@
 //! anything else asks libtorch for it. Unsafe, because libtorch's switches are reached across the C interface.
 #![allow(unsafe_code)]
 
-use super::{Device, gpus::Gpu, visible_gpus};
+use super::{Device, GpuLauncher, compiler, gpus::Gpu, visible_gpus};
+use crate::head;
 use arcface_proto::{
     failure::{ExitCode, Failure},
     spec::Precision,
 };
-use std::ffi::c_void;
+use std::{ffi::c_void, sync::Arc};
 use tch::Tensor;
 
 unsafe extern "C" {
@@ -39,9 +40,9 @@ pub struct GpuMemory {
 }
 
 /// A rank's place.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone)]
 pub struct Placement {
-    device: tch::Device,
+    head: head::Placement,
     gpu: Option<Gpu>,
 }
 
@@ -49,7 +50,7 @@ impl Placement {
     /// On the CPU.
     pub fn cpu() -> Self {
         Self {
-            device: tch::Device::Cpu,
+            head: head::Placement::Cpu,
             gpu: None,
         }
     }
@@ -80,8 +81,14 @@ impl Placement {
                 unsafe { arcface_allow_tf32(rounds) };
                 // Every step has the same shapes: the search for the fastest convolution pays.
                 tch::Cuda::cudnn_set_benchmark(true);
+                let failed = |error: &dyn std::fmt::Display| Failure::new(ExitCode::Failed, error.to_string());
+                let compiler = compiler().map_err(|error| failed(&error))?;
+                let launcher = GpuLauncher::new(0, &compiler).map_err(|error| failed(&error))?;
                 Ok(Self {
-                    device: tch::Device::Cuda(0),
+                    head: head::Placement::Gpu {
+                        device: tch::Device::Cuda(0),
+                        launcher: Arc::new(launcher),
+                    },
                     gpu,
                 })
             }
@@ -90,7 +97,12 @@ impl Placement {
 
     /// For libtorch.
     pub fn device(&self) -> tch::Device {
-        self.device
+        self.head.device()
+    }
+
+    /// For the head, with what starts its kernels.
+    pub fn of_head(&self) -> &head::Placement {
+        &self.head
     }
 
     /// The GPU, if it is one.
@@ -121,9 +133,10 @@ impl Placement {
 
     /// Brings a tensor here. From pinned memory the copy runs while the caller goes on.
     pub fn take(&self, tensor: &Tensor) -> Tensor {
-        match tensor.device() == self.device {
+        let device = self.device();
+        match tensor.device() == device {
             true => tensor.shallow_clone(),
-            false => tensor.to_device_(self.device, tensor.kind(), true, false),
+            false => tensor.to_device_(device, tensor.kind(), true, false),
         }
     }
 }
@@ -157,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_tensor_that_is_here_is_not_copied() {
-        let here = Placement::open("cpu", Precision::Fp32).expect("a CPU");
+        let here = Placement::open("cpu", Precision::Fp32).ok().expect("a CPU");
         let tensor = Tensor::from_slice(&[1f32, 2.0]);
         assert_eq!(here.take(&tensor).data_ptr(), tensor.data_ptr());
         assert_eq!((here.device(), here.gpu()), (tch::Device::Cpu, None));

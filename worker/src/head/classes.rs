@@ -47,6 +47,22 @@ impl Chosen {
     }
 }
 
+/// The classes of a shard that rows have, local and rising.
+pub(super) fn positives(shard: ClassRange, labels: &[i64]) -> Vec<u32> {
+    let mut positives: Vec<u32> = labels.iter().filter_map(|&label| local(shard, label)).collect();
+    positives.sort_unstable();
+    positives.dedup();
+    positives
+}
+
+/// A class counted from the shard's first, if it is there.
+fn local(shard: ClassRange, label: i64) -> Option<u32> {
+    match u32::try_from(label) {
+        Ok(class) if (shard.lo..shard.hi).contains(&class) => Some(class - shard.lo),
+        _ => None,
+    }
+}
+
 /// Asks the sampler, and finds each row's class.
 pub(super) fn choose(
     sampler: &mut dyn ClassSampler,
@@ -54,16 +70,12 @@ pub(super) fn choose(
     shard: ClassRange,
     labels: &[i64],
 ) -> Result<Chosen, HeadError> {
-    let local = |label: i64| match u32::try_from(label) {
-        Ok(class) if (shard.lo..shard.hi).contains(&class) => Some(class - shard.lo),
-        _ => None,
-    };
-    let mut positives: Vec<u32> = labels.iter().filter_map(|&label| local(label)).collect();
-    positives.sort_unstable();
-    positives.dedup();
+    let positives = positives(shard, labels);
     let count = u32::try_from(positives.len()).unwrap_or(u32::MAX);
     let Some(classes) = sampler.sample(step, shard, &positives) else {
-        let targets = labels.iter().map(|&label| local(label).map_or(-1, i64::from));
+        let targets = labels
+            .iter()
+            .map(|&label| local(shard, label).map_or(-1, i64::from));
         return Ok(Chosen {
             classes: None,
             targets: targets.collect(),
@@ -77,7 +89,7 @@ pub(super) fn choose(
             shard.len()
         )));
     }
-    let column = |label: i64| match local(label) {
+    let column = |label: i64| match local(shard, label) {
         None => Ok(-1),
         Some(class) => match classes.binary_search(&class) {
             Ok(column) => Ok(column as i64),

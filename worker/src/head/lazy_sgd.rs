@@ -95,6 +95,11 @@ impl History {
         Some(&self.products[index.expect("rows are brought up to date before their steps are forgotten")])
     }
 
+    /// The products of the maps of the latest steps: element i is that of all steps from the i-th remembered one on.
+    pub fn remembered(&self) -> impl Iterator<Item = &Map> {
+        self.products.iter()
+    }
+
     /// Takes a step with this learning rate. Rows touched in it are noted with the `now` after it.
     pub fn advance(&mut self, lr: f64) {
         let step = Map::step(lr, self.momentum, self.weight_decay);

@@ -311,6 +311,7 @@ impl Prepared {
             if let Some(&(_, t)) = self.hard.first() {
                 let above: Vec<f64> = self.hard.iter().map(|(above, _)| *above).collect();
                 let above_b1 = Tensor::from_slice(&above).to_kind(cos_bc.kind()).unsqueeze(1);
+                let above_b1 = above_b1.to_device(cos_bc.device());
                 let hard = cos_bc.gt_tensor(&above_b1);
                 logits = (cos_bc * (cos_bc + t) * self.scale).where_self(&hard, &logits);
                 derivative = ((cos_bc * 2.0 + t) * self.scale).where_self(&hard, &derivative);
@@ -326,7 +327,8 @@ impl Prepared {
                 let at = [Some(&row), Some(&column)];
                 let put = |into: &mut Tensor, value: fn(&TargetLogit) -> f64| {
                     let all: Vec<f64> = self.targets.iter().map(value).collect();
-                    let values = Tensor::from_slice(&all).index_select(0, &row);
+                    let values = Tensor::from_slice(&all).to_device(cos_bc.device());
+                    let values = values.index_select(0, &row);
                     let _ = into.index_put_(&at, &values.to_kind(cos_bc.kind()), false);
                 };
                 put(&mut logits, |target| target.value);

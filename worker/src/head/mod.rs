@@ -10,9 +10,12 @@ pub mod lazy_sgd;
 pub mod margin;
 pub mod plain;
 pub mod sampling;
+#[cfg(test)]
+pub(crate) mod suite;
 pub mod tiled;
 mod unit;
 
+pub use cuda::CudaHead;
 pub use plain::PlainHead;
 pub use tiled::TiledHead;
 
@@ -24,7 +27,9 @@ use arcface_proto::{
     spec::{self, HeadImplementation, MarginGradient, Precision},
     types::ClassRange,
 };
-use tch::Tensor;
+use cuda::{LaunchError, Launcher};
+use std::sync::Arc;
+use tch::{Device, Tensor};
 
 /// What a head computes; the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -263,6 +268,9 @@ pub enum HeadError {
     /// The optimizer refused its state.
     #[error("head: {0}")]
     Optimizer(#[from] OptimError),
+    /// The device refused a kernel.
+    #[error("head: {0}")]
+    Kernel(#[from] LaunchError),
     /// A sampler broke its contract.
     #[error("class sampling of step {step}: {detail}")]
     Sampling {
@@ -287,18 +295,45 @@ fn check_form(what: &str, got: &[i64], expected: &[i64]) -> Result<(), HeadError
     })
 }
 
-/// This rank's shard of the configured head, with its initial weights.
+/// Where a head's weights are, and what computes there. Tensors that it is given may be anywhere, those that it gives out
+/// are there, and the communicator must take them.
+#[derive(Clone)]
+pub enum Placement {
+    /// The CPU.
+    Cpu,
+    /// A GPU.
+    Gpu {
+        /// As libtorch names it.
+        device: Device,
+        /// Starts the kernels of [`CudaHead`] on it.
+        launcher: Arc<dyn Launcher>,
+    },
+}
+
+impl Placement {
+    /// As libtorch names it.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Cpu => Device::Cpu,
+            Self::Gpu { device, .. } => *device,
+        }
+    }
+}
+
+/// This rank's shard of the configured head, with its initial weights. What the tiled heads do not compute, the plain head
+/// does, on either device: several centres a class.
 ///
 /// # Panics
 /// If `rank >= world_size`.
-pub fn build(config: &HeadConfig, rank: u32, world_size: u32) -> Box<dyn Head> {
-    match config.implementation {
-        // Several centres a class: the tiles' arithmetic has one.
-        HeadImplementation::Tiled if !matches!(config.loss, spec::Loss::SubCenter(_)) => {
-            Box::new(TiledHead::new(config, rank, world_size))
+pub fn build(config: &HeadConfig, rank: u32, world_size: u32, placement: &Placement) -> Box<dyn Head> {
+    // Several centres a class: the tiles' arithmetic has one.
+    let is_tiled = config.implementation == HeadImplementation::Tiled
+        && !matches!(config.loss, spec::Loss::SubCenter(_));
+    match placement {
+        Placement::Cpu if is_tiled => Box::new(TiledHead::new(config, rank, world_size)),
+        Placement::Gpu { device, launcher } if is_tiled => {
+            Box::new(CudaHead::new(config, rank, world_size, *device, launcher.clone()))
         }
-        HeadImplementation::Tiled | HeadImplementation::Plain => {
-            Box::new(PlainHead::new(config, rank, world_size))
-        }
+        _ => Box::new(PlainHead::on(config, rank, world_size, placement.device())),
     }
 }

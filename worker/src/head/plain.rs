@@ -40,19 +40,27 @@ pub struct PlainHead {
 }
 
 impl PlainHead {
-    /// This rank's shard, with initial weights that depend on (seed, class, dimension) alone.
+    /// This rank's shard on the CPU, with initial weights that depend on (seed, class, dimension) alone.
     ///
     /// # Panics
     /// If `rank >= world_size`.
     pub fn new(config: &HeadConfig, rank: u32, world_size: u32) -> Self {
+        Self::on(config, rank, world_size, Device::Cpu)
+    }
+
+    /// The same on another device than the CPU.
+    ///
+    /// # Panics
+    /// If `rank >= world_size`.
+    pub fn on(config: &HeadConfig, rank: u32, world_size: u32, device: Device) -> Self {
         let sampler = RandomNegatives {
             seed: config.seed,
             rate: config.sample_rate,
         };
-        Self::with_sampler(config, rank, world_size, Box::new(sampler))
+        Self::placed(config, rank, world_size, Box::new(sampler), device)
     }
 
-    /// The same with another choice of classes.
+    /// The same on the CPU, with another choice of classes.
     ///
     /// # Panics
     /// If `rank >= world_size`.
@@ -62,9 +70,20 @@ impl PlainHead {
         world_size: u32,
         sampler: Box<dyn ClassSampler>,
     ) -> Self {
+        Self::placed(config, rank, world_size, sampler, Device::Cpu)
+    }
+
+    fn placed(
+        config: &HeadConfig,
+        rank: u32,
+        world_size: u32,
+        sampler: Box<dyn ClassSampler>,
+        device: Device,
+    ) -> Self {
         let shard = ClassRange::of_rank(config.num_classes, rank, world_size);
         let centers = i64::from(config.loss.centers());
-        let mut weight = classes::initial_weight(config.seed, shard, centers * config.embedding_size);
+        let weight = classes::initial_weight(config.seed, shard, centers * config.embedding_size);
+        let mut weight = weight.to_device(device);
         if centers > 1 {
             weight = weight.view([-1, centers, config.embedding_size]);
         }
@@ -116,7 +135,7 @@ impl PlainHead {
         let mut own = target_cosines(cos_bc, target_b);
         if self.loss.needs_all_targets() {
             // Each class lives on one rank, so the sum over ranks is that rank's value.
-            let mut all = Tensor::from_slice(&own);
+            let mut all = Tensor::from_slice(&own).to_device(cos_bc.device());
             comm.all_reduce(&mut all, ReduceOp::Sum)?;
             all.copy_data(&mut own, all.numel());
         }
@@ -138,28 +157,29 @@ impl Head for PlainHead {
         step: u64,
         share: f64,
     ) -> Result<HeadOutput, HeadError> {
-        let embedding_size = self.embedding_size();
+        let (embedding_size, device) = (self.embedding_size(), self.weight.device());
         exchange::check_forms(comm, embedding, labels, rows, embedding_size)?;
         no_grad(|| {
             let batch: i64 = rows.iter().map(|&n| i64::from(n)).sum();
             if batch == 0 {
                 return Ok(HeadOutput {
                     loss: 0.0,
-                    grad_embedding: Tensor::zeros([0, embedding_size], (Kind::Float, Device::Cpu)),
+                    grad_embedding: Tensor::zeros([0, embedding_size], (Kind::Float, device)),
                     not_finite: Vec::new(),
                     seen: Seen::default(),
                 });
             }
-            let embedding_bd = exchange::gather_rows(comm, &embedding.to_kind(Kind::Float), rows)?;
-            let labels_b = exchange::gather_rows(comm, &labels.to_kind(Kind::Int64), rows)?;
+            let here = |tensor: &Tensor, kind| tensor.to_device(device).to_kind(kind);
+            let embedding_bd = exchange::gather_rows(comm, &here(embedding, Kind::Float), rows)?;
+            let labels_b = exchange::gather_rows(comm, &here(labels, Kind::Int64), rows)?;
             let labels = classes::to_vec(&labels_b);
             classes::check_labels(self.num_classes, &labels, rows)?;
             let chosen = classes::choose(self.sampler.as_mut(), step, self.shard, &labels)?;
-            let target_b = Tensor::from_slice(&chosen.targets);
+            let target_b = Tensor::from_slice(&chosen.targets).to_device(device);
             let (sampled_rows, positive_rows) = (chosen.sampled(self.shard.len()), chosen.positives);
             let index_c = chosen.classes.map(|classes| {
                 let classes: Vec<i64> = classes.into_iter().map(i64::from).collect();
-                Tensor::from_slice(&classes)
+                Tensor::from_slice(&classes).to_device(device)
             });
             let weight = match &index_c {
                 Some(index) => self.weight.index_select(0, index),
@@ -217,7 +237,8 @@ impl Head for PlainHead {
                 let by_norm: Vec<f32> = (0..probabilities.len())
                     .map(|row| prepared.grad_norm(row, probabilities[row]) as f32)
                     .collect();
-                grad_embedding += unit_rd * own(&Tensor::from_slice(&by_norm)).unsqueeze(1);
+                let by_norm = Tensor::from_slice(&by_norm).to_device(device);
+                grad_embedding += unit_rd * own(&by_norm).unsqueeze(1);
             }
             grad_embedding *= share * f64::from(comm.world_size());
             let loss = softmax.loss + prepared.norm_loss();

@@ -118,7 +118,8 @@ impl Prepared {
             .map(|(_, tensor)| tensor.shallow_clone())
             .collect();
         let elements: Vec<usize> = params.iter().map(Tensor::numel).collect();
-        let mut head = head::build(&HeadConfig::of(&job.spec, job.num_classes), rank, world_size);
+        let config = HeadConfig::of(&job.spec, job.num_classes);
+        let mut head = head::build(&config, rank, world_size, self.placement.of_head());
         if let Some(start) = &self.head_start {
             start.fill(head.as_mut())?;
         }

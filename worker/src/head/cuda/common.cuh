@@ -20,6 +20,12 @@ constexpr u32 MOST_THREADS = 256;
 constexpr double MIN_NORM = 1e-12;
 constexpr float LARGEST_INVERSE = static_cast<float>(1.0 / MIN_NORM);
 
+// What a row whose squares add up to `squares` is multiplied by. Not fmax, which would hide a NaN.
+__device__ inline double inverse_norm(double squares) {
+    const double norm = sqrt(squares);
+    return 1.0 / (norm < MIN_NORM ? MIN_NORM : norm);
+}
+
 // A number of 16 bits with the exponent of an f32. CUDA's own type needs a header.
 struct Bf16 {
     u16 bits;
@@ -94,3 +100,22 @@ struct History {
         return products + (remembered - (now - since[row]));
     }
 };
+
+// An element of the class weights, as it is once what its row has missed is made up for.
+__device__ inline float made_up(const RowMap* missed, const float* weight, const float* momentum, i64 at) {
+    return missed == nullptr ? weight[at] : missed->weight(weight[at], momentum[at]);
+}
+
+// The first place of a rising list that is not below `value`.
+__device__ inline i64 place_of(const u32* list, i64 count, i64 value) {
+    i64 low = 0, high = count;
+    while (low < high) {
+        const i64 middle = (low + high) / 2;
+        if (static_cast<i64>(list[middle]) < value) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}

@@ -1,17 +1,15 @@
-// The backward half of the softmax: the gradient of the mean loss by the cosines of a tile, which the matrix products of
-// the embeddings' and the weights' gradient take from there.
+// The backward half of the softmax: from sums to the factors of the gradient, the gradient of embeddings from the tiles'
+// products, and the gradient by the cosines of a tile, from which a product makes that of its weights.
 
 #include "terms.cuh"
 
 namespace {
 
-template <class In, class Out>
-__device__ void softmax_gradient(const In* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,
-                                 Others others, const float* factor, const float* target_gradient, Out* gradient,
-                                 i64 gradient_stride) {
+template <class T>
+__device__ void softmax_gradient(T* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,
+                                 Others others, const float* factor, const float* target_gradient) {
     for (i64 sample = blockIdx.x; sample < samples; sample += gridDim.x) {
-        const In* row = cosines + sample * stride;
-        Out* out = gradient + sample * gradient_stride;
+        T* row = cosines + sample * stride;
         const i64 own = target[sample] - first;
         const float shift = others.shift[sample];
         for (i64 column = threadIdx.x; column < columns; column += blockDim.x) {
@@ -21,7 +19,22 @@ __device__ void softmax_gradient(const In* cosines, i64 stride, i64 samples, i64
             if (fabsf(raw) > 1.0f) { // no gradient flows through the clamp where it cut; NaN is not beyond it
                 value = 0.0f;
             }
-            store(out, column, column == own ? target_gradient[sample] : value);
+            store(row, column, column == own ? target_gradient[sample] : value);
+        }
+    }
+}
+
+template <class T>
+__device__ void drop_columns(T* gradient, i64 stride, i64 samples, i64 columns, const u32* rows, const u32* chosen,
+                             i64 count) {
+    const i64 all = static_cast<i64>(gridDim.x) * blockDim.x;
+    for (i64 column = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; column < columns; column += all) {
+        const i64 place = place_of(chosen, count, rows[column]);
+        if (place < count && chosen[place] == rows[column]) {
+            continue;
+        }
+        for (i64 sample = 0; sample < samples; ++sample) {
+            store(gradient, sample * stride + column, 0.0f);
         }
     }
 }
@@ -48,15 +61,48 @@ KERNEL head_softmax_rows(const double* sums, const double* target_logit, const d
     }
 }
 
-// (p - onehot) / samples times d logit / d cosine, for a tile of cosines as in softmax.cu. `gradient` may be `cosines` where
-// both have the same kind and stride: a thread writes only where it alone has read.
-#define SOFTMAX_GRADIENT(NAME, IN, OUT)                                                                           \
-    KERNEL NAME(const IN* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,            \
-                Others others, const float* factor, const float* target_gradient, OUT* gradient,                  \
-                i64 gradient_stride) {                                                                            \
-        softmax_gradient(cosines, stride, samples, columns, first, target, others, factor, target_gradient,       \
-                         gradient, gradient_stride);                                                              \
+// The gradient of embeddings of length 1 in the place of the tiles' sums of rows weighted by terms: that times the sample's
+// `factor`, and the part of its own class where that is row `local` of this shard (-1: on another rank).
+KERNEL head_finish_embeddings(float* gradient, const float* factor, const float* target_gradient, const i64* local,
+                              i64 samples, i64 dim, const float* weight, const float* momentum, History history) {
+    for (i64 sample = blockIdx.x; sample < samples; sample += gridDim.x) {
+        float* out = gradient + sample * dim;
+        const i64 row = local[sample];
+        if (row < 0) { // on every thread of the block
+            for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
+                out[d] *= factor[sample];
+            }
+            continue;
+        }
+        const RowMap* missed = history.missed(row);
+        double squares = 0.0;
+        for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
+            const double w = made_up(missed, weight, momentum, row * dim + d);
+            squares += w * w;
+        }
+        const double own = target_gradient[sample] * inverse_norm(block_sum(squares));
+        for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
+            const double others = static_cast<double>(out[d]) * factor[sample];
+            out[d] = static_cast<float>(others + own * made_up(missed, weight, momentum, row * dim + d));
+        }
     }
-SOFTMAX_GRADIENT(head_softmax_gradient_f32_f32, float, float)
-SOFTMAX_GRADIENT(head_softmax_gradient_f32_bf16, float, Bf16)
-SOFTMAX_GRADIENT(head_softmax_gradient_bf16_bf16, Bf16, Bf16)
+}
+
+// (p - onehot) / samples times d logit / d cosine in the place of a tile of cosines as in softmax.cu.
+#define SOFTMAX_GRADIENT(NAME, TYPE)                                                                              \
+    KERNEL NAME(TYPE* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,                \
+                Others others, const float* factor, const float* target_gradient) {                               \
+        softmax_gradient(cosines, stride, samples, columns, first, target, others, factor, target_gradient);      \
+    }
+SOFTMAX_GRADIENT(head_softmax_gradient_f32, float)
+SOFTMAX_GRADIENT(head_softmax_gradient_bf16, Bf16)
+
+// Makes 0 what a tile's gradient has for classes that took no part in its micro-batch. `rows` are the tile's classes,
+// `chosen` those of the micro-batch. A thread a column.
+#define DROP_COLUMNS(NAME, TYPE)                                                                                  \
+    KERNEL NAME(TYPE* gradient, i64 stride, i64 samples, i64 columns, const u32* rows, const u32* chosen,         \
+                i64 count) {                                                                                      \
+        drop_columns(gradient, stride, samples, columns, rows, chosen, count);                                    \
+    }
+DROP_COLUMNS(head_drop_columns_f32, float)
+DROP_COLUMNS(head_drop_columns_bf16, Bf16)

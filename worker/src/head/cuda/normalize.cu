@@ -1,16 +1,11 @@
-// Rows of length 1 from embeddings and from class weights, and what they were multiplied by.
+// Rows of length 1 from embeddings and from class weights, what they were multiplied by, and the way of a gradient back
+// through it.
 //
 // A row is a block's. Sums are taken in double precision: reading the row takes longer.
 
 #include "common.cuh"
 
 namespace {
-
-// What a row whose squares add up to `squares` is multiplied by. Not fmax, which would hide a NaN.
-__device__ double inverse_norm(double squares) {
-    const double norm = sqrt(squares);
-    return 1.0 / (norm < MIN_NORM ? MIN_NORM : norm);
-}
 
 template <class In, class Out>
 __device__ void normalize_rows(const In* rows, i64 count, i64 dim, Out* unit, float* inverse, double* norm) {
@@ -39,10 +34,7 @@ __device__ void normalize_weights(const float* weight, const float* momentum, Hi
     for (i64 place = blockIdx.x; place < count; place += gridDim.x) {
         const i64 row = chosen == nullptr ? place : chosen[place];
         const RowMap* missed = history.missed(row);
-        const auto value = [&](i64 d) {
-            const float w = weight[row * dim + d];
-            return missed == nullptr ? w : missed->weight(w, momentum[row * dim + d]);
-        };
+        const auto value = [&](i64 d) { return made_up(missed, weight, momentum, row * dim + d); };
         double squares = 0.0;
         for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
             const double w = value(d);
@@ -79,3 +71,31 @@ NORMALIZE_ROWS(head_normalize_rows_bf16_bf16, Bf16, Bf16)
     }
 NORMALIZE_WEIGHTS(head_normalize_weights_f32, float)
 NORMALIZE_WEIGHTS(head_normalize_weights_bf16, Bf16)
+
+// The gradient by embeddings from that by their rows of length 1: its part across the row, divided by the norm, unless the
+// row is under the smallest norm: that was divided by a constant. To it comes, along the row, the gradient by the norm of
+// losses that have one (null: none): `each` * ((p - 1) * the target logit's derivative + that of the loss's own term). All
+// times `factor`.
+KERNEL head_embedding_gradient(const float* gradient_unit, const float* unit, const double* norm,
+                               const double* probability, const double* logit_by_norm, const double* term_by_norm,
+                               i64 rows, i64 dim, double each, double factor, float* gradient) {
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+        const float* g = gradient_unit + row * dim;
+        const float* x = unit + row * dim;
+        double along = 0.0;
+        for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
+            along += static_cast<double>(g[d]) * x[d];
+        }
+        along = block_sum(along);
+        const bool tiny = norm[row] < MIN_NORM;
+        const double divisor = tiny ? MIN_NORM : norm[row];
+        double by_norm = 0.0;
+        if (logit_by_norm != nullptr) {
+            by_norm = each * ((probability[row] - 1.0) * logit_by_norm[row] + term_by_norm[row]);
+        }
+        for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
+            const double across = (g[d] - (tiny ? 0.0 : x[d] * along)) / divisor;
+            gradient[row * dim + d] = static_cast<float>((across + x[d] * by_norm) * factor);
+        }
+    }
+}

@@ -49,6 +49,15 @@ __device__ Part part_of(i64 chunk, i64 classes) {
 
 } // namespace
 
+// By sample its class, counted from the shard's first `lo`; -1 where it is on another rank, or no class. A thread a sample.
+KERNEL head_local_classes(const i64* labels, i64 samples, i64 lo, i64 classes, i64* local) {
+    const i64 all = static_cast<i64>(gridDim.x) * blockDim.x;
+    for (i64 sample = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; sample < samples; sample += all) {
+        const i64 label = labels[sample];
+        local[sample] = label >= lo && label < lo + classes ? label - lo : -1;
+    }
+}
+
 // Sets the flags of the samples' own classes; `local` is counted from the shard's first, -1 where it is on another rank.
 // All flags are 0 before. A thread a sample.
 KERNEL head_mark_positives(const i64* local, i64 samples, u8* positive) {
@@ -176,15 +185,16 @@ KERNEL head_write_chosen(u64 draws, u64 lo, i64 classes, const u8* positive, con
 KERNEL head_find_columns(const u32* chosen, const Selection* selection, const i64* local, i64 samples, i64* column) {
     const i64 all = static_cast<i64>(gridDim.x) * blockDim.x;
     for (i64 sample = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; sample < samples; sample += all) {
-        i64 low = 0, high = static_cast<i64>(selection->chosen);
-        while (low < high) {
-            const i64 middle = (low + high) / 2;
-            if (static_cast<i64>(chosen[middle]) < local[sample]) {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        column[sample] = local[sample] < 0 ? -1 : low;
+        const i64 place = place_of(chosen, static_cast<i64>(selection->chosen), local[sample]);
+        column[sample] = local[sample] < 0 ? -1 : place;
+    }
+}
+
+// Sets the flags of the classes of a list. What head_count_chosen makes of the flags of several lists, where no negatives
+// are wanted, is the list of all that are in any. A thread a class of the list.
+KERNEL head_mark_chosen(const u32* chosen, i64 count, u8* taken) {
+    const i64 all = static_cast<i64>(gridDim.x) * blockDim.x;
+    for (i64 place = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; place < count; place += all) {
+        taken[chosen[place]] = 1;
     }
 }

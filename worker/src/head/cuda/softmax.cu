@@ -1,5 +1,5 @@
 // The forward half of the softmax over tiles of classes: each sample's cosine with its own class, the margin there, and
-// sums of exponentials over all classes. No logits are written.
+// the terms of the softmax with their sums over all classes. No logits are written.
 //
 // Columns count the classes that take part; `target` is the column of a sample's own class, or -1 where that is on another
 // rank. A sample is a block's: its sum is always added in the same order.
@@ -8,19 +8,25 @@
 
 namespace {
 
-template <class In>
-__device__ void softmax_sums(const In* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,
-                             const double* target_logit, Others others, double* sums) {
+template <class T>
+__device__ void softmax_terms(T* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,
+                              const double* target_logit, Others others, double* sums) {
     for (i64 sample = blockIdx.x; sample < samples; sample += gridDim.x) {
-        const In* row = cosines + sample * stride;
+        T* row = cosines + sample * stride;
         const i64 own = target[sample] - first; // below 0 or not below `columns` where it is not in this tile
         const float shift = others.shift[sample];
         double sum = 0.0;
         for (i64 column = threadIdx.x; column < columns; column += blockDim.x) {
+            float value = 0.0f;
             if (column != own) {
-                const Logit logit = logit_of(others, sample, clamped(load(row, column)));
-                sum += term_of(others, logit.value, shift);
+                const float raw = load(row, column);
+                const Logit logit = logit_of(others, sample, clamped(raw));
+                const float term = term_of(others, logit.value, shift);
+                sum += term;
+                // No gradient flows through the clamp where it cut; NaN is not beyond it.
+                value = fabsf(raw) > 1.0f ? 0.0f : term * logit.slope;
             }
+            store(row, column, value);
         }
         sum = block_sum(sum);
         if (threadIdx.x == 0) {
@@ -134,15 +140,16 @@ KERNEL head_margin_logits(const double* cosine, const u8* outside, const i64* ta
     }
 }
 
-// Adds to `sums`, by sample, the terms of a tile: [samples, stride] cosines with the classes of columns `first` to
-// `first + columns`. The sample's own class enters with its logit.
-#define SOFTMAX_SUMS(NAME, IN)                                                                                    \
-    KERNEL NAME(const IN* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,            \
+// From a tile of cosines, [samples, stride] with the classes of columns `first` to `first + columns`, to the terms of the
+// softmax, each times its logit's derivative over the scale: the gradient before it is divided by the sum, which `sums`, by
+// sample, is added to. The sample's own class enters the sum with its logit; where its term would stand is 0.
+#define SOFTMAX_TERMS(NAME, TYPE)                                                                                 \
+    KERNEL NAME(TYPE* cosines, i64 stride, i64 samples, i64 columns, i64 first, const i64* target,                \
                 const double* target_logit, Others others, double* sums) {                                        \
-        softmax_sums(cosines, stride, samples, columns, first, target, target_logit, others, sums);               \
+        softmax_terms(cosines, stride, samples, columns, first, target, target_logit, others, sums);              \
     }
-SOFTMAX_SUMS(head_softmax_sums_f32, float)
-SOFTMAX_SUMS(head_softmax_sums_bf16, Bf16)
+SOFTMAX_TERMS(head_softmax_terms_f32, float)
+SOFTMAX_TERMS(head_softmax_terms_bf16, Bf16)
 
 // Raises `largest`, by sample, to the largest logit of a tile, in base 2: where a sum came out so small that it may have
 // lost terms, the shift is taken from it. NaN is passed over; the sum has it.

@@ -11,7 +11,7 @@ use super::{
     },
     micro::{Geometry, Micro, columns_of, rows_of},
 };
-use crate::head::lazy_sgd::{History, Map};
+use crate::head::lazy_sgd::History;
 use std::ops::Range;
 
 /// Distance between rows beyond their length, in words: a cache line, so that the rows' beginnings do not all fall
@@ -63,18 +63,8 @@ impl<'a> Weights<'a> {
         let missed = self.lazy.and_then(|(since, history)| history.missed(since[at]));
         (
             cut(self.weight),
-            missed.map(|map| (cut(self.momentum), row_map(map))),
+            missed.map(|map| (cut(self.momentum), RowMap::of(map))),
         )
-    }
-}
-
-/// A map in single precision, as rows are.
-pub fn row_map(map: &Map) -> RowMap {
-    RowMap {
-        w_by_w_less_1: (map.w_by_w - 1.0) as f32,
-        w_by_v: map.w_by_v as f32,
-        v_by_w: map.v_by_w as f32,
-        v_by_v: map.v_by_v as f32,
     }
 }
 

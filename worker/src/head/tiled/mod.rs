@@ -278,14 +278,19 @@ pub fn arithmetic(config: &HeadConfig) -> String {
     format!("{} {format}", isa.name())
 }
 
-/// Form of the operands of products: bf16 where the job wants it, the machine has it, and it pays. Short rows do not
-/// pay, and rounding weighs more in them; nor do heads that take no time.
-fn format(config: &HeadConfig, isa: Isa) -> Format {
+/// True if products may have operands of bf16: the job wants it, and it pays. Short rows do not pay, and rounding weighs
+/// more in them; nor do heads that take no time.
+pub(super) fn wants_bf16(config: &HeadConfig) -> bool {
     let large = config.embedding_size >= BF16_DIM
         && f64::from(config.num_classes) * config.sample_rate >= BF16_CLASSES;
-    match config.precision {
-        Precision::Bf16 | Precision::Fp16 if large && isa.multiplies_bf16() => Format::Bf16,
-        _ => Format::F32,
+    large && matches!(config.precision, Precision::Bf16 | Precision::Fp16)
+}
+
+/// Form of the operands of products.
+fn format(config: &HeadConfig, isa: Isa) -> Format {
+    match wants_bf16(config) && isa.multiplies_bf16() {
+        true => Format::Bf16,
+        false => Format::F32,
     }
 }
 
@@ -484,15 +489,7 @@ impl Head for TiledHead {
             } => Rule::AdamW {
                 mean: slot(),
                 mean_sq: slot(),
-                step: AdamWStep {
-                    keep: (1.0 - lr * weight_decay) as f32,
-                    one_less_beta1: (1.0 - beta1) as f32,
-                    beta2: beta2 as f32,
-                    one_less_beta2: (1.0 - beta2) as f32,
-                    rate: (lr / (1.0 - beta1.powf(self.updates as f64))) as f32,
-                    correction: (1.0 / (1.0 - beta2.powf(self.updates as f64)).sqrt()) as f32,
-                    eps: eps as f32,
-                },
+                step: AdamWStep::new(lr, weight_decay, (beta1, beta2), eps, self.updates),
             },
         };
         self.threads

@@ -4,10 +4,10 @@
 
 use super::{
     buffer::Buffer,
-    chunk::{Chunk, Taking, Use, Weights, row_map},
+    chunk::{Chunk, Taking, Use, Weights},
     kernel::{
         isa::Isa,
-        rows::{AdamWRow, AdamWStep, MakeUp, SgdRow},
+        rows::{AdamWRow, AdamWStep, MakeUp, RowMap, SgdRow},
     },
     micro::{Geometry, Micro},
 };
@@ -225,7 +225,7 @@ impl Threads {
             rows.with_min_len(64).for_each(|((weight, momentum), since)| {
                 if *since < before {
                     if let Some(map) = history.missed(*since) {
-                        let missed = row_map(map);
+                        let missed = RowMap::of(map);
                         isa.run(MakeUp {
                             weight,
                             momentum,
@@ -370,7 +370,7 @@ impl Region<'_> {
                 decay,
             } => {
                 let missed = lazy.as_mut().and_then(|(since, history)| {
-                    let missed = history.missed(since[at]).map(row_map);
+                    let missed = history.missed(since[at]).map(RowMap::of);
                     since[at] = history.now() + 1;
                     missed
                 });

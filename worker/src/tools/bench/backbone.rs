@@ -1,13 +1,14 @@
 //! How fast a network is.
 
 use super::{
-    memory,
+    choice, memory,
     timing::{median, min, time},
 };
+use crate::tools::place::PlaceArgs;
 use crate::model::{Backbone, BackboneConfig, DropoutDraw, ForwardMode};
 use arcface_proto::{
     failure::{ExitCode, Failure},
-    spec::Precision,
+    spec::{Choice, Precision},
 };
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -21,6 +22,11 @@ pub struct BackboneArgs {
     /// Images.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
+    /// Arithmetic: fp32, bf16 or fp16.
+    #[arg(long, default_value = "fp32", value_parser = choice::<Precision>)]
+    precision: Precision,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// Training mode, and the gradient of every parameter.
     #[arg(long)]
     train: bool,
@@ -29,14 +35,24 @@ pub struct BackboneArgs {
     gradient_checkpointing: bool,
 }
 
+impl BackboneArgs {
+    /// What computes.
+    pub(super) fn device(&self) -> &'static str {
+        self.place.name()
+    }
+}
+
 /// Forward passes, with `train` backward passes as well, and the memory that they take beside weights and gradients.
 pub(super) fn measure(repetitions: u32, args: &BackboneArgs) -> anyhow::Result<Value> {
     let &BackboneArgs {
         ref network,
         batch,
+        precision,
+        place,
         train,
         gradient_checkpointing,
     } = args;
+    let place = place.open(precision)?;
     let config = BackboneConfig {
         gradient_checkpointing,
         ..BackboneConfig::new(network, 512)
@@ -44,6 +60,7 @@ pub(super) fn measure(repetitions: u32, args: &BackboneArgs) -> anyhow::Result<V
     let mut backbone =
         Backbone::new(&config).map_err(|error| Failure::new(ExitCode::Usage, error.to_string()))?;
     backbone.init_random(1);
+    backbone.move_to(place.device());
     if train {
         for (_, parameter) in backbone.trainable() {
             // As large as the gradients of the first pass, so that these do not count as its memory.
@@ -51,11 +68,12 @@ pub(super) fn measure(repetitions: u32, args: &BackboneArgs) -> anyhow::Result<V
         }
     }
     let images = Tensor::rand([batch.into(), 3, 112, 112], (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
+    let images = place.take(&images);
     let before = memory::resident();
     memory::forget_peak();
     let times = time(repetitions, |_| {
         if train {
-            let mode = ForwardMode::training(Precision::Fp32, DropoutDraw::default());
+            let mode = ForwardMode::training(precision, DropoutDraw::default());
             let pass = backbone.forward_to_train(&images, &mode);
             let gradient = pass.embedding();
             pass.backward(&gradient);
@@ -64,16 +82,20 @@ pub(super) fn measure(repetitions: u32, args: &BackboneArgs) -> anyhow::Result<V
             }
         } else {
             drop(tch::no_grad(|| {
-                backbone.forward(&images, &ForwardMode::evaluation(Precision::Fp32))
+                backbone.forward(&images, &ForwardMode::evaluation(precision))
             }));
         }
+        place.wait();
         Ok(())
     })?;
     let peak = memory::peak();
     Ok(json!({
-        "bench": "backbone", "network": network, "batch": batch, "train": train, "precision": "fp32",
+        "bench": "backbone", "network": network, "batch": batch, "train": train, "precision": precision.as_str(),
         "gradient_checkpointing": gradient_checkpointing,
-        "peak_bytes": peak.zip(before).map(|(peak, before)| peak.saturating_sub(before)),
+        "peak_bytes": match place.memory() {
+            Some(memory) => Some(memory.peak),
+            None => peak.zip(before).map(|(peak, before)| peak.saturating_sub(before)),
+        },
         "parameters": backbone.num_parameters(), "median_ms": median(&times), "min_ms": min(&times),
         "images_per_second": f64::from(batch) * 1e3 / median(&times),
     }))

@@ -5,9 +5,10 @@ use super::{
     timing::{median, min, time},
 };
 use crate::{
-    device,
+    device::{self, Placement},
     head::{self, Head, HeadConfig, tiled},
     optim::OptimizerConfig,
+    tools::place::PlaceArgs,
 };
 use arcface_proto::{
     failure::{ExitCode, Failure},
@@ -43,6 +44,8 @@ pub struct HeadArgs {
     /// Steps that count in each process of a comparison.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// Threads; default: one a core.
     #[arg(long)]
     threads: Option<u16>,
@@ -53,6 +56,11 @@ pub struct HeadArgs {
 }
 
 impl HeadArgs {
+    /// What computes.
+    pub(super) fn device(&self) -> &'static str {
+        self.place.name()
+    }
+
     /// True if two heads are measured.
     pub(super) fn is_comparison(&self) -> bool {
         self.against.is_some()
@@ -75,33 +83,45 @@ fn alone(repetitions: u32, args: &HeadArgs) -> anyhow::Result<Value> {
     let threads = args.threads.map_or(device::cores(), usize::from);
     tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
     let config = config(args, args.classes);
+    let place = args.place.open(args.precision)?;
     tch::manual_seed(1);
     let (batch, dim) = (i64::from(args.batch), i64::from(args.dim));
-    let embedding = Tensor::randn([batch, dim], (Kind::Float, Device::Cpu));
+    let embedding = place.take(&Tensor::randn([batch, dim], (Kind::Float, Device::Cpu)));
     // Code that is loaded when it is first used is not the head's memory: a small head goes first.
-    let mut small = build(&HeadConfig {
-        num_classes: 8,
-        ..config.clone()
-    });
-    let labels = Tensor::zeros([batch], (Kind::Int64, Device::Cpu));
+    let mut small = build(
+        &HeadConfig {
+            num_classes: 8,
+            ..config.clone()
+        },
+        &place,
+    );
+    let labels = place.take(&Tensor::zeros([batch], (Kind::Int64, Device::Cpu)));
     for step in 0..2 {
         step_once(&mut *small, &embedding, &labels, args.batch, step)?;
     }
     drop(small);
     let before = memory::resident();
-    let mut head = build(&config);
-    let arithmetic = match args.implementation {
-        HeadImplementation::Tiled => tiled::arithmetic(&config),
-        HeadImplementation::Plain => "libtorch fp32".to_owned(),
+    let mut head = build(&config, &place);
+    let arithmetic = match (args.implementation, place.gpu()) {
+        (HeadImplementation::Tiled, None) => tiled::arithmetic(&config),
+        (HeadImplementation::Tiled, Some(gpu)) => format!("kernels and libtorch, {}", gpu.arch),
+        (HeadImplementation::Plain, _) => "libtorch fp32".to_owned(),
     };
     memory::forget_peak();
     let labels = Tensor::randint(i64::from(args.classes), [batch], (Kind::Int64, Device::Cpu));
+    let labels = place.take(&labels);
     let times = time(repetitions, |step| {
-        step_once(&mut *head, &embedding, &labels, args.batch, step.into())
+        step_once(&mut *head, &embedding, &labels, args.batch, step.into())?;
+        place.wait();
+        Ok(())
     })?;
-    let peak = memory::peak()
-        .zip(before)
-        .map(|(peak, before)| peak.saturating_sub(before));
+    // A GPU's memory where it computes there.
+    let peak = match place.memory() {
+        Some(memory) => Some(memory.peak),
+        None => memory::peak()
+            .zip(before)
+            .map(|(peak, before)| peak.saturating_sub(before)),
+    };
     let state: usize = head
         .state()
         .iter()
@@ -135,8 +155,8 @@ fn config(args: &HeadArgs, num_classes: u32) -> HeadConfig {
     }
 }
 
-fn build(config: &HeadConfig) -> Box<dyn Head> {
-    head::build(config, 0, 1)
+fn build(config: &HeadConfig, place: &Placement) -> Box<dyn Head> {
+    head::build(config, 0, 1, place.of_head())
 }
 
 fn step_once(
@@ -177,6 +197,7 @@ fn arguments(args: &HeadArgs, implementation: HeadImplementation) -> Vec<String>
     set("--batch", args.batch.to_string());
     set("--rate", args.rate.to_string());
     set("--repetitions", args.steps.to_string());
+    set("--device", args.place.name().to_owned());
     if let Some(threads) = args.threads {
         set("--threads", threads.to_string());
     }

@@ -128,6 +128,8 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
     };
     result["repetitions"] = repetitions.into();
     let device = match &args.part {
+        Part::Head(args) => args.device(),
+        Part::Backbone(args) => args.device(),
         Part::Step(args) => args.device(),
         Part::Table(args) => args.device(),
         _ => "cpu",
@@ -271,6 +273,8 @@ mod tests {
             "bench step --network nosuch",
             "bench step --rate 2",
             "bench step --network tiny --device cuda",
+            "bench head --device cuda",
+            "bench backbone --device cuda",
         ] {
             let error = bench(line).expect_err("refused");
             assert!(

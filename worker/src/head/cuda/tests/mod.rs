@@ -1,13 +1,15 @@
-//! The kernels against the heads that train today: every kernel by itself over random shapes, and a whole step.
+//! The kernels against the heads that train today: every kernel by itself over random shapes, and a whole head.
 //!
-//! Each runs in several grids and blocks and in both orders of threads ([`Launch::all`]), and must give the same bits in
+//! By itself each runs in several grids and blocks and in both orders of threads ([`Launch::all`]), and must give the same bits in
 //! all that have the same block: a missing barrier shows there.
 
+mod golden;
+mod head;
+mod launch;
 mod normalize;
 mod sampling;
 mod softmax;
 mod update;
-mod whole;
 
 use super::twin::{self, Launch};
 use crate::random::{Purpose, Stream};

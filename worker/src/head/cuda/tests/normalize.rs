@@ -3,7 +3,10 @@
 use super::*;
 use crate::head::{
     lazy_sgd,
-    tiled::kernel::{isa::Isa, rows::Unit},
+    tiled::kernel::{
+        isa::Isa,
+        rows::{RowMap, Unit},
+    },
     unit,
 };
 use half::bf16;
@@ -139,7 +142,7 @@ fn weights_that_missed_steps_get_the_length_they_would_have() {
                 let missed = history.missed(since[row as usize]);
                 inverse.push(Isa::best().run(Unit {
                     weight: &weights.weight[span.clone()],
-                    missed: missed.map(|map| (&weights.momentum[span], twin::row_map(map))),
+                    missed: missed.map(|map| (&weights.momentum[span], RowMap::of(map))),
                     unit: &mut out,
                 }));
                 unit.extend(out);

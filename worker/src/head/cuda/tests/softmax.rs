@@ -282,7 +282,7 @@ impl Case {
                 first: span.0,
                 target: &self.target,
             };
-            twin::softmax_sums_f32(launch, tile, &self.target_logits(), others, &mut sums);
+            twin::softmax_terms_f32(launch, tile, &self.target_logits(), others, &mut sums);
         }
         sums
     }
@@ -355,19 +355,16 @@ fn check_gradient(case: &Case, others: &Others, rows: &twin::SoftmaxRows, gradie
             .chunks_exact(case.classes)
             .flat_map(|row| row[first..first + columns].iter().map(|g| *g as f32))
             .collect();
-        for ours in in_every_launch(|launch| twin::softmax_gradient_f32_f32(launch, tile, others, rows)) {
+        for ours in in_every_launch(|launch| twin::softmax_gradient_f32(launch, tile, others, rows)) {
             // p - 1 of a sample that is sure loses what is next to 1; then all of it is next to nothing.
             close(&ours, &wanted, 3e-5, 1e-7);
         }
         let launch = Launch::all()[5];
-        let exact = twin::softmax_gradient_f32_f32(launch, tile, others, rows);
-        let half = twin::softmax_gradient_f32_bf16(launch, tile, others, rows);
-        let rounded: Vec<bf16> = exact.iter().map(|g| bf16::from_f32(*g)).collect();
-        assert_eq!(half, rounded);
+        let exact = twin::softmax_gradient_f32(launch, tile, others, rows);
         let half_cosines: Vec<bf16> = cosines.iter().map(|cos| bf16::from_f32(*cos)).collect();
         let widened: Vec<f32> = half_cosines.iter().map(|cos| cos.to_f32()).collect();
+        let rounded = |values: Vec<f32>| -> Vec<bf16> { values.into_iter().map(bf16::from_f32).collect() };
         let of = |cosines| Tile { cosines, ..tile };
-        let expected = twin::softmax_gradient_f32_bf16(launch, of(&widened), others, rows);
         let half_tile = Tile {
             cosines: &half_cosines,
             columns,
@@ -375,19 +372,27 @@ fn check_gradient(case: &Case, others: &Others, rows: &twin::SoftmaxRows, gradie
             target: &case.target,
         };
         assert_eq!(
-            twin::softmax_gradient_bf16_bf16(launch, half_tile, others, rows),
-            expected
+            twin::softmax_gradient_bf16(launch, half_tile, others, rows),
+            rounded(twin::softmax_gradient_f32(launch, of(&widened), others, rows))
         );
         let (mut from_half, mut from_wide) = (vec![0f64; case.samples], vec![0f64; case.samples]);
-        twin::softmax_sums_bf16(launch, half_tile, &case.target_logits(), others, &mut from_half);
-        twin::softmax_sums_f32(
-            launch,
-            of(&widened),
-            &case.target_logits(),
-            others,
-            &mut from_wide,
-        );
+        let logits = case.target_logits();
+        let half_terms = twin::softmax_terms_bf16(launch, half_tile, &logits, others, &mut from_half);
+        let terms = twin::softmax_terms_f32(launch, of(&widened), &logits, others, &mut from_wide);
         assert_eq!(from_half, from_wide);
+        assert_eq!(half_terms, rounded(terms));
+        // The terms are the gradient before it is multiplied by the factors, without the samples' own classes.
+        let plain = twin::SoftmaxRows {
+            loss: Vec::new(),
+            probability: Vec::new(),
+            factor: vec![1.0; case.samples],
+            target_gradient: vec![0.0; case.samples],
+        };
+        let mut sums = vec![0f64; case.samples];
+        assert_eq!(
+            twin::softmax_terms_f32(launch, tile, &logits, others, &mut sums),
+            twin::softmax_gradient_f32(launch, tile, others, &plain)
+        );
         // In place, with a gap behind every row that is not touched.
         let stride = columns + 3;
         let mut padded: Vec<f32> = cosines
@@ -468,11 +473,11 @@ fn a_cosine_that_is_no_number_is_not_hidden() {
     let logits = [10.0, 12.0];
     for launch in Launch::all() {
         let mut sums = vec![0f64; 2];
-        twin::softmax_sums_f32(launch, tile, &logits, &others, &mut sums);
+        twin::softmax_terms_f32(launch, tile, &logits, &others, &mut sums);
         assert!(sums[0].is_nan() && sums[1].is_finite());
         let rows = twin::softmax_rows(launch, &sums, &logits, &[S; 2], &others, 1.0);
         assert!(rows.loss[0].is_nan() && rows.loss[1].is_finite());
-        let gradient = twin::softmax_gradient_f32_f32(launch, tile, &others, &rows);
+        let gradient = twin::softmax_gradient_f32(launch, tile, &others, &rows);
         assert!(gradient[..3].iter().all(|g| g.is_nan()) && gradient[3..].iter().all(|g| g.is_finite()));
     }
 }

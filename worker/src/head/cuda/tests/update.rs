@@ -3,9 +3,9 @@
 use super::*;
 use crate::head::tiled::kernel::{
     isa::Isa,
-    rows::{MakeUp, SgdRow},
+    rows::{AdamWRow, AdamWStep, MakeUp, RowMap, SgdRow},
 };
-use twin::{History, Sgd, Weights};
+use twin::{AdamWRows, History, Sgd, Weights};
 
 /// A step in f32, the sum along the row in another order.
 const TOLERANCE: f32 = 2e-6;
@@ -65,7 +65,7 @@ fn a_step_is_the_tiled_heads() {
                     inverse: inverse[place],
                     weight: &mut weight[span.clone()],
                     momentum: &mut momentum[span],
-                    missed: missed.map(twin::row_map),
+                    missed: missed.map(RowMap::of),
                     lr: SGD.lr,
                     mu: SGD.mu,
                     decay: SGD.decay,
@@ -110,7 +110,7 @@ fn rows_are_made_up_for_up_to_a_step() {
                     Isa::best().run(MakeUp {
                         weight: &mut weight[span.clone()],
                         momentum: &mut momentum[span],
-                        missed: twin::row_map(map),
+                        missed: RowMap::of(map),
                     });
                     *since = history.now();
                 }
@@ -123,6 +123,56 @@ fn rows_are_made_up_for_up_to_a_step() {
                 close(&ours_w, &weight, TOLERANCE, TOLERANCE);
                 close(&ours_v, &momentum, TOLERANCE, TOLERANCE);
                 assert_eq!(ours_since, since);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_step_of_adamw_is_the_tiled_heads() {
+    let step = AdamWStep::new(0.01, 0.1, (0.9, 0.999), 1e-8, 3);
+    for (case, (rows, dim)) in [(1, 1), (5, 64), (9, 70), (3, 512)].into_iter().enumerate() {
+        let case = 40 + case as u64;
+        let (start, _) = weights(case, rows, dim, 1);
+        let chosen: Vec<u32> = (0..rows as u32).step_by(2).collect();
+        let before = AdamWRows {
+            dim,
+            mean: start.momentum.clone(),
+            mean_sq: start.momentum.iter().map(|v| v * v).collect(),
+            weight: start.weight.clone(),
+        };
+        let gradient = normals(&mut stream(700 + case), chosen.len() * dim);
+        let dense = Weights {
+            history: History::none(),
+            ..start
+        };
+        let (_, inverse) = twin::normalize_weights_f32(Launch::all()[0], &dense, Some(&chosen));
+        let mut expected = before.clone();
+        for row in 0..rows {
+            let span = row * dim..(row + 1) * dim;
+            let place = chosen.iter().position(|chosen| *chosen as usize == row);
+            Isa::best().run(AdamWRow {
+                grad_unit: place.map(|place| (&gradient[place * dim..(place + 1) * dim], inverse[place])),
+                weight: &mut expected.weight[span.clone()],
+                mean: &mut expected.mean[span.clone()],
+                mean_sq: &mut expected.mean_sq[span],
+                step,
+            });
+        }
+        for ours in in_every_launch(|launch| {
+            let mut ours = before.clone();
+            twin::adamw_rows(launch, &mut ours, &chosen, &gradient, &inverse, step);
+            (ours.weight, ours.mean, ours.mean_sq)
+        }) {
+            for (ours, expected) in [
+                (&ours.0, &expected.weight),
+                (&ours.1, &expected.mean),
+                (&ours.2, &expected.mean_sq),
+            ] {
+                for (ours, expected) in ours.chunks_exact(dim).zip(expected.chunks_exact(dim)) {
+                    let size = expected.iter().fold(1f32, |most, x| most.max(x.abs()));
+                    close(ours, expected, TOLERANCE, TOLERANCE * size);
+                }
             }
         }
     }

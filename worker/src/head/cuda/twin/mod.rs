@@ -1,21 +1,26 @@
-//! The kernels on the CPU, for tests: safe functions over slices, one a kernel or a chain of kernels. Owns the launches; what
-//! the kernels should compute is the tests' business.
+//! The kernels on the CPU, for tests: safe functions over slices, one a kernel or a chain of kernels, and a launcher for the
+//! whole head (`launcher.rs`). Owns the launches; what the kernels should compute is the tests' business.
 //!
 //! It needs `unsafe` because the kernels are C++ functions over pointers. Every function here derives the counts that it
 //! passes from the slices that it got, or compares them.
 #![allow(unsafe_code)]
 
+pub mod launcher;
 mod sampling;
 mod softmax;
 
 pub use sampling::sample;
 pub use softmax::{
     Margin, Others, SoftmaxRows, Tile, largest_logits_bf16, largest_logits_f32, margin_logits,
-    softmax_gradient_bf16_bf16, softmax_gradient_f32_bf16, softmax_gradient_f32_f32,
-    softmax_gradient_in_place, softmax_rows, softmax_sums_bf16, softmax_sums_f32, target_cosines,
+    softmax_gradient_bf16, softmax_gradient_f32, softmax_gradient_in_place, softmax_rows, softmax_terms_bf16,
+    softmax_terms_f32, target_cosines,
 };
 
-use crate::head::{lazy_sgd, tiled::kernel::rows::RowMap as Map};
+use crate::head::{
+    cuda::launch::raw::History as RawHistory,
+    lazy_sgd,
+    tiled::kernel::rows::{AdamWStep, RowMap},
+};
 use half::bf16;
 use std::{ffi::c_void, ptr};
 
@@ -58,20 +63,6 @@ impl Launch {
     }
 }
 
-/// As in common.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-struct RowMap([f32; 4]);
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawHistory {
-    since: *const u32,
-    products: *const RowMap,
-    remembered: u32,
-    now: u32,
-}
-
 unsafe extern "C" {
     fn head_twin_run(
         grid: u32,
@@ -93,6 +84,26 @@ unsafe extern "C" {
         lr: f32,
         mu: f32,
         decay: f32,
+    );
+    fn head_adamw_rows(
+        gradient: *const f32,
+        inverse: *const f32,
+        chosen: *const u32,
+        count: i64,
+        dim: i64,
+        weight: *mut f32,
+        mean: *mut f32,
+        mean_sq: *mut f32,
+        step: AdamWStep,
+    );
+    fn head_adamw_idle_rows(
+        taken: *const u8,
+        rows: i64,
+        dim: i64,
+        weight: *mut f32,
+        mean: *mut f32,
+        mean_sq: *mut f32,
+        step: AdamWStep,
     );
     fn head_make_up_rows(
         rows: i64,
@@ -125,10 +136,9 @@ impl History {
 
     /// As a GPU would be given it. `history` has forgotten nothing.
     pub fn of(history: &lazy_sgd::History, since: &[u32]) -> Self {
-        let products = (0..history.now()).filter_map(|back_to| history.missed(back_to));
         Self {
             since: since.to_vec(),
-            products: products.map(|map| RowMap::of(&row_map(map))).collect(),
+            products: history.remembered().map(RowMap::of).collect(),
             now: history.now(),
         }
     }
@@ -148,28 +158,12 @@ impl History {
         RawHistory {
             since: match self.since.is_empty() {
                 true => ptr::null(),
-                false => self.since.as_ptr(),
+                false => self.since.as_ptr().cast(),
             },
-            products: self.products.as_ptr(),
+            products: self.products.as_ptr().cast(),
             remembered: self.products.len() as u32,
             now: self.now,
         }
-    }
-}
-
-impl RowMap {
-    fn of(map: &Map) -> Self {
-        Self([map.w_by_w_less_1, map.w_by_v, map.v_by_w, map.v_by_v])
-    }
-}
-
-/// A map in single precision, as rows are.
-pub fn row_map(map: &lazy_sgd::Map) -> Map {
-    Map {
-        w_by_w_less_1: (map.w_by_w - 1.0) as f32,
-        w_by_v: map.w_by_v as f32,
-        v_by_w: map.v_by_w as f32,
-        v_by_v: map.v_by_v as f32,
     }
 }
 
@@ -295,7 +289,7 @@ pub fn sgd_rows(
         false => weights.history.since.as_mut_ptr(),
     };
     let mut history = weights.history.raw();
-    history.since = touched;
+    history.since = touched.cast();
     let (weight, momentum) = (weights.weight.as_mut_ptr(), weights.momentum.as_mut_ptr());
     let list = chosen.map_or(ptr::null(), <[u32]>::as_ptr);
     // SAFETY: `check` saw that all rows and steps named are there; the lengths were compared.
@@ -324,8 +318,63 @@ pub fn make_up_rows(launch: Launch, weights: &mut Weights, before: u32) {
     let (rows, dim) = (weights.rows() as i64, weights.dim as i64);
     let touched = weights.history.since.as_mut_ptr();
     let mut history = weights.history.raw();
-    history.since = touched;
+    history.since = touched.cast();
     let (weight, momentum) = (weights.weight.as_mut_ptr(), weights.momentum.as_mut_ptr());
     // SAFETY: `check` saw that all steps named are there; every row has an element of `since`.
     launch.run(|| unsafe { head_make_up_rows(rows, dim, weight, momentum, history, touched, before) });
+}
+
+/// Weights with the two means of AdamW, `[rows, dim]` each.
+#[derive(Clone)]
+pub struct AdamWRows {
+    pub dim: usize,
+    pub weight: Vec<f32>,
+    pub mean: Vec<f32>,
+    pub mean_sq: Vec<f32>,
+}
+
+impl AdamWRows {
+    fn rows(&self) -> usize {
+        assert_eq!(
+            (self.mean.len(), self.mean_sq.len()),
+            (self.weight.len(), self.weight.len())
+        );
+        self.weight.len() / self.dim
+    }
+}
+
+/// One step on the rows `chosen`, from the gradient by rows of length 1; then on all others, whose gradient is 0.
+pub fn adamw_rows(
+    launch: Launch,
+    rows: &mut AdamWRows,
+    chosen: &[u32],
+    gradient: &[f32],
+    inverse: &[f32],
+    step: AdamWStep,
+) {
+    let (count, dim) = (chosen.len(), rows.dim as i64);
+    let mut taken = vec![0u8; rows.rows()];
+    chosen.iter().for_each(|row| taken[*row as usize] = 1);
+    assert_eq!((gradient.len(), inverse.len()), (count * rows.dim, count));
+    let (weight, mean) = (rows.weight.as_mut_ptr(), rows.mean.as_mut_ptr());
+    let mean_sq = rows.mean_sq.as_mut_ptr();
+    // SAFETY: the lengths were compared, and every row named has a flag, so it is there.
+    launch.run(|| unsafe {
+        head_adamw_rows(
+            gradient.as_ptr(),
+            inverse.as_ptr(),
+            chosen.as_ptr(),
+            count as i64,
+            dim,
+            weight,
+            mean,
+            mean_sq,
+            step,
+        );
+    });
+    let all = taken.len() as i64;
+    // SAFETY: as above; every row has a flag.
+    launch.run(|| unsafe {
+        head_adamw_idle_rows(taken.as_ptr(), all, dim, weight, mean, mean_sq, step);
+    });
 }

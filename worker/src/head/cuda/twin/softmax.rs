@@ -4,54 +4,40 @@
 #![allow(unsafe_code)]
 
 use super::{Launch, RawHistory, Weights};
-use crate::head::margin;
+use crate::head::{cuda::launch::raw::Others as RawOthers, margin};
 use half::bf16;
-use std::{f64::consts::LOG2_E, ptr};
-
-/// As in terms.cuh.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawOthers {
-    scale_log2: f32,
-    scale_rest: f32,
-    zero_above: f32,
-    t: f32,
-    hard_above: *const f32,
-    shift: *const f32,
-}
+use std::ptr;
 
 macro_rules! tile_arguments {
-    ($($name:ident($in:ty, $out:ty);)*) => {
+    ($($name:ident($cosines:ty, $out:ty);)*) => {
         unsafe extern "C" {
             $(fn $name(
-                cosines: *const $in, stride: i64, samples: i64, columns: i64, first: i64, target: *const i64,
+                cosines: $cosines, stride: i64, samples: i64, columns: i64, first: i64, target: *const i64,
                 target_logit: *const f64, others: RawOthers, out: *mut $out,
             );)*
         }
     };
 }
 tile_arguments! {
-    head_softmax_sums_f32(f32, f64);
-    head_softmax_sums_bf16(bf16, f64);
-    head_largest_logits_f32(f32, f32);
-    head_largest_logits_bf16(bf16, f32);
+    head_softmax_terms_f32(*mut f32, f64);
+    head_softmax_terms_bf16(*mut bf16, f64);
+    head_largest_logits_f32(*const f32, f32);
+    head_largest_logits_bf16(*const bf16, f32);
 }
 
 macro_rules! gradient_arguments {
-    ($($name:ident($in:ty, $out:ty);)*) => {
+    ($($name:ident($type:ty);)*) => {
         unsafe extern "C" {
             $(fn $name(
-                cosines: *const $in, stride: i64, samples: i64, columns: i64, first: i64, target: *const i64,
-                others: RawOthers, factor: *const f32, target_gradient: *const f32, gradient: *mut $out,
-                gradient_stride: i64,
+                cosines: *mut $type, stride: i64, samples: i64, columns: i64, first: i64, target: *const i64,
+                others: RawOthers, factor: *const f32, target_gradient: *const f32,
             );)*
         }
     };
 }
 gradient_arguments! {
-    head_softmax_gradient_f32_f32(f32, f32);
-    head_softmax_gradient_f32_bf16(f32, bf16);
-    head_softmax_gradient_bf16_bf16(bf16, bf16);
+    head_softmax_gradient_f32(f32);
+    head_softmax_gradient_bf16(bf16);
 }
 
 unsafe extern "C" {
@@ -192,18 +178,15 @@ impl Others {
     }
 
     fn raw(&self) -> RawOthers {
-        let exact = self.scale * LOG2_E;
-        let scale_log2 = exact as f32;
         RawOthers {
-            scale_log2,
-            scale_rest: (exact - f64::from(scale_log2)) as f32,
             zero_above: self.zero_above,
             t: self.t,
             hard_above: match self.hard_above.is_empty() {
                 true => ptr::null(),
-                false => self.hard_above.as_ptr(),
+                false => self.hard_above.as_ptr().cast(),
             },
-            shift: self.shift.as_ptr(),
+            shift: self.shift.as_ptr().cast(),
+            ..RawOthers::of_scale(self.scale)
         }
     }
 }
@@ -228,22 +211,22 @@ impl<T> Tile<'_, T> {
     }
 }
 
-macro_rules! over_tile {
-    ($name:ident, $kernel:ident, $in:ty, $out:ty) => {
+macro_rules! largest_logits {
+    ($name:ident, $kernel:ident, $in:ty) => {
         pub fn $name(
             launch: Launch,
             tile: Tile<'_, $in>,
             target_logit: &[f64],
             others: &Others,
-            into: &mut [$out],
+            largest: &mut [f32],
         ) {
             let samples = tile.check(others);
             assert_eq!(
-                (target_logit.len() as i64, into.len() as i64),
+                (target_logit.len() as i64, largest.len() as i64),
                 (samples, samples)
             );
             let columns = tile.columns as i64;
-            let into = into.as_mut_ptr();
+            let largest = largest.as_mut_ptr();
             // SAFETY: `check` compared what the tile reads, the line above the rest.
             launch.run(|| unsafe {
                 $kernel(
@@ -255,16 +238,53 @@ macro_rules! over_tile {
                     tile.target.as_ptr(),
                     target_logit.as_ptr(),
                     others.raw(),
-                    into,
+                    largest,
                 )
             });
         }
     };
 }
-over_tile!(softmax_sums_f32, head_softmax_sums_f32, f32, f64);
-over_tile!(softmax_sums_bf16, head_softmax_sums_bf16, bf16, f64);
-over_tile!(largest_logits_f32, head_largest_logits_f32, f32, f32);
-over_tile!(largest_logits_bf16, head_largest_logits_bf16, bf16, f32);
+largest_logits!(largest_logits_f32, head_largest_logits_f32, f32);
+largest_logits!(largest_logits_bf16, head_largest_logits_bf16, bf16);
+
+macro_rules! softmax_terms {
+    ($name:ident, $kernel:ident, $type:ty) => {
+        /// The terms, which are added to `sums`.
+        pub fn $name(
+            launch: Launch,
+            tile: Tile<'_, $type>,
+            target_logit: &[f64],
+            others: &Others,
+            sums: &mut [f64],
+        ) -> Vec<$type> {
+            let samples = tile.check(others);
+            assert_eq!(
+                (target_logit.len() as i64, sums.len() as i64),
+                (samples, samples)
+            );
+            let columns = tile.columns as i64;
+            let mut terms = tile.cosines.to_vec();
+            let (place, sums) = (terms.as_mut_ptr(), sums.as_mut_ptr());
+            // SAFETY: `check` compared what the tile reads, which is as much as is written; the line above the rest.
+            launch.run(|| unsafe {
+                $kernel(
+                    place,
+                    columns,
+                    samples,
+                    columns,
+                    tile.first as i64,
+                    tile.target.as_ptr(),
+                    target_logit.as_ptr(),
+                    others.raw(),
+                    sums,
+                )
+            });
+            terms
+        }
+    };
+}
+softmax_terms!(softmax_terms_f32, head_softmax_terms_f32, f32);
+softmax_terms!(softmax_terms_bf16, head_softmax_terms_bf16, bf16);
 
 /// What `head_softmax_rows` gives, by sample.
 pub struct SoftmaxRows {
@@ -321,17 +341,22 @@ pub fn softmax_rows(
 }
 
 macro_rules! softmax_gradient {
-    ($name:ident, $kernel:ident, $in:ty, $out:ty) => {
-        pub fn $name(launch: Launch, tile: Tile<'_, $in>, others: &Others, rows: &SoftmaxRows) -> Vec<$out> {
+    ($name:ident, $kernel:ident, $type:ty) => {
+        pub fn $name(
+            launch: Launch,
+            tile: Tile<'_, $type>,
+            others: &Others,
+            rows: &SoftmaxRows,
+        ) -> Vec<$type> {
             let samples = tile.check(others);
             assert_eq!(rows.factor.len() as i64, samples);
             let columns = tile.columns as i64;
-            let mut gradient = vec![<$out>::default(); tile.cosines.len()];
-            let out = gradient.as_mut_ptr();
+            let mut gradient = tile.cosines.to_vec();
+            let place = gradient.as_mut_ptr();
             // SAFETY: `check` compared what the tile reads; as much is written.
             launch.run(|| unsafe {
                 $kernel(
-                    tile.cosines.as_ptr(),
+                    place,
                     columns,
                     samples,
                     columns,
@@ -340,29 +365,16 @@ macro_rules! softmax_gradient {
                     others.raw(),
                     rows.factor.as_ptr(),
                     rows.target_gradient.as_ptr(),
-                    out,
-                    columns,
                 )
             });
             gradient
         }
     };
 }
-softmax_gradient!(softmax_gradient_f32_f32, head_softmax_gradient_f32_f32, f32, f32);
-softmax_gradient!(
-    softmax_gradient_f32_bf16,
-    head_softmax_gradient_f32_bf16,
-    f32,
-    bf16
-);
-softmax_gradient!(
-    softmax_gradient_bf16_bf16,
-    head_softmax_gradient_bf16_bf16,
-    bf16,
-    bf16
-);
+softmax_gradient!(softmax_gradient_f32, head_softmax_gradient_f32, f32);
+softmax_gradient!(softmax_gradient_bf16, head_softmax_gradient_bf16, bf16);
 
-/// The same in the cosines' place. Their rows have a gap behind them that stays as it is.
+/// The same in place. The cosines' rows have a gap behind them that stays as it is.
 pub fn softmax_gradient_in_place(
     launch: Launch,
     cosines: &mut [f32],
@@ -375,9 +387,9 @@ pub fn softmax_gradient_in_place(
     assert_eq!(cosines.len(), samples * stride);
     assert!(tile.columns <= stride && others.shift.len() == samples && rows.factor.len() == samples);
     let place = cosines.as_mut_ptr();
-    // SAFETY: the lengths were compared; reads and writes go through the same pointer.
+    // SAFETY: the lengths were compared.
     launch.run(|| unsafe {
-        head_softmax_gradient_f32_f32(
+        head_softmax_gradient_f32(
             place,
             stride as i64,
             samples as i64,
@@ -387,8 +399,6 @@ pub fn softmax_gradient_in_place(
             others.raw(),
             rows.factor.as_ptr(),
             rows.target_gradient.as_ptr(),
-            place,
-            stride as i64,
         );
     });
 }

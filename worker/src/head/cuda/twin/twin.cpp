@@ -74,3 +74,5 @@ extern "C" int head_twin_run(uint32_t grid, uint32_t block, int backwards, void 
     }
     return 0;
 }
+
+#include "launch.cpp"

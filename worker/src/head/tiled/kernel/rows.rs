@@ -2,12 +2,14 @@
 //! cache does all that is due to it.
 
 use super::{exponentials::fma, isa::Pass};
+use crate::head::lazy_sgd::Map;
 
 /// Smallest norm that a row is divided by (torch.nn.functional.normalize).
 pub const MIN_NORM: f32 = 1e-12;
 
 /// Two rows `(w, v)` of weights and momentum to what steps without a gradient make of them:
-/// `w + (w_by_w - 1) * w + w_by_v * v` and `v_by_w * w + v_by_v * v`.
+/// `w + (w_by_w - 1) * w + w_by_v * v` and `v_by_w * w + v_by_v * v`. GPUs are given it as it is (common.cuh).
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RowMap {
     /// Change of a weight by the weight, less one: small, so that its rounding does not count.
@@ -21,6 +23,16 @@ pub struct RowMap {
 }
 
 impl RowMap {
+    /// A map in single precision, as rows are.
+    pub fn of(map: &Map) -> Self {
+        Self {
+            w_by_w_less_1: (map.w_by_w - 1.0) as f32,
+            w_by_v: map.w_by_v as f32,
+            v_by_w: map.v_by_w as f32,
+            v_by_v: map.v_by_v as f32,
+        }
+    }
+
     #[inline(always)]
     fn weight<const FMA: bool>(&self, w: f32, v: f32) -> f32 {
         fma::<FMA>(self.w_by_w_less_1, w, fma::<FMA>(self.w_by_v, v, w))
@@ -225,7 +237,8 @@ impl Pass for MakeUp<'_> {
     }
 }
 
-/// The numbers of an AdamW step, the same for all rows.
+/// The numbers of an AdamW step, the same for all rows. GPUs are given it as it is (update.cu, `AdamW`).
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWStep {
     /// 1 - lr * weight decay.
@@ -242,6 +255,22 @@ pub struct AdamWStep {
     pub correction: f32,
     /// eps.
     pub eps: f32,
+}
+
+impl AdamWStep {
+    /// The `step`-th one, from 1.
+    pub fn new(lr: f64, weight_decay: f64, (beta1, beta2): (f64, f64), eps: f64, step: u64) -> Self {
+        let step = step as f64;
+        Self {
+            keep: (1.0 - lr * weight_decay) as f32,
+            one_less_beta1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            one_less_beta2: (1.0 - beta2) as f32,
+            rate: (lr / (1.0 - beta1.powf(step))) as f32,
+            correction: (1.0 / (1.0 - beta2.powf(step)).sqrt()) as f32,
+            eps: eps as f32,
+        }
+    }
 }
 
 /// One row's step of AdamW, torch's form.
