@@ -53,7 +53,7 @@ pub enum Part {
     Backbone(backbone::BackboneArgs),
     /// One training step of one rank, from images to updated weights.
     Step(step::StepArgs),
-    /// The operations between ranks, over loopback.
+    /// The operations between ranks of this machine: over loopback, or between its GPUs.
     Collective(collective::CollectiveArgs),
     /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
     Loader {
@@ -121,7 +121,11 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
         Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
     };
     result["repetitions"] = repetitions.into();
-    result["device"] = "cpu".into();
+    let device = match &args.part {
+        Part::Collective(args) => args.device(),
+        _ => "cpu",
+    };
+    result["device"] = device.into();
     result["date"] = humantime::format_rfc3339_seconds(SystemTime::now())
         .to_string()
         .into();
@@ -249,6 +253,7 @@ mod tests {
             "bench backbone --network nosuch",
             "bench step --network nosuch",
             "bench step --rate 2",
+            "bench collective --backend nccl",
         ] {
             let error = bench(line).expect_err("refused");
             assert!(
