@@ -7,6 +7,7 @@
 mod cuda;
 mod gpus;
 mod libraries;
+pub mod streams;
 
 use crate::nvrtc::Cache;
 use arcface_proto::failure::{ExitCode, Failure};
