@@ -104,7 +104,7 @@ fn stand_ins(folder: &Path) -> Result<()> {
         (empty, "libtorch_cuda.so"),
     ] {
         let status = std::process::Command::new("cc")
-            .args(["-shared", "-fPIC", "-o"])
+            .args(["-shared", "-fPIC", "-pthread", "-o"])
             .args([&folder.join(library), &source])
             .status()
             .context("a C compiler")?;

@@ -8,6 +8,7 @@ pub mod gpus;
 mod launcher;
 mod libraries;
 mod placement;
+pub mod streams;
 
 pub use placement::{GpuMemory, Placement, pinned};
 

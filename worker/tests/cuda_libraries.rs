@@ -4,6 +4,8 @@
 //!
 //! A machine with a GPU has the real libraries: there these tests would see those, and say that they are skipped.
 
+mod cuda_stubs;
+
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -28,9 +30,7 @@ struct Ended {
 impl Machine {
     /// A machine without anything; `None` where NVIDIA's driver is installed.
     fn bare() -> Option<Self> {
-        let real = Command::new("ldconfig").arg("-p").output();
-        let listed = real.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-        if Path::new("/dev/nvidia0").exists() || listed.is_ok_and(|list| list.contains("libcuda.so")) {
+        if cuda_stubs::machine_has_the_real_ones() {
             eprintln!(
                 "SKIPPED: the worker was not started with stand-ins: this machine has NVIDIA's libraries"
             );
@@ -44,21 +44,7 @@ impl Machine {
 
     /// Compiles a stand-in.
     fn with(self, source: &str, library: &str) -> Self {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_stubs");
-        let text = match source {
-            // An empty library.
-            "" => {
-                let empty = self.folder.path().join("empty.c");
-                fs::write(&empty, "int arcface_stand_in;\n").expect("write");
-                empty
-            }
-            name => sources.join(name),
-        };
-        let made = Command::new("cc")
-            .args(["-shared", "-fPIC", "-Wall", "-Werror", "-o"])
-            .args([&self.folder.path().join(library), &text])
-            .status();
-        assert!(made.expect("a C compiler").success(), "{library}");
+        cuda_stubs::compile(source, self.folder.path(), library);
         self
     }
 
@@ -211,7 +197,9 @@ fn without_libtorchs_cuda_half_nccl_or_a_compiler() {
         "NCCL cannot be loaded: libnccl.so.2: cannot open shared object file",
         "NCCL 2.28",
     );
-    let nccl = torch.with_nccl().set("STUB_NCCL", 21_805);
+    let empty = torch.with("", "libnccl.so.2");
+    empty.refuses("undefined symbol: ncclGetVersion", "NCCL 2.28");
+    let nccl = empty.with_nccl().set("STUB_NCCL", 21_805);
     nccl.refuses("NCCL is 2.18, and 2.28 or a newer 2 is needed", "NCCL 2.28");
     let compiler = nccl
         .set("STUB_NCCL", 22_809)

@@ -1,19 +1,33 @@
-//! The ring over real processes: one that is killed, and one that is stopped, are named by every survivor in time.
+//! The ring over real processes, and NCCL beside it: one that is killed, and one that is stopped, are named by every survivor in
+//! time. NCCL and the driver are stand-ins (`cuda_stubs`), which the ranks find as they would find the real ones; tensors of
+//! the CPU are the GPU's there.
 
-use arcface_worker::collective::{Collective, CollectiveError, Listener, ReduceOp, Session, Timeouts};
+mod cuda_stubs;
+
+use arcface_worker::{
+    collective::{
+        Collective, CollectiveError, Listener, NcclCollective, ReduceOp, Session, TcpCollective, Timeouts,
+        nccl::{Opened, library::Library},
+    },
+    device::streams::CudaTimeline,
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use std::{
     io::{BufRead, BufReader, Lines, Write},
+    path::Path,
     process::{Child, ChildStdout, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tch::{Device, Kind, Tensor};
 
-/// Tells a child process which rank it is: "rank/world size".
+/// Tells a child process which rank it is.
 const RANK_VARIABLE: &str = "ARCFACE_RING_TEST_RANK";
+/// Tells it to go through NCCL.
+const NCCL_VARIABLE: &str = "ARCFACE_RING_TEST_NCCL";
 const WORLD_SIZE: u32 = 4;
 /// The deadline of an operation.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -23,7 +37,7 @@ const NOTICED: Duration = Duration::from_secs(2);
 #[test]
 fn a_killed_process_is_named_by_all() {
     for victim in 0..WORLD_SIZE {
-        let took = strike(victim, Signal::SIGKILL, "lost");
+        let took = strike(victim, Signal::SIGKILL, "lost", None);
         println!("killed rank {victim}: all named it within {took:?}");
         assert!(took < NOTICED, "{took:?}");
     }
@@ -31,9 +45,50 @@ fn a_killed_process_is_named_by_all() {
 
 #[test]
 fn a_stopped_process_is_named_by_all() {
-    let took = strike(2, Signal::SIGSTOP, "silent");
+    let took = strike(2, Signal::SIGSTOP, "silent", None);
     println!("stopped rank 2: all named it within {took:?}");
     assert!(took < DEADLINE + NOTICED, "{took:?}");
+}
+
+#[test]
+fn a_killed_process_is_named_by_all_over_nccl() {
+    let Some(stand_ins) = stand_ins() else { return };
+    for victim in 0..WORLD_SIZE {
+        let took = strike(victim, Signal::SIGKILL, "lost", Some(stand_ins.path()));
+        println!("killed rank {victim} over NCCL: all named it within {took:?}");
+        assert!(took < NOTICED, "{took:?}");
+    }
+}
+
+#[test]
+fn a_stopped_process_is_named_by_all_over_nccl() {
+    let Some(stand_ins) = stand_ins() else { return };
+    for victim in 0..WORLD_SIZE {
+        let took = strike(victim, Signal::SIGSTOP, "silent", Some(stand_ins.path()));
+        println!("stopped rank {victim} over NCCL: all named it within {took:?}");
+        assert!(took < DEADLINE + NOTICED, "{took:?}");
+    }
+}
+
+/// A folder with NCCL and a driver; `None` where processes would find the real driver.
+fn stand_ins() -> Option<tempfile::TempDir> {
+    if cuda_stubs::machine_has_the_real_ones() {
+        eprintln!("SKIPPED: ranks were not started with stand-ins: this machine has NVIDIA's libraries");
+        return None;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    cuda_stubs::compile("nccl.c", folder.path(), "libnccl.so.2");
+    cuda_stubs::compile("driver.c", folder.path(), "libcuda.so.1");
+    Some(folder)
+}
+
+/// NCCL as a rank opens it, with tensors of the CPU in the GPU's place.
+fn over_nccl(ring: TcpCollective, timeouts: Timeouts) -> Result<NcclCollective, CollectiveError> {
+    let open = || -> Opened {
+        let library = Arc::new(Library::open(None)?);
+        Ok((library, Box::new(CudaTimeline::open(0)?)))
+    };
+    NcclCollective::over(ring, open, Device::Cpu, timeouts)
 }
 
 /// One rank: sums large and small tensors until something happens, and says what. Does nothing when the tests are
@@ -57,9 +112,13 @@ fn as_a_rank() {
         connect: Duration::from_secs(60),
         operation: DEADLINE,
     };
-    let mut comm = listener
+    let ring = listener
         .connect(&session, rank, &endpoints, timeouts)
         .expect("connect");
+    let mut comm: Box<dyn Collective> = match std::env::var_os(NCCL_VARIABLE) {
+        Some(_) => Box::new(over_nccl(ring, timeouts).expect("NCCL comes up")),
+        None => Box::new(ring),
+    };
     for round in 0u64.. {
         let length = if round % 2 == 0 { 1_000_000 } else { 1 };
         let mut tensor = Tensor::ones([length], (Kind::Float, Device::Cpu));
@@ -86,11 +145,14 @@ struct World {
 }
 
 impl World {
-    fn start() -> Self {
+    /// Ranks that find the libraries in `stand_ins` go through NCCL.
+    fn start(stand_ins: Option<&Path>) -> Self {
         let this_test = std::env::current_exe().expect("own path");
+        let nccl = stand_ins.map(|folder| [("LD_LIBRARY_PATH", folder), (NCCL_VARIABLE, Path::new("1"))]);
         let start = |rank: u32| {
             Command::new(&this_test)
                 .args(["as_a_rank", "--exact", "--nocapture"])
+                .envs(nccl.into_iter().flatten())
                 .env(RANK_VARIABLE, rank.to_string())
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
@@ -134,8 +196,8 @@ impl Drop for World {
 }
 
 /// Sends a signal to one rank of a turning world; all others must name it so. How long the last one took.
-fn strike(victim: u32, signal: Signal, verdict: &str) -> Duration {
-    let mut world = World::start();
+fn strike(victim: u32, signal: Signal, verdict: &str, stand_ins: Option<&Path>) -> Duration {
+    let mut world = World::start(stand_ins);
     let pid = Pid::from_raw(i32::try_from(world.ranks[victim as usize].id()).expect("a pid"));
     let start = Instant::now();
     kill(pid, signal).expect("its own child");

@@ -1,6 +1,7 @@
 //! One rank process: started in its own process group with the assignment on standard input, its standard error
 //! forwarded line by line, killed as a group, reaped once.
 
+use super::route::{interfaces, nccl_network};
 use super::table::{ExitFacts, RankKey};
 use crate::progress::{Progress, Shared};
 use crate::{device, paths};
@@ -89,7 +90,8 @@ impl RankProcess {
 
 /// Environment of a rank: its compute threads, the GPU that is its own, and, unless the agent's own sets the variable, waiting and memory as measured
 /// in `docs/benchmarks`. Spinning OpenMP threads made a step up to 20 times slower beside busy neighbours, and fresh
-/// pages cost more than the arithmetic on them: large blocks stay in the heap, in huge pages.
+/// pages cost more than the arithmetic on them: large blocks stay in the heap, in huge pages. On GPUs also the network that NCCL
+/// uses.
 fn environment(
     command: &RankCommand,
     assignment: &RankAssignment,
@@ -99,6 +101,10 @@ fn environment(
         Some(told) => told as usize,
         None => device::threads_per_rank(device::cores(), assignment.local_world_size),
     };
+    let network = match assignment.device.as_str() {
+        "cuda" => nccl_network(&assignment.address, &interfaces()),
+        _ => Vec::new(),
+    };
     let usual = [
         ("OMP_WAIT_POLICY", "passive".into()),
         ("MALLOC_MMAP_THRESHOLD_", (4u64 << 30).to_string()),
@@ -107,6 +113,7 @@ fn environment(
         ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1".into()),
     ]
     .into_iter()
+    .chain(network)
     .filter(|(name, _)| std::env::var_os(name).is_none());
     // Whatever the agent was started with: that is one number for all of a node's ranks together, if it is meant at all.
     std::iter::once((device::THREADS_VARIABLE, threads.to_string()))

@@ -201,8 +201,9 @@ impl Links {
         open.map(|peer| &peer.control)
     }
 
-    /// Reads all control connections. A rank's own word about a culprit counts more than a closed connection.
-    fn hear(&mut self, operation: &'static str) -> Result<(), CollectiveError> {
+    /// Reads all control connections, without waiting. A rank's own word about a culprit counts more than a closed
+    /// connection. Each failure is told once.
+    pub fn hear(&mut self, operation: &'static str) -> Result<(), CollectiveError> {
         let world_size = self.world_size();
         let mut gone = None;
         let mut verdict = None;
@@ -263,6 +264,10 @@ impl Links {
         for _ in 0..self.world_size() {
             let peer = self.peers.get(suspect as usize).and_then(Option::as_ref);
             match peer.and_then(|peer| peer.waiting) {
+                // It does not know for whom: everyone but the one that is waited for says that they wait.
+                Some((its, at)) if at.elapsed() <= lately && its == suspect => {
+                    return self.first_silent(lately).unwrap_or(on);
+                }
                 Some((its, at)) if at.elapsed() <= lately => suspect = its,
                 _ => break,
             }
@@ -291,6 +296,27 @@ impl Links {
         for stream in controls.chain([&self.to_next, &self.from_prev]) {
             let _ = stream.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Tells every peer that this rank waits, for nobody in particular.
+    pub fn tell_waiting(&mut self) {
+        self.tell_all(&Control::Waiting { on: self.rank });
+    }
+
+    /// The first peer that has not said lately that it waits too.
+    pub fn first_silent(&self, lately: Duration) -> Option<u32> {
+        self.first(|peer| !peer.waiting.is_some_and(|(_, at)| at.elapsed() <= lately))
+    }
+
+    /// The first peer that has left in good order.
+    pub fn first_left(&self) -> Option<u32> {
+        self.first(|peer| peer.left)
+    }
+
+    fn first(&self, is_meant: impl Fn(&Peer) -> bool) -> Option<u32> {
+        let all = (0u32..).zip(&self.peers);
+        let mut peers = all.filter_map(|(rank, peer)| Some((rank, peer.as_ref()?)));
+        peers.find(|(_, peer)| is_meant(peer)).map(|(rank, _)| rank)
     }
 
     fn tell_all(&mut self, control: &Control) {
@@ -365,6 +391,8 @@ fn verdict(error: &CollectiveError, rank: u32) -> Verdict {
             (*peer, Fault::Silent { waited_ms }, String::new())
         }
         CollectiveError::Mismatch { peer, detail, .. } => (*peer, Fault::Mismatch, detail.clone()),
+        // Its own words name the rank already.
+        CollectiveError::Failed { detail, .. } => (rank, Fault::Lost, detail.clone()),
         other => (rank, Fault::Lost, other.to_string()),
     };
     Verdict { culprit, fault, text }

@@ -2,14 +2,16 @@
 //! knows neither head nor model.
 //!
 //! `tcp.rs` has the ring's algorithms, `links.rs` its connections and who is to blame for their end, `connect.rs`
-//! how they come up, `wire.rs` what they carry, `reduce.rs` and `memory.rs` the arithmetic on a tensor's bytes. `parts.rs`
-//! moves whole files, beside the ring; `beside.rs` lets sums go on while the training thread computes.
+//! how they come up, `wire.rs` what they carry, `reduce.rs` and `memory.rs` the arithmetic on a tensor's bytes. `nccl/` moves
+//! tensors between GPUs, with the ring beside it. `parts.rs` moves whole files, beside the ring; `beside.rs` lets sums go on
+//! while the training thread computes.
 
 mod beside;
 mod connect;
 mod links;
 pub mod local;
 mod memory;
+pub mod nccl;
 pub mod parts;
 mod reduce;
 #[cfg(test)]
@@ -19,6 +21,7 @@ mod wire;
 
 pub use beside::Beside;
 pub use connect::{Listener, Session, Timeouts};
+pub use nccl::NcclCollective;
 pub use tcp::TcpCollective;
 
 use std::time::Duration;
@@ -28,7 +31,8 @@ use tch::Tensor;
 /// in the same order with tensors of the same shape and kind. Tensors are contiguous; kinds are f32, f64, bf16,
 /// f16 and i64 (and u8 for everything but reductions).
 ///
-/// The order of a reduction depends on rank and world size alone, and every rank gets the same bits.
+/// Every rank gets the same bits. On the ring the order of a reduction depends on rank and world size alone; NCCL chooses it
+/// by the machines' topology too (see [`nccl`]). When a call returns, its result is there.
 ///
 /// # Errors
 /// After any error the communicator is dead: every later call fails at once. Nothing is retried here; the
@@ -111,6 +115,18 @@ pub enum CollectiveError {
         /// The peer.
         peer: u32,
         /// Both calls.
+        detail: String,
+    },
+    /// What carries the operation failed on this rank or did not end it in time, and no peer is known to be the cause.
+    #[error("{operation} on rank {rank} of {world_size}: {detail}")]
+    Failed {
+        /// The operation.
+        operation: &'static str,
+        /// This rank.
+        rank: u32,
+        /// Ranks in the world.
+        world_size: u32,
+        /// What is said of it.
         detail: String,
     },
     /// This communicator failed before.

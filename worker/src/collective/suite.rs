@@ -1,6 +1,10 @@
-//! What every implementation of [`Collective`] must do, run here on the ring over TCP.
+//! What every implementation of [`Collective`] must do, run here on the ring over TCP and on NCCL with a stand-in for its library;
+//! and what is the ring's own: how its connections come up.
 
-use super::{Collective, CollectiveError, Listener, ReduceOp, Session, TcpCollective, Timeouts, local};
+use super::{
+    Collective, CollectiveError, Listener, NcclCollective, ReduceOp, Session, TcpCollective, Timeouts, local,
+    nccl,
+};
 use proptest::prelude::*;
 use std::{
     io::{Read, Write},
@@ -14,8 +18,71 @@ use tch::{Kind, Tensor};
 const PATIENT: Duration = Duration::from_secs(60);
 const KINDS: [Kind; 5] = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half, Kind::Int64];
 
+/// A communicator under test.
+trait Rank: Collective + Sized {
+    /// Ranks of a world, in order; `operation` is the deadline of their operations.
+    fn world(world_size: u32, operation: Duration) -> Vec<Self>;
+
+    /// Ends as when its process dies: the connections close, and no word is said.
+    fn die(&mut self);
+}
+
+impl Rank for TcpCollective {
+    fn world(world_size: u32, operation: Duration) -> Vec<Self> {
+        local::world(world_size, operation).expect("loopback")
+    }
+
+    fn die(&mut self) {
+        self.sever();
+    }
+}
+
+impl Rank for NcclCollective {
+    fn world(world_size: u32, operation: Duration) -> Vec<Self> {
+        nccl::tests::world(world_size, operation)
+    }
+
+    fn die(&mut self) {
+        self.sever();
+    }
+}
+
+/// Every test on every communicator.
+macro_rules! on_all {
+    ($($test:ident),* $(,)?) => {
+        mod tcp {
+            $(#[test]
+            fn $test() {
+                super::$test::<super::TcpCollective>();
+            })*
+        }
+
+        mod nccl_stand_in {
+            $(#[test]
+            fn $test() {
+                super::$test::<super::NcclCollective>();
+            })*
+        }
+    };
+}
+
+on_all!(
+    every_operation_on_every_kind_size_and_world,
+    bytes_are_gathered_and_broadcast,
+    what_cannot_be_sent_is_refused,
+    every_rank_gets_the_same_bits_in_every_run,
+    not_a_number_survives_a_maximum,
+    large_tensors_do_not_lock_up,
+    sums_are_sums,
+    a_lost_rank_is_named_by_all_in_every_operation,
+    a_rank_that_left_is_named,
+    an_orderly_end_fails_nobody,
+    a_silent_rank_is_named_by_all,
+    different_calls_are_a_mismatch_not_a_hang,
+);
+
 /// Runs `work` on every rank of a world, each in a thread; results in rank order.
-fn on_ranks<T: Send>(ranks: Vec<TcpCollective>, work: impl Fn(&mut TcpCollective) -> T + Sync) -> Vec<T> {
+fn on_ranks<R: Rank, T: Send>(ranks: Vec<R>, work: impl Fn(&mut R) -> T + Sync) -> Vec<T> {
     let work = &work;
     thread::scope(|scope| {
         let threads: Vec<_> = ranks
@@ -29,8 +96,8 @@ fn on_ranks<T: Send>(ranks: Vec<TcpCollective>, work: impl Fn(&mut TcpCollective
     })
 }
 
-fn in_world<T: Send>(world_size: u32, work: impl Fn(&mut TcpCollective) -> T + Sync) -> Vec<T> {
-    on_ranks(local::world(world_size, PATIENT).expect("loopback"), work)
+fn in_world<R: Rank, T: Send>(world_size: u32, work: impl Fn(&mut R) -> T + Sync) -> Vec<T> {
+    on_ranks(R::world(world_size, PATIENT), work)
 }
 
 /// Small integers that every kind holds exactly, also summed over a few ranks: the order cannot matter.
@@ -45,10 +112,9 @@ fn numbers(tensor: &Tensor) -> Vec<f64> {
     Vec::try_from(tensor.to_kind(Kind::Double).contiguous().view([-1])).expect("a CPU tensor")
 }
 
-#[test]
-fn every_operation_on_every_kind_size_and_world() {
+fn every_operation_on_every_kind_size_and_world<R: Rank>() {
     for world in 1..=5u32 {
-        in_world(world, |comm| {
+        in_world(world, |comm: &mut R| {
             let rank = comm.rank();
             assert_eq!(comm.world_size(), world);
             for kind in KINDS {
@@ -97,9 +163,8 @@ fn every_operation_on_every_kind_size_and_world() {
     }
 }
 
-#[test]
-fn bytes_are_gathered_and_broadcast() {
-    in_world(3, |comm| {
+fn bytes_are_gathered_and_broadcast<R: Rank>() {
+    in_world(3, |comm: &mut R| {
         let own = Tensor::from_slice(&[comm.rank() as u8, 250]);
         assert_eq!(
             numbers(&comm.all_gather(&own).expect("all_gather")),
@@ -111,10 +176,9 @@ fn bytes_are_gathered_and_broadcast() {
     });
 }
 
-#[test]
-fn what_cannot_be_sent_is_refused() {
-    let refuse = |what: &dyn Fn(&mut TcpCollective) -> Result<(), CollectiveError>| {
-        let mut comm = TcpCollective::alone();
+fn what_cannot_be_sent_is_refused<R: Rank>() {
+    let refuse = |what: &dyn Fn(&mut R) -> Result<(), CollectiveError>| {
+        let mut comm = R::world(1, PATIENT).remove(0);
         assert!(matches!(
             what(&mut comm),
             Err(CollectiveError::Unsupported { .. })
@@ -127,16 +191,15 @@ fn what_cannot_be_sent_is_refused() {
     refuse(&|comm| comm.all_gather(&matrix.to_kind(Kind::Bool)).map(drop));
     refuse(&|comm| comm.all_gather(&matrix.sum(Kind::Float)).map(drop));
     refuse(&|comm| comm.broadcast(&mut matrix.copy(), 1));
-    let results = in_world(2, |comm| {
+    let results = in_world(2, |comm: &mut R| {
         comm.reduce_scatter(&sample(0, 3, Kind::Float)).map(drop)
     });
     assert!(results.iter().all(Result::is_err), "3 rows among 2 ranks");
 }
 
-#[test]
-fn every_rank_gets_the_same_bits_in_every_run() {
+fn every_rank_gets_the_same_bits_in_every_run<R: Rank>() {
     let run = || {
-        in_world(4, |comm| {
+        in_world(4, |comm: &mut R| {
             let values: Vec<f32> = (0..5003)
                 .map(|i| ((i * (comm.rank() + 2)) as f32).sin() * 1e3)
                 .collect();
@@ -150,9 +213,8 @@ fn every_rank_gets_the_same_bits_in_every_run() {
     assert_eq!(run(), first, "runs differ");
 }
 
-#[test]
-fn not_a_number_survives_a_maximum() {
-    in_world(2, |comm| {
+fn not_a_number_survives_a_maximum<R: Rank>() {
+    in_world(2, |comm: &mut R| {
         let mut tensor = match comm.rank() {
             0 => Tensor::from_slice(&[f32::NAN, 1.0]),
             _ => Tensor::from_slice(&[1.0, f32::NAN]),
@@ -163,9 +225,8 @@ fn not_a_number_survives_a_maximum() {
 }
 
 /// Both ends of each link have more to send than the system buffers: sending before receiving would hang.
-#[test]
-fn large_tensors_do_not_lock_up() {
-    in_world(3, |comm| {
+fn large_tensors_do_not_lock_up<R: Rank>() {
+    in_world(3, |comm: &mut R| {
         let mut tensor = Tensor::ones([12_000_000], (Kind::Float, tch::Device::Cpu));
         comm.all_reduce(&mut tensor, ReduceOp::Sum).expect("all_reduce");
         assert_eq!(tensor.min().double_value(&[]), 3.0);
@@ -174,12 +235,14 @@ fn large_tensors_do_not_lock_up() {
     });
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
-    #[test]
-    fn sums_are_sums(world in 1u32..6, values in prop::collection::vec(-1e3f64..1e3, 0..200), many in any::<bool>()) {
+fn sums_are_sums<R: Rank>() {
+    let config = ProptestConfig {
+        cases: 24,
+        ..ProptestConfig::default()
+    };
+    proptest!(config, |(world in 1u32..6, values in prop::collection::vec(-1e3f64..1e3, 0..200), many in any::<bool>())| {
         let scale = |rank: u32| f64::from(rank) + 0.5;
-        let results = in_world(world, |comm| {
+        let results = in_world(world, |comm: &mut R| {
             let own: Vec<f64> = values.iter().map(|v| v * scale(comm.rank())).collect();
             let mut tensor = Tensor::from_slice(&own);
             if many {
@@ -195,11 +258,11 @@ proptest! {
                 prop_assert!((sum - value * factor).abs() <= 1e-12 * value.abs() * factor.max(1.0) * 8.0);
             }
         }
-    }
+    });
 }
 
 /// The operations in which a peer can be lost.
-type Call = fn(&mut TcpCollective) -> Result<(), CollectiveError>;
+type Call = fn(&mut dyn Collective) -> Result<(), CollectiveError>;
 const CALLS: [(&str, Call); 6] = [
     ("all_reduce", |comm| {
         comm.all_reduce(&mut sample(0, 700_000, Kind::Float), ReduceOp::Sum)
@@ -216,20 +279,18 @@ const CALLS: [(&str, Call); 6] = [
     ("broadcast", |comm| {
         comm.broadcast(&mut sample(0, 900_000, Kind::Float), 0)
     }),
-    ("barrier", TcpCollective::barrier),
+    ("barrier", |comm| comm.barrier()),
 ];
 
 /// Every rank names the lost one, also those that are not beside it in the ring.
-#[test]
-fn a_lost_rank_is_named_by_all_in_every_operation() {
+fn a_lost_rank_is_named_by_all_in_every_operation<R: Rank>() {
     for (name, call) in CALLS {
         for lost in 0..4u32 {
-            let results = in_world(4, |comm| {
+            let results = in_world(4, |comm: &mut R| {
                 // The others may still be inside this barrier when the lost rank has come through: then it is lost there.
                 let together = comm.barrier();
                 if comm.rank() == lost {
-                    // As when its process dies: the connections close, and no word is said.
-                    comm.sever();
+                    comm.die();
                     return None;
                 }
                 let start = Instant::now();
@@ -254,9 +315,8 @@ fn a_lost_rank_is_named_by_all_in_every_operation() {
 
 /// A rank that leaves in good order while others still want it is named too. One that is still in the barrier that the
 /// others have left may hear of it there.
-#[test]
-fn a_rank_that_left_is_named() {
-    let results = in_world(4, |comm| {
+fn a_rank_that_left_is_named<R: Rank>() {
+    let results = in_world(4, |comm: &mut R| {
         let first = comm.barrier();
         if comm.rank() == 2 {
             first.expect("nobody has left yet");
@@ -271,10 +331,9 @@ fn a_rank_that_left_is_named() {
 }
 
 /// The last call of a world ends well everywhere, however early the first rank leaves.
-#[test]
-fn an_orderly_end_fails_nobody() {
+fn an_orderly_end_fails_nobody<R: Rank>() {
     for _ in 0..20 {
-        in_world(4, |comm| {
+        in_world(4, |comm: &mut R| {
             let mut tensor = sample(comm.rank(), 50_000, Kind::Float);
             comm.all_reduce(&mut tensor, ReduceOp::Sum)
                 .expect("the last call");
@@ -283,43 +342,43 @@ fn an_orderly_end_fails_nobody() {
 }
 
 /// A rank that is alive but does not come is a timeout, and all name it, not the one that waits beside them.
-#[test]
-fn a_silent_rank_is_named_by_all() {
+fn a_silent_rank_is_named_by_all<R: Rank>() {
     let deadline = Duration::from_millis(1200);
-    let (done, wait) = std::sync::mpsc::sync_channel::<()>(4);
-    let wait = std::sync::Mutex::new(wait);
-    let ranks = local::world(5, deadline).expect("loopback");
-    let results = on_ranks(ranks, |comm| {
-        let done = done.clone();
-        comm.barrier().expect("all there");
-        if comm.rank() == 3 {
-            let wait = wait.lock().expect("its only user");
-            (0..4).for_each(|_| wait.recv().expect("the others report"));
-            return None;
+    for (name, call) in [CALLS[1], CALLS[5]] {
+        let (done, wait) = std::sync::mpsc::sync_channel::<()>(4);
+        let wait = std::sync::Mutex::new(wait);
+        let results = on_ranks(R::world(5, deadline), |comm| {
+            let done = done.clone();
+            comm.barrier().expect("all there");
+            if comm.rank() == 3 {
+                let wait = wait.lock().expect("its only user");
+                (0..4).for_each(|_| wait.recv().expect("the others report"));
+                return None;
+            }
+            let start = Instant::now();
+            let result = call(comm);
+            done.send(()).expect("the silent rank listens");
+            Some((result, start.elapsed()))
+        });
+        for (result, took) in results.into_iter().flatten() {
+            assert!(
+                matches!(result, Err(CollectiveError::Timeout { peer: 3, .. })),
+                "{name}: {result:?}"
+            );
+            assert!(took < deadline * 3, "{name}: {took:?}");
         }
-        let start = Instant::now();
-        let result = comm.barrier();
-        done.send(()).expect("the silent rank listens");
-        Some((result, start.elapsed()))
-    });
-    for (result, took) in results.into_iter().flatten() {
-        assert!(
-            matches!(result, Err(CollectiveError::Timeout { peer: 3, .. })),
-            "{result:?}"
-        );
-        assert!(took < deadline * 3, "{took:?}");
     }
 }
 
-#[test]
-fn different_calls_are_a_mismatch_not_a_hang() {
+fn different_calls_are_a_mismatch_not_a_hang<R: Rank>() {
     let calls: [Call; 3] = [
         |comm| comm.all_reduce(&mut sample(0, 10, Kind::Float), ReduceOp::Sum),
         |comm| comm.all_reduce(&mut sample(0, 10, Kind::Float), ReduceOp::Max),
         |comm| comm.all_reduce(&mut sample(0, 20, Kind::BFloat16), ReduceOp::Sum),
     ];
-    for other in calls.into_iter().skip(1).chain([TcpCollective::barrier as Call]) {
-        let results = in_world(3, |comm| {
+    let barrier: Call = |comm| comm.barrier();
+    for other in calls.into_iter().skip(1).chain([barrier]) {
+        let results = in_world(3, |comm: &mut R| {
             let call = if comm.rank() == 1 { other } else { calls[0] };
             let result = call(comm);
             assert!(matches!(comm.barrier(), Err(CollectiveError::Dead { .. })));

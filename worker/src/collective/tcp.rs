@@ -11,11 +11,14 @@ use super::{
     memory, reduce,
     wire::{Header, Operation},
 };
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 use tch::{Device, Kind, Tensor, no_grad};
 
 /// Bytes of a piece of a broadcast: rank after rank passes them on, so small pieces keep all of them busy.
 const BROADCAST_PIECE: usize = 1 << 20;
+
+/// The step of a header that only says which call a rank makes: no tensor has so many.
+const ANNOUNCED: u32 = u32::MAX;
 
 /// One rank's end of a ring over TCP. Made by [`Listener::connect`](super::Listener::connect).
 pub struct TcpCollective {
@@ -55,6 +58,57 @@ impl TcpCollective {
         }
     }
 
+    /// Tells the next rank which call this one makes of a communicator beside the ring, and hears the same of the previous
+    /// rank. So calls that differ are named, and a rank that does not come is found as in the ring's own operations.
+    pub(super) fn announce(
+        &mut self,
+        operation: Operation,
+        kind: Kind,
+        detail: u32,
+        bytes: usize,
+    ) -> Result<(), CollectiveError> {
+        self.run(operation, |this| {
+            let call = Header {
+                step: ANNOUNCED,
+                ..this.header(operation, kind, detail, bytes)
+            };
+            match &mut this.links {
+                Some(links) => links.transfer(Some(message(call, &[])), call, Sink::Copy(&mut [])),
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// Looks, without waiting, whether a peer is gone or has told of a failure. Each is told once.
+    pub(super) fn look(&mut self, operation: &'static str) -> Result<(), CollectiveError> {
+        self.links.as_mut().map_or(Ok(()), |links| links.hear(operation))
+    }
+
+    /// Tells the peers that this rank waits, for nobody in particular.
+    pub(super) fn tell_waiting(&mut self) {
+        if let Some(links) = &mut self.links {
+            links.tell_waiting();
+        }
+    }
+
+    /// The first peer that has not said lately that it waits too.
+    pub(super) fn first_silent(&self, lately: Duration) -> Option<u32> {
+        self.links.as_ref()?.first_silent(lately)
+    }
+
+    /// The first peer that has left in good order.
+    pub(super) fn first_left(&self) -> Option<u32> {
+        self.links.as_ref()?.first_left()
+    }
+
+    /// Ends the communicator, here and on the peers, which are told why. The first failure counts.
+    pub(super) fn fail(&mut self, error: &CollectiveError) {
+        self.dead.get_or_insert_with(|| error.to_string());
+        if let Some(links) = &mut self.links {
+            links.fail(error);
+        }
+    }
+
     /// Runs one operation; an error ends the communicator, here and on the peers.
     fn run<T>(
         &mut self,
@@ -70,10 +124,7 @@ impl TcpCollective {
         self.sequence += 1;
         let result = work(self);
         if let Err(error) = &result {
-            self.dead = Some(error.to_string());
-            if let Some(links) = &mut self.links {
-                links.fail(error);
-            }
+            self.fail(error);
         }
         result
     }
@@ -213,9 +264,7 @@ impl Collective for TcpCollective {
             let kind = check(operation, local)?;
             let bytes = memory::bytes(local).ok_or_else(|| not_plain(operation))?;
             let (rank, world) = (this.rank(), this.world_size());
-            let mut shape = local.size();
-            let rows = shape.first_mut().ok_or_else(|| no_rows(operation))?;
-            *rows *= i64::from(world);
+            let shape = shape_of_all(operation, local, world)?;
             let mut all = Tensor::empty(&shape, (kind, Device::Cpu));
             let buffer = memory::bytes_mut(&mut all).ok_or_else(|| not_plain(operation))?;
             let own = segment(buffer.len(), kind, rank, world);
@@ -231,19 +280,12 @@ impl Collective for TcpCollective {
         self.run(operation, |this| {
             let kind = check_reducible(operation, full)?;
             let (rank, world) = (i64::from(this.rank()), i64::from(this.world_size()));
-            let rows = *full.size().first().ok_or_else(|| no_rows(operation))?;
-            if rows % world != 0 {
-                return Err(unsupported(
-                    operation,
-                    format!("{rows} rows do not divide among {world} ranks"),
-                ));
-            }
+            let own = rows_of_each(operation, full, world)?;
             let mut sums = no_grad(|| full.copy());
             let buffer = memory::bytes_mut(&mut sums).ok_or_else(|| not_plain(operation))?;
             let call = this.header(operation, kind, 0, buffer.len());
             // Ends with segment r on rank r: one place later than an all_reduce, that is W-1 further.
             this.reduce_segments(call, buffer, kind, ReduceOp::Sum, (world - 1) as u32)?;
-            let own = rows / world;
             Ok(no_grad(|| sums.narrow(0, rank * own, own).copy()))
         })
     }
@@ -252,12 +294,7 @@ impl Collective for TcpCollective {
         let operation = Operation::Broadcast;
         self.run(operation, |this| {
             let kind = check(operation, tensor)?;
-            if root >= this.world_size() {
-                return Err(unsupported(
-                    operation,
-                    format!("there is no rank {root} to copy from"),
-                ));
-            }
+            check_root(root, this.world_size())?;
             let buffer = memory::bytes_mut(tensor).ok_or_else(|| not_plain(operation))?;
             let call = this.header(operation, kind, root, buffer.len());
             this.pass_on(call, buffer, root)
@@ -304,7 +341,7 @@ fn message(header: Header, payload: &[u8]) -> (Header, &[u8]) {
     (header, payload)
 }
 
-fn unsupported(operation: Operation, detail: String) -> CollectiveError {
+pub(super) fn unsupported(operation: Operation, detail: String) -> CollectiveError {
     CollectiveError::Unsupported {
         operation: operation.name(),
         detail,
@@ -318,11 +355,45 @@ fn not_plain(operation: Operation) -> CollectiveError {
     )
 }
 
+/// The shape of what all ranks have together.
+pub(super) fn shape_of_all(
+    operation: Operation,
+    local: &Tensor,
+    world: u32,
+) -> Result<Vec<i64>, CollectiveError> {
+    let mut shape = local.size();
+    let rows = shape.first_mut().ok_or_else(|| no_rows(operation))?;
+    *rows *= i64::from(world);
+    Ok(shape)
+}
+
+/// Rows of `full` that each rank gets.
+pub(super) fn rows_of_each(operation: Operation, full: &Tensor, world: i64) -> Result<i64, CollectiveError> {
+    let rows = *full.size().first().ok_or_else(|| no_rows(operation))?;
+    match rows % world {
+        0 => Ok(rows / world),
+        _ => Err(unsupported(
+            operation,
+            format!("{rows} rows do not divide among {world} ranks"),
+        )),
+    }
+}
+
+pub(super) fn check_root(root: u32, world_size: u32) -> Result<(), CollectiveError> {
+    if root < world_size {
+        return Ok(());
+    }
+    Err(unsupported(
+        Operation::Broadcast,
+        format!("there is no rank {root} to copy from"),
+    ))
+}
+
 fn no_rows(operation: Operation) -> CollectiveError {
     unsupported(operation, "a tensor without dimensions has no rows".to_owned())
 }
 
-fn check(operation: Operation, tensor: &Tensor) -> Result<Kind, CollectiveError> {
+pub(super) fn check(operation: Operation, tensor: &Tensor) -> Result<Kind, CollectiveError> {
     let kind = tensor.kind();
     match reduce::element_size(kind) {
         Some(_) => Ok(kind),
@@ -333,7 +404,7 @@ fn check(operation: Operation, tensor: &Tensor) -> Result<Kind, CollectiveError>
     }
 }
 
-fn check_reducible(operation: Operation, tensor: &Tensor) -> Result<Kind, CollectiveError> {
+pub(super) fn check_reducible(operation: Operation, tensor: &Tensor) -> Result<Kind, CollectiveError> {
     let kind = check(operation, tensor)?;
     match reduce::reducible(kind) {
         true => Ok(kind),

@@ -124,7 +124,7 @@ pub enum Control {
     Abort(Verdict),
     /// It has waited for rank `on` for a while.
     Waiting {
-        /// The rank it waits for.
+        /// The rank it waits for; itself if it does not know for whom.
         on: u32,
     },
 }

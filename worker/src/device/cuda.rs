@@ -7,6 +7,7 @@ use super::{
     libraries::{self, Driver, Version},
 };
 use crate::{
+    collective::nccl::library::{Library as Nccl, NcclError},
     head::cuda::{HEADERS, SOURCES},
     nvrtc::{Cache, Compiler, NvrtcError, Source, Target},
 };
@@ -16,8 +17,6 @@ use std::{collections::BTreeSet, path::Path};
 
 /// What libtorch is built with: drivers of this version and newer ones run it.
 const CUDA: Version = Version { major: 13, minor: 0 };
-/// What libtorch comes with. Newer ones of the same major version take its place.
-const NCCL: Version = Version { major: 2, minor: 28 };
 
 /// What is in the way.
 #[derive(Debug, thiserror::Error)]
@@ -68,18 +67,9 @@ pub enum CudaError {
         /// What the loader says.
         reason: String,
     },
-    /// No libnccl.
-    #[error("NCCL cannot be loaded: {reason}")]
-    NoNccl {
-        /// What the loader says.
-        reason: String,
-    },
-    /// Too old, or of a later generation.
-    #[error("NCCL is {found}, and {NCCL} or a newer {} is needed", NCCL.major)]
-    OtherNccl {
-        /// Its version.
-        found: Version,
-    },
+    /// No libnccl, or one that does not do.
+    #[error(transparent)]
+    Nccl(#[from] NcclError),
     /// The head's kernels.
     #[error(transparent)]
     Kernels(#[from] NvrtcError),
@@ -107,9 +97,7 @@ impl CudaError {
             Self::NoLibtorch { .. } => {
                 "it needs the CUDA 13 build of libtorch 2.11 with its libraries beside libtorch_cpu.so"
             }
-            Self::NoNccl { .. } | Self::OtherNccl { .. } => {
-                "install NCCL 2.28 (libnccl.so.2) where the loader finds it"
-            }
+            Self::Nccl(_) => "install NCCL 2.28 (libnccl.so.2) where the loader finds it",
             Self::Kernels(NvrtcError::Missing { .. }) => {
                 "it comes with CUDA 13 (libnvrtc.so.13); ARCFACE_NVRTC names another place"
             }
@@ -162,10 +150,7 @@ pub fn find(list: Option<&str>, nvrtc: Option<&Path>, cache: Option<Cache>) -> R
         }
     }
     libraries::open_libtorch_cuda().map_err(|reason| CudaError::NoLibtorch { reason })?;
-    let nccl = libraries::nccl_version().map_err(|reason| CudaError::NoNccl { reason })?;
-    if nccl.major != NCCL.major || nccl < NCCL {
-        return Err(CudaError::OtherNccl { found: nccl });
-    }
+    Nccl::open(None)?;
     let compiler = Compiler::open(nvrtc, cache)?;
     let targets: Result<Vec<Target>, NvrtcError> = visible
         .iter()

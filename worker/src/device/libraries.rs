@@ -1,5 +1,5 @@
-//! NVIDIA's libraries, opened at run time: the driver, libtorch's CUDA half, NCCL. Says which are there and of which version;
-//! what that means is decided in `cuda.rs`. Nothing is opened before a function here is called, so a worker that computes
+//! NVIDIA's libraries, opened at run time: the driver and libtorch's CUDA half. Says which are there and of which version;
+//! what that means is decided in `cuda.rs`. NCCL is opened in `collective/nccl`, NVRTC in `nvrtc`. Nothing is opened before a function here is called, so a worker that computes
 //! on the CPU never has a CUDA library in its address space.
 //!
 //! It needs `unsafe` because loading a library runs its code and a symbol's type is only known from its header.
@@ -9,7 +9,7 @@ use crate::nvrtc::loader_says;
 use cudarc::driver::sys as driver;
 use std::{ffi::c_int, mem::ManuallyDrop};
 
-/// A version of CUDA or NCCL.
+/// A version of CUDA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
     /// Major.
@@ -80,32 +80,6 @@ fn open_for_all(name: &str) -> Result<(), String> {
     library
         .map(|library| _ = ManuallyDrop::new(library))
         .map_err(|error| loader_says(&error))
-}
-
-/// Opens NCCL and asks for its version, which needs neither a driver nor a GPU.
-///
-/// # Errors
-/// What the loader says, in one line.
-pub fn nccl_version() -> Result<Version, String> {
-    type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
-    // Packages have the first name alone, which cudarc does not look for.
-    let open = |name: &str| {
-        // SAFETY: NCCL's initialisers do nothing that concerns us.
-        unsafe { libloading::Library::new(name) }
-    };
-    let library = open("libnccl.so.2").map_err(|error| loader_says(&error))?;
-    let mut number: c_int = 0;
-    // SAFETY: the type is that of nccl.h.
-    let get = unsafe { library.get::<GetVersion>("ncclGetVersion") }.map_err(|error| loader_says(&error))?;
-    // SAFETY: writes a number.
-    match unsafe { get(&mut number) } {
-        // From 2.9 on: 10000 * major + 100 * minor + patch.
-        0 => Ok(Version {
-            major: number / 10_000,
-            minor: number % 10_000 / 100,
-        }),
-        status => Err(format!("ncclGetVersion gives {status}")),
-    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 use super::copies::Memory;
 use super::failure::RankFailure;
 use super::report::Reporter;
-use crate::collective::{Collective, Listener, Session, Timeouts};
+use crate::collective::{Beside, Collective, Listener, NcclCollective, Session, TcpCollective, Timeouts};
+use crate::device::Placement;
 use arcface_proto::v1::{CheckpointManifest, RankAssignment};
 use std::time::Duration;
 use tch::Tensor;
@@ -13,10 +14,15 @@ use tracing::warn;
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 /// Longest time that a rank may be slower than its peers: an evaluation set being read, a slow disk.
 const OPERATION_LIMIT: Duration = Duration::from_secs(600);
+/// Both.
+const TIMEOUTS: Timeouts = Timeouts {
+    connect: CONNECT_LIMIT,
+    operation: OPERATION_LIMIT,
+};
 /// What a rank has once it has met the others.
 pub struct Met {
     /// The ring.
-    pub comm: Box<dyn Collective>,
+    pub ring: TcpCollective,
     /// If every node has memory for copies and there is more than one.
     pub memory: Option<Memory>,
 }
@@ -57,11 +63,7 @@ pub fn meet(
             assignment.world_size
         )));
     }
-    let timeouts = Timeouts {
-        connect: CONNECT_LIMIT,
-        operation: OPERATION_LIMIT,
-    };
-    let comm = Box::new(listener.connect(&session, assignment.rank, &endpoints, timeouts)?);
+    let ring = listener.connect(&session, assignment.rank, &endpoints, TIMEOUTS)?;
     // All or none, as all ranks see alike: a set of copies that lacks one rank's is of no use.
     let everyone = met.parts_endpoints.len() == endpoints.len()
         && met.parts_endpoints.iter().all(|endpoint| !endpoint.is_empty());
@@ -72,7 +74,21 @@ pub fn meet(
         memory.meet(&assignment.nodes, met.parts_endpoints);
         memory
     });
-    Ok(Met { comm, memory })
+    Ok(Met { ring, memory })
+}
+
+/// The communicator of ranks that compute at `placement`, all in places of one kind: on CPUs the ring itself, between GPUs NCCL
+/// with the ring beside it. Collective.
+///
+/// # Errors
+/// If NCCL does not come up.
+pub fn communicator(ring: TcpCollective, placement: &Placement) -> Result<Box<dyn Collective>, RankFailure> {
+    let comm: Box<dyn Collective> = match placement.gpu() {
+        None => Box::new(ring),
+        // Each rank sees one GPU, as number 0.
+        Some(_) => Box::new(NcclCollective::start(ring, 0, TIMEOUTS)?),
+    };
+    Ok(Beside::new(comm))
 }
 
 /// All ranks begin from the same state: one that was told otherwise, by a coordinator that knew less, ends the generation.

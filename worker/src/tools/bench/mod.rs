@@ -58,7 +58,7 @@ pub enum Part {
     /// Samples a second and memory of each GPU for millions of identities over eight GPUs, by way of training: the share of
     /// one of them.
     Table(table::TableArgs),
-    /// The operations between ranks, over loopback.
+    /// The operations between ranks of this machine: over loopback, or between its GPUs.
     Collective(collective::CollectiveArgs),
     /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
     Loader {
@@ -132,6 +132,7 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
         Part::Backbone(args) => args.device(),
         Part::Step(args) => args.device(),
         Part::Table(args) => args.device(),
+        Part::Collective(args) => args.device(),
         _ => "cpu",
     };
     result["device"] = device.into();
@@ -275,6 +276,7 @@ mod tests {
             "bench step --network tiny --device cuda",
             "bench head --device cuda",
             "bench backbone --device cuda",
+            "bench collective --backend nccl",
         ] {
             let error = bench(line).expect_err("refused");
             assert!(
