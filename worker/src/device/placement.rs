@@ -81,7 +81,8 @@ impl Placement {
                 unsafe { arcface_allow_tf32(rounds) };
                 // Every step has the same shapes: the search for the fastest convolution pays.
                 tch::Cuda::cudnn_set_benchmark(true);
-                let failed = |error: &dyn std::fmt::Display| Failure::new(ExitCode::Failed, error.to_string());
+                let failed =
+                    |error: &dyn std::fmt::Display| Failure::new(ExitCode::Failed, error.to_string());
                 let compiler = compiler().map_err(|error| failed(&error))?;
                 let launcher = GpuLauncher::new(0, &compiler).map_err(|error| failed(&error))?;
                 Ok(Self {

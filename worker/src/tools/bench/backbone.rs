@@ -4,11 +4,11 @@ use super::{
     choice, memory,
     timing::{median, min, time},
 };
-use crate::tools::place::PlaceArgs;
 use crate::model::{Backbone, BackboneConfig, DropoutDraw, ForwardMode};
+use crate::tools::place::PlaceArgs;
 use arcface_proto::{
     failure::{ExitCode, Failure},
-    spec::{Choice, Precision},
+    spec::Precision,
 };
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
