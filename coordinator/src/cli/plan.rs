@@ -25,7 +25,7 @@ const CPU_RESERVE: f64 = 0.25;
 Examples:
   arcface-coordinator plan configs/ms1mv3_r50.toml --gpus 8 --gpu-memory 32GB
   arcface-coordinator plan mine.toml --classes 2000000 --gpu-memory 80GiB --set head.sample_rate=0.1 --output json
-  arcface-coordinator plan configs/demo_cpu.toml --device cpu --memory 16GiB
+  arcface-coordinator plan configs/demo_cpu.toml --classes 100 --device cpu --memory 16GiB
 
 Ends with 1 if the job does not fit. Without a size of memory it only says what the job takes.")]
 pub(super) struct PlanArgs {
