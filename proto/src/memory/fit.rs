@@ -56,12 +56,14 @@ pub struct Proposal {
     pub world_size: u32,
 }
 
+/// Changes a job and its ranks; false if it does not go with what was changed before.
+type Apply = dyn Fn(&mut JobSpec, &mut u32) -> bool;
+
 /// A value that one thing could have instead.
 struct Setting {
     changes: Vec<Change>,
     note: &'static str,
-    /// Changes a job and its ranks; false if it does not go with what was changed before.
-    apply: Box<dyn Fn(&mut JobSpec, &mut u32) -> bool>,
+    apply: Box<Apply>,
 }
 
 impl Setting {

@@ -213,22 +213,31 @@ fn backward(job: &Job) -> Vec<Line> {
     let longer = job.embedding_size.saturating_sub(networks::EMBEDDING_SIZE);
     let layer = product([longer, job.network.largest.per_dim, F32]);
     let bytes = job.pass().highest(job.rows()).saturating_add(layer);
-    vec![
+    let mut lines = vec![
         activations(job, bytes, ", and gradients on their way back"),
         Line::new(
             Part::Embeddings,
             product([2, job.rows(), job.embedding_size, F32]),
             format!("2 x {} rows x {} x 4 B", job.rows(), job.embedding_size),
         ),
-    ]
+    ];
+    if job.world_size > 1 {
+        // Their sum begins while earlier layers are still on their way (`worker/src/rank/gradients.rs`).
+        lines.push(exchange(job, "at most, in buckets on their way to other ranks"));
+    }
+    lines
+}
+
+fn exchange(job: &Job, how: &str) -> Line {
+    Line::new(
+        Part::Exchange,
+        product([job.trainable(), F32]),
+        format!("{} gradients x 4 B, {how}", count(job.trainable())),
+    )
 }
 
 fn update(job: &Job) -> Vec<Line> {
-    vec![Line::new(
-        Part::Exchange,
-        product([job.trainable(), F32]),
-        format!("{} gradients x 4 B, in buckets", count(job.trainable())),
-    )]
+    vec![exchange(job, "in buckets")]
 }
 
 /// Temporaries of the plain head's size while it is updated (`worker/src/optim/`); the backbone is updated in place.

@@ -3,10 +3,13 @@
 
 use super::{Collective, CollectiveError, ReduceOp};
 use std::{
-    sync::mpsc::{Receiver, Sender, channel},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
     thread::JoinHandle,
 };
 use tch::Tensor;
+
+/// Calls that wait for the thread, before whoever makes another one waits too.
+const WAITING: usize = 64;
 
 /// Done on the thread.
 type Call = Box<dyn FnOnce(&mut dyn Collective) + Send>;
@@ -15,7 +18,7 @@ type Call = Box<dyn FnOnce(&mut dyn Collective) + Send>;
 pub struct Beside {
     rank: u32,
     world_size: u32,
-    calls: Option<Sender<Call>>,
+    calls: Option<SyncSender<Call>>,
     /// What will be heard of each sum that was begun.
     sums: Vec<Receiver<Result<(), CollectiveError>>>,
     thread: Option<JoinHandle<()>>,
@@ -23,12 +26,12 @@ pub struct Beside {
 
 impl Beside {
     /// Moves a communicator to a thread. One of a single rank stays: it has nothing to wait for.
-    pub fn new(mut inner: Box<dyn Collective>) -> Box<dyn Collective> {
+    pub fn start(mut inner: Box<dyn Collective>) -> Box<dyn Collective> {
         let (rank, world_size) = (inner.rank(), inner.world_size());
         if world_size == 1 {
             return inner;
         }
-        let (calls, queue) = channel::<Call>();
+        let (calls, queue) = sync_channel::<Call>(WAITING);
         let thread = std::thread::spawn(move || {
             for call in queue {
                 call(inner.as_mut());
@@ -57,7 +60,7 @@ impl Beside {
         operation: &'static str,
         call: impl FnOnce(&mut dyn Collective) -> Result<T, CollectiveError> + Send + 'static,
     ) -> Result<T, CollectiveError> {
-        let (sender, answer) = channel();
+        let (sender, answer) = sync_channel(1);
         self.send(Box::new(move |inner| {
             // The caller waits below.
             let _heard = sender.send(call(inner));
@@ -119,7 +122,7 @@ impl Collective for Beside {
 
     fn begin_sum(&mut self, tensor: &mut Tensor) -> Result<(), CollectiveError> {
         let mut tensor = tensor.shallow_clone();
-        let (done, summed) = channel();
+        let (done, summed) = sync_channel(1);
         self.sums.push(summed);
         self.send(Box::new(move |inner| {
             let summed = inner.all_reduce(&mut tensor, ReduceOp::Sum);
@@ -150,7 +153,7 @@ mod tests {
         let world = local::world(world_size, Duration::from_secs(20)).expect("loopback");
         thread::scope(|scope| {
             for comm in world {
-                scope.spawn(|| work(Beside::new(Box::new(comm))));
+                scope.spawn(|| work(Beside::start(Box::new(comm))));
             }
         });
     }

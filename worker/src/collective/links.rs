@@ -305,7 +305,7 @@ impl Links {
 
     /// The first peer that has not said lately that it waits too.
     pub fn first_silent(&self, lately: Duration) -> Option<u32> {
-        self.first(|peer| !peer.waiting.is_some_and(|(_, at)| at.elapsed() <= lately))
+        self.first(|peer| peer.waiting.is_none_or(|(_, at)| at.elapsed() > lately))
     }
 
     /// The first peer that has left in good order.

@@ -8,7 +8,7 @@ use arcface_proto::{
     failure::{ExitCode, Failure},
     spec::Precision,
 };
-use std::{ffi::c_void, sync::Arc};
+use std::{ffi::c_void, fmt, sync::Arc};
 use tch::Tensor;
 
 unsafe extern "C" {
@@ -46,6 +46,15 @@ pub struct Placement {
     gpu: Option<Gpu>,
 }
 
+impl fmt::Debug for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.gpu {
+            Some(gpu) => write!(f, "{gpu}"),
+            None => write!(f, "CPU"),
+        }
+    }
+}
+
 impl Placement {
     /// On the CPU.
     pub fn cpu() -> Self {
@@ -81,8 +90,7 @@ impl Placement {
                 unsafe { arcface_allow_tf32(rounds) };
                 // Every step has the same shapes: the search for the fastest convolution pays.
                 tch::Cuda::cudnn_set_benchmark(true);
-                let failed =
-                    |error: &dyn std::fmt::Display| Failure::new(ExitCode::Failed, error.to_string());
+                let failed = |error: &dyn fmt::Display| Failure::new(ExitCode::Failed, error.to_string());
                 let compiler = compiler().map_err(|error| failed(&error))?;
                 let launcher = GpuLauncher::new(0, &compiler).map_err(|error| failed(&error))?;
                 Ok(Self {
@@ -171,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_tensor_that_is_here_is_not_copied() {
-        let here = Placement::open("cpu", Precision::Fp32).ok().expect("a CPU");
+        let here = Placement::open("cpu", Precision::Fp32).expect("a CPU");
         let tensor = Tensor::from_slice(&[1f32, 2.0]);
         assert_eq!(here.take(&tensor).data_ptr(), tensor.data_ptr());
         assert_eq!((here.device(), here.gpu()), (tch::Device::Cpu, None));

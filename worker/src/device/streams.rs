@@ -10,11 +10,16 @@ use std::{
     ptr,
 };
 
+/// A stream of the driver's, as libraries take it (`cudaStream_t`); null is libtorch's own. It lives as long as the timeline
+/// that gave it.
+#[derive(Clone, Copy, Debug)]
+pub struct RawStream(pub *mut c_void);
+
 /// What a library that works on a stream beside libtorch's needs. Whoever enqueues waits on the host until it is
 /// [reached](Timeline::reached): what is computed afterwards needs no event to come after it.
 pub trait Timeline: Send {
-    /// The stream, as such libraries take it (`cudaStream_t`).
-    fn stream(&self) -> *mut c_void;
+    /// The stream.
+    fn stream(&self) -> RawStream;
 
     /// What is enqueued on the stream from now on begins when everything is done that was given to compute until now. Makes
     /// the GPU the calling thread's too.
@@ -140,8 +145,8 @@ impl CudaTimeline {
 }
 
 impl Timeline for CudaTimeline {
-    fn stream(&self) -> *mut c_void {
-        self.stream.cast()
+    fn stream(&self) -> RawStream {
+        RawStream(self.stream.cast())
     }
 
     fn follow_compute(&mut self) -> Result<(), StreamError> {

@@ -79,6 +79,19 @@ impl GradientSum {
         params: &[Tensor],
         comm: &mut dyn Collective,
     ) -> Result<(), RankFailure> {
+        match comm.world_size() {
+            // Nobody to wait for later: the copies would only stand beside the activations.
+            1 => Ok(()),
+            _ => self.begin(part, params, comm),
+        }
+    }
+
+    fn begin(
+        &mut self,
+        part: usize,
+        params: &[Tensor],
+        comm: &mut dyn Collective,
+    ) -> Result<(), RankFailure> {
         let _no_grad = tch::no_grad_guard();
         while let Some(bucket) = self.buckets.0.get(self.begun.len()) {
             // The last one goes with what the rank has to say.
@@ -105,7 +118,7 @@ impl GradientSum {
         scale: f64,
     ) -> Result<Summed, RankFailure> {
         let divisor = f64::from(comm.world_size()) * scale;
-        self.finished(0, params, comm)?;
+        self.begin(0, params, comm)?;
         let _no_grad = tch::no_grad_guard();
         let own = self.buckets.0.last().map(|bucket| flat(params, bucket));
         let own = own.unwrap_or_else(|| Tensor::zeros([0], (Kind::Float, Device::Cpu)));
@@ -195,7 +208,7 @@ mod tests {
                 for comm in world {
                     let buckets = &buckets;
                     scope.spawn(move || {
-                        let mut comm = Beside::new(Box::new(comm));
+                        let mut comm = Beside::start(Box::new(comm));
                         let rank = f64::from(comm.rank());
                         let params: Vec<Tensor> = sizes
                             .iter()

@@ -88,7 +88,7 @@ pub fn communicator(ring: TcpCollective, placement: &Placement) -> Result<Box<dy
         // Each rank sees one GPU, as number 0.
         Some(_) => Box::new(NcclCollective::start(ring, 0, TIMEOUTS)?),
     };
-    Ok(Beside::new(comm))
+    Ok(Beside::start(comm))
 }
 
 /// All ranks begin from the same state: one that was told otherwise, by a coordinator that knew less, ends the generation.

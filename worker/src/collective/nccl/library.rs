@@ -8,7 +8,7 @@
 //! It needs `unsafe` because these are C functions behind pointers.
 #![allow(unsafe_code)]
 
-use crate::{collective::ReduceOp, nvrtc::loader_says};
+use crate::{collective::ReduceOp, device::streams::RawStream, nvrtc::loader_says};
 use std::{
     ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void},
     mem::ManuallyDrop,
@@ -249,7 +249,7 @@ fn version(library: &libloading::Library) -> Result<(i32, i32), NcclError> {
     }
 }
 
-/// An operation with its tensors: contiguous, in the memory of the communicator's GPU, of a kind that [`data_type`] knows, and
+/// An operation with its tensors: contiguous, in the memory of the communicator's GPU, of a kind that `data_type` knows, and
 /// not empty.
 pub enum Work<'a> {
     /// Reduces in place.
@@ -385,7 +385,7 @@ impl Comm {
     ///
     /// # Errors
     /// What NCCL says.
-    pub fn enqueue(&self, work: &Work<'_>, stream: *mut c_void) -> Result<(), NcclError> {
+    pub fn enqueue(&self, work: &Work<'_>, RawStream(stream): RawStream) -> Result<(), NcclError> {
         let (call, tensor) = work.parts();
         let count = tensor.numel();
         let Some(kind) = data_type(tensor.kind()) else {

@@ -3,9 +3,11 @@
 //! communicator must do is tested in `collective/suite.rs`, on the same stand-in.
 
 use super::{library::NcclError, *};
-use crate::{collective::local, device::streams::StreamError};
+use crate::{
+    collective::local,
+    device::streams::{RawStream, StreamError},
+};
 use std::{
-    ffi::c_void,
     path::Path,
     process::Command,
     sync::{
@@ -48,8 +50,8 @@ struct HostTimeline {
 }
 
 impl Timeline for HostTimeline {
-    fn stream(&self) -> *mut c_void {
-        Arc::as_ptr(&self.stream).cast_mut().cast()
+    fn stream(&self) -> RawStream {
+        RawStream(Arc::as_ptr(&self.stream).cast_mut().cast())
     }
 
     fn follow_compute(&mut self) -> Result<(), StreamError> {
