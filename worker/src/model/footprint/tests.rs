@@ -119,7 +119,8 @@ fn what_is_counted_of_convolutional_networks_is_what_they_take() {
     for network in ["tiny", "r18", "mbf"] {
         check(network, Precision::Fp32, false, 0.02);
     }
-    check("tiny", Precision::Bf16, false, 0.02);
+    // oneDNN's workspaces hold f32 copies of maps where the machine has no bf16 of its own.
+    check("tiny", Precision::Bf16, false, 0.06);
 }
 
 #[test]
