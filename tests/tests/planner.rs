@@ -155,7 +155,7 @@ fn a_sampled_head_takes_what_is_planned() -> Result<()> {
 /// Without such instructions oneDNN computes in f32, in workspaces as large as its operands (docs/planning.md).
 #[test]
 fn bf16_takes_what_is_planned() -> Result<()> {
-    let processor = std::fs::read_to_string("/proc/cpuinfo")?;
+    let processor = fs::read_to_string("/proc/cpuinfo")?;
     if !["avx512_bf16", "amx_bf16"]
         .iter()
         .any(|name| processor.contains(name))
