@@ -290,8 +290,10 @@ fn a_world_that_does_not_come_up_says_why() {
             .enumerate()
         {
             let error = started.err().expect("it does not come up").to_string();
+            // Rank 0 may fail, and say why, before the other has the world's id.
+            let where_it_was = ["connect", "broadcast: rank 0 of 2 is gone"];
             assert!(
-                error.starts_with("connect") && error.contains(text),
+                where_it_was.iter().any(|place| error.starts_with(place)) && error.contains(text),
                 "{rank}: {error}"
             );
         }

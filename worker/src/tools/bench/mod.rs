@@ -276,6 +276,7 @@ mod tests {
             "bench step --network tiny --device cuda",
             "bench head --device cuda",
             "bench backbone --device cuda",
+            "bench table --scale 0",
             "bench collective --backend nccl",
         ] {
             let error = bench(line).expect_err("refused");

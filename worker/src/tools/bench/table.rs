@@ -4,7 +4,7 @@
 
 use super::comparison::in_a_process;
 use crate::tools::place::PlaceArgs;
-use anyhow::ensure;
+use arcface_proto::failure::{ExitCode, Failure};
 use serde_json::{Value, json};
 
 /// Arguments of `bench table`.
@@ -161,11 +161,10 @@ fn cell(args: &TableArgs, setting: &Setting, way: &Way, repetitions: u32) -> Val
 
 /// The whole table as JSON.
 pub(super) fn measure(repetitions: u32, args: &TableArgs) -> anyhow::Result<Value> {
-    ensure!(
-        args.scale > 0.0 && args.scale <= 1.0,
-        "--scale {} is not in (0, 1]",
-        args.scale
-    );
+    if !(args.scale > 0.0 && args.scale <= 1.0) {
+        let message = format!("--scale {} is not in (0, 1]", args.scale);
+        return Err(Failure::new(ExitCode::Usage, message).into());
+    }
     let settings: Vec<Value> = SETTINGS
         .iter()
         .enumerate()
