@@ -57,7 +57,7 @@ pub fn mirror(pixels: &mut Pixels) {
 }
 
 /// What [`normalise`] makes of pixels `[b, 112, 112, 3]` u8, by libtorch where they are: `[b, 3, 112, 112]` f32, the channels
-/// innermost in memory. The same bits.
+/// innermost in memory. The same bits on a CPU; a GPU may round otherwise.
 pub fn planes(pixels: &Tensor) -> Tensor {
     let mut planes = pixels.to_kind(Kind::Float).permute([0, 3, 1, 2]);
     planes /= 255.0;
