@@ -67,7 +67,7 @@ pub struct StepArgs {
     #[arg(long)]
     threads: Option<u16>,
     /// Memory allocator of both sides of a comparison: "default", or "tuned", which keeps freed memory and uses large
-    /// pages, as the agent starts its ranks.
+    /// pages, much as the agent starts its ranks (whose thresholds differ).
     #[arg(long, default_value = "default", value_parser = ["default", "tuned"])]
     malloc: String,
 }
