@@ -5,8 +5,8 @@
 DIR is `recognition/arcface_torch` of an InsightFace checkout, or the checkout; it is run as it is, by reference_side.py. Each
 measurement is a process of its own, which repeats its work --steps times after one that does not count and says the median. A
 pair is one process of every side, one after the other, and back again in the next pair, so that a disturbance of the machine
-meets all. Ratios are medians over the pairs. All sides are measured twice: with the allocator as it is, and with one that
-keeps freed memory and uses large pages ("tuned"), since a part of the reference's time is page faults.
+meets all. Ratios are medians over the pairs. All sides are measured twice: with an allocator that gives large blocks back to the system
+("default"), and with one that keeps freed memory and uses large pages ("tuned"), since a part of the reference's time is page faults.
 
 Prints a table. With --output it is also in FILE.md, and what it was made of in FILE.json, after every pair: stop it with Ctrl-C,
 and start it again to go on; rows of this very program with as many pairs are not measured again (--again). ROW may
@@ -25,12 +25,16 @@ import tempfile
 import results
 from results import Failed, Interrupted, Unusable, megabytes, number
 
-# As in the worker's `bench --malloc tuned`.
-TUNED = {
-    "MALLOC_MMAP_THRESHOLD_": "17179869184",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+# By allocator: the reference has that of the C library, which is tuned by the first variables; ours comes tuned, and the last one makes it
+# as others are (`arcface-worker bench --malloc`).
+ALLOCATORS = {
+    "tuned": {
+        "MALLOC_MMAP_THRESHOLD_": "17179869184",
+        "MALLOC_TRIM_THRESHOLD_": "17179869184",
+        "MALLOC_TOP_PAD_": "268435456",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    },
+    "default": {"MALLOC_CONF": "oversize_threshold:8388608,dirty_decay_ms:10000,muzzy_decay_ms:0,thp:default"},
 }
 MODULES = ["partial_fc_v2.py", "losses.py", os.path.join("backbones", "__init__.py")]
 TITLES = {"reference": "reference", "ours_fp32": "ours, fp32", "ours_bf16": "ours, bf16", "plain": "plain"}
@@ -135,9 +139,10 @@ def commands(args, folder, part, sizes):
 def environment(malloc, threads, cache):
     """For both sides: no setting of an allocator but the one that is measured. What Python compiles it keeps in `cache` and not
     beside the reference; without, PyTorch would take seconds to start each time."""
-    kept = {name: value for name, value in os.environ.items() if name not in TUNED and name != "PYTHONDONTWRITEBYTECODE"}
+    taken = {"PYTHONDONTWRITEBYTECODE"}.union(*ALLOCATORS.values())
+    kept = {name: value for name, value in os.environ.items() if name not in taken}
     own = {"OMP_NUM_THREADS": str(threads), "PYTHONPYCACHEPREFIX": cache}
-    return {**kept, **own, **(TUNED if malloc == "tuned" else {})}
+    return {**kept, **own, **ALLOCATORS[malloc]}
 
 
 def needed_memory(sizes):

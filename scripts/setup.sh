@@ -50,7 +50,7 @@ need_system() {
     esac
     command -v cargo >/dev/null || die "cargo: Rust is not installed" "install it with rustup; rust-toolchain.toml names the version"
     command -v flock >/dev/null || missing+=(util-linux)
-    command -v cc >/dev/null && command -v c++ >/dev/null || missing+=(build-essential)
+    command -v cc >/dev/null && command -v c++ >/dev/null && command -v make >/dev/null || missing+=(build-essential)
     # libjpeg-turbo is built from source.
     command -v cmake >/dev/null || missing+=(cmake)
     command -v nasm >/dev/null || missing+=(nasm)

@@ -9,7 +9,7 @@ const SOON: Duration = Duration::from_secs(20);
 /// Some training steps of the real thing, on a busy machine in a debug build.
 const LONG: Duration = Duration::from_secs(600);
 /// The default of `--reserve` on a CPU: it stands for the holes in the heap.
-const RESERVE: f64 = 0.25;
+const RESERVE: f64 = 0.20;
 
 /// A job of one rank, and how it is typed at `bench step`.
 struct Shape {

@@ -1,6 +1,8 @@
 //! `arcface-worker`: the agent of a node (`--join`), one training rank (`rank`, started by the agent) and the
 //! offline tools. Parse, run, exit code; nothing else happens here.
 
+mod allocator;
+
 use anyhow::Context;
 use arcface_proto::failure::{self, ExitCode, Failure};
 use arcface_proto::types::NodeId;

@@ -88,10 +88,8 @@ impl RankProcess {
     }
 }
 
-/// Environment of a rank: its compute threads, the GPU that is its own, and, unless the agent's own sets the variable, waiting and memory as measured
-/// in `docs/benchmarks`. Spinning OpenMP threads made a step up to 20 times slower beside busy neighbours, and fresh
-/// pages cost more than the arithmetic on them: large blocks stay in the heap, in huge pages. On GPUs also the network that NCCL
-/// uses.
+/// Environment of a rank: its compute threads, the GPU that is its own, and, unless the agent's own sets the variable, how threads wait:
+/// spinning OpenMP threads made a step up to 20 times slower beside busy neighbours. On GPUs also the network that NCCL uses.
 fn environment(
     command: &RankCommand,
     assignment: &RankAssignment,
@@ -105,16 +103,9 @@ fn environment(
         "cuda" => nccl_network(&assignment.address, &interfaces()),
         _ => Vec::new(),
     };
-    let usual = [
-        ("OMP_WAIT_POLICY", "passive".into()),
-        ("MALLOC_MMAP_THRESHOLD_", (4u64 << 30).to_string()),
-        ("MALLOC_TRIM_THRESHOLD_", (16u64 << 30).to_string()),
-        ("MALLOC_TOP_PAD_", (64u64 << 20).to_string()),
-        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1".into()),
-    ]
-    .into_iter()
-    .chain(network)
-    .filter(|(name, _)| std::env::var_os(name).is_none());
+    let usual = std::iter::once(("OMP_WAIT_POLICY", "passive".into()))
+        .chain(network)
+        .filter(|(name, _)| std::env::var_os(name).is_none());
     // Whatever the agent was started with: that is one number for all of a node's ranks together, if it is meant at all.
     std::iter::once((device::THREADS_VARIABLE, threads.to_string()))
         .chain(gpu.map(|uuid| (device::VISIBLE_VARIABLE, uuid.to_owned())))

@@ -6,14 +6,12 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use std::{env, process::Command};
 
-/// Environment of a tuned allocator (glibc): freed memory stays with the process and is mapped in large pages, so that
-/// steps after the first meet no page faults.
-const TUNED: [(&str, &str); 4] = [
-    ("MALLOC_MMAP_THRESHOLD_", "17179869184"),
-    ("MALLOC_TRIM_THRESHOLD_", "17179869184"),
-    ("MALLOC_TOP_PAD_", "268435456"),
-    ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-];
+/// The variable, and what makes this program's allocator do as those of systems do, which people who start a trainer by hand have: large blocks
+/// that are freed go back to the system at once (jemalloc's own defaults; its manual, "Tuning"). Without, it is as in a job: "tuned".
+const DEFAULT: (&str, &str) = (
+    "MALLOC_CONF",
+    "oversize_threshold:8388608,dirty_decay_ms:10000,muzzy_decay_ms:0,thp:default",
+);
 
 /// Pairs of measurements of this program, each by the arguments of `bench` that it is made with.
 pub(super) fn compare(pairs: u32, ours: &[String], other: &[String], malloc: &str) -> anyhow::Result<Value> {
@@ -72,8 +70,8 @@ pub(super) fn compare(pairs: u32, ours: &[String], other: &[String], malloc: &st
 pub(super) fn in_a_process(arguments: &[String], malloc: &str) -> anyhow::Result<Value> {
     let mut command = Command::new(env::current_exe().context("find this program")?);
     command.arg("bench").args(arguments).args(["--output", "json"]);
-    if malloc == "tuned" {
-        command.envs(TUNED);
+    if malloc == "default" {
+        command.env(DEFAULT.0, DEFAULT.1);
     }
     let output = command.output().context("start a process to measure in")?;
     let said = String::from_utf8_lossy(&output.stderr);

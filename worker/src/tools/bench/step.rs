@@ -66,8 +66,8 @@ pub struct StepArgs {
     /// Threads; default: one a core.
     #[arg(long)]
     threads: Option<u16>,
-    /// Memory allocator of both sides of a comparison: "default", or "tuned", which keeps freed memory and uses large
-    /// pages, much as the agent starts its ranks (whose thresholds differ).
+    /// Memory allocator of both sides of a comparison: "tuned" keeps freed memory and uses large pages, as in a job; "default" gives
+    /// large blocks back to the system at once, as a trainer meets it that is started by hand.
     #[arg(long, default_value = "default", value_parser = ["default", "tuned"])]
     malloc: String,
 }
