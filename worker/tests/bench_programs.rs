@@ -388,25 +388,31 @@ fn every_row_of_make_bench_runs_and_is_in_the_table() -> Result<()> {
 }
 
 #[test]
-fn the_tuned_allocator_is_the_same_everywhere() -> Result<()> {
+fn the_default_allocator_is_the_same_everywhere() -> Result<()> {
     let python = fs::read_to_string(root().join("bench/compare_reference.py"))?;
     let ours = include_str!("../src/tools/bench/comparison.rs");
-    let (_, after) = ours.split_once("const TUNED").context("the worker's settings")?;
-    let (list, _) = after.split_once("];").context("their end")?;
-    let mut settings = 0;
-    for line in list.lines().filter(|line| line.trim().starts_with('(')) {
-        let (name, value) = line
-            .trim()
-            .trim_start_matches('(')
-            .trim_end_matches("),")
-            .split_once(", ")
-            .context("a name and a value")?;
+    let (_, after) = ours.split_once("const DEFAULT").context("the worker's setting")?;
+    let (pair, _) = after.split_once(");").context("its end")?;
+    let texts: Vec<&str> = pair.split('"').skip(1).step_by(2).collect();
+    let [name, value] = texts[..] else {
+        anyhow::bail!("a name and a value: {texts:?}");
+    };
+    ensure!(
+        python.contains(&format!("{name:?}: {value:?}")),
+        "{name} is not {value}"
+    );
+    // Every part of it undoes what the program is built with.
+    let built = include_str!("../src/allocator.rs");
+    for setting in value.split(',') {
+        let (key, changed) = setting.split_once(':').context("key:value")?;
         ensure!(
-            python.contains(&format!("    {name}: {value},\n")),
-            "{name} is not {value}"
+            built.contains(&format!("{key}:")),
+            "{key} is not set in the program"
         );
-        settings += 1;
+        ensure!(
+            !built.contains(&format!("{setting},")) && !built.contains(&format!("{setting}\\0")),
+            "{key} is {changed} in the program too"
+        );
     }
-    ensure!(settings == 4, "{settings} settings");
     Ok(())
 }
