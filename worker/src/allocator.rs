@@ -1,7 +1,7 @@
 //! The memory allocator of the program, for libtorch's tensors too: jemalloc, whose symbols stand in front of the C library's. A training
 //! step allocates and frees the same hundreds of megabytes again and again. The C library's heap either gives large blocks back, and
-//! then a step waits for fresh pages, or keeps them, and then holes between blocks of many sizes cost up to two thirds of
-//! the tensors again (`docs/planning.md` has the measurement).
+//! then a step waits for fresh pages, or keeps them, and then holes between blocks of many sizes take a third of the tensors' memory
+//! again, up to one and a half times as much (`docs/planning.md` has the measurement).
 #![allow(unsafe_code)]
 
 use tikv_jemallocator::Jemalloc;
