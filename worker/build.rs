@@ -4,11 +4,13 @@
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    const NATIVE: [&str; 5] = [
+    const NATIVE: [&str; 7] = [
         "src/device/gpu.cpp",
         "src/model/native/allocations.cpp",
         "src/model/native/backward.cpp",
+        "src/model/native/layout.cpp",
         "src/model/native/prelu.cpp",
+        "src/model/norm/autograd.cpp",
         "src/optim/fused.cpp",
     ];
     for source in NATIVE {
@@ -41,10 +43,12 @@ fn main() {
     kernels_for_the_cpu();
 }
 
-/// The twins of the head's CUDA kernels, which tests call (`head/cuda/twin`). Releases are built without: there is nothing of
+/// The twins of our CUDA kernels, which tests call (`kernels/twin`). Releases are built without: there is nothing of
 /// it in an executable that is shipped.
 fn kernels_for_the_cpu() {
     println!("cargo:rerun-if-changed=src/head/cuda");
+    println!("cargo:rerun-if-changed=src/kernels");
+    println!("cargo:rerun-if-changed=src/model/norm/norm.cu");
     println!("cargo:rustc-check-cfg=cfg(cuda_twin)");
     if std::env::var("PROFILE").is_ok_and(|profile| profile == "release") {
         return;
@@ -58,6 +62,10 @@ fn kernels_for_the_cpu() {
         .flag("-ffp-contract=off")
         // The compiler takes the switch of stacks for a jump.
         .flag_if_supported("-Wno-clobbered")
-        .file("src/head/cuda/twin/twin.cpp")
+        .include("src/head/cuda")
+        .flag("-Wno-unknown-pragmas")
+        .include("src")
+        .include("src/kernels")
+        .file("src/kernels/twin/twin.cpp")
         .compile("arcface_cuda_twin");
 }

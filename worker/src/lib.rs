@@ -13,6 +13,7 @@ pub mod dial;
 pub mod eval;
 pub mod export;
 pub mod head;
+pub mod kernels;
 pub mod model;
 pub mod nvrtc;
 pub mod optim;

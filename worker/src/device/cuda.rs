@@ -8,8 +8,8 @@ use super::{
 };
 use crate::{
     collective::nccl::library::{Library as Nccl, NcclError},
-    head::cuda::{HEADERS, SOURCES},
-    nvrtc::{Cache, Compiler, NvrtcError, Source, Target},
+    kernels,
+    nvrtc::{Cache, Compiler, NvrtcError, Target},
 };
 use arcface_proto::failure::ExitCode;
 use nvml_wrapper::error::NvmlError;
@@ -160,12 +160,7 @@ pub fn find(list: Option<&str>, nvrtc: Option<&Path>, cache: Option<Cache>) -> R
         .map(|arch| compiler.target(arch))
         .collect();
     for target in targets? {
-        for (name, text) in SOURCES {
-            let source = Source {
-                name,
-                text,
-                headers: &HEADERS,
-            };
+        for (source, _) in kernels::ALL.into_iter().flat_map(kernels::Set::sources) {
             compiler.compile(&source, target)?;
         }
     }

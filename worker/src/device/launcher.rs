@@ -5,11 +5,11 @@
 #![allow(unsafe_code)]
 
 use crate::{
-    head::cuda::{
-        HEADERS, KERNELS, LaunchError, Launcher, SOURCES,
-        launch::{Arguments, Shape},
+    kernels::{
+        self,
+        launch::{Arguments, LaunchError, Launcher, Shape},
     },
-    nvrtc::{Arch, Compiler, NvrtcError, Source},
+    nvrtc::{Arch, Compiler, NvrtcError},
 };
 use cudarc::driver::sys as driver;
 use driver::{CUdevice_attribute as Attribute, CUresult};
@@ -58,7 +58,7 @@ unsafe impl Send for GpuLauncher {}
 unsafe impl Sync for GpuLauncher {}
 
 impl GpuLauncher {
-    /// Compiles the head's kernels for a GPU, or takes them from the compiler's cache, and loads them. `ordinal` is libtorch's
+    /// Compiles our kernels for a GPU, or takes them from the compiler's cache, and loads them. `ordinal` is libtorch's
     /// `Device::Cuda(ordinal)`.
     ///
     /// # Errors
@@ -107,12 +107,7 @@ impl GpuLauncher {
 
         let target = compiler.target(arch)?;
         let mut functions = HashMap::new();
-        for ((name, text), kernels) in SOURCES.into_iter().zip(KERNELS) {
-            let source = Source {
-                name,
-                text,
-                headers: &HEADERS,
-            };
+        for (source, names) in kernels::ALL.into_iter().flat_map(kernels::Set::sources) {
             let image = compiler.compile(&source, target)?;
             let mut module = ptr::null_mut();
             // SAFETY: the image is machine code, or PTX with its final zero, and is only read during the call.
@@ -125,8 +120,8 @@ impl GpuLauncher {
                     ptr::null_mut(),
                 )
             };
-            check("cuModuleLoadDataEx", name, status)?;
-            for &kernel in kernels {
+            check("cuModuleLoadDataEx", source.name, status)?;
+            for &kernel in names {
                 let symbol = CString::new(kernel).expect("names of kernels have no zero");
                 let mut function = ptr::null_mut();
                 // SAFETY: the module was just loaded; the name outlives the call.

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::{Device, GpuLauncher, compiler, gpus::Gpu, visible_gpus};
-use crate::head;
+use crate::{head, kernels::Kernels};
 use arcface_proto::{
     failure::{ExitCode, Failure},
     spec::Precision,
@@ -112,6 +112,14 @@ impl Placement {
     /// For the head, with what starts its kernels.
     pub fn of_head(&self) -> &head::Placement {
         &self.head
+    }
+
+    /// What starts kernels of our own on it; none on the CPU.
+    pub fn kernels(&self) -> Option<Kernels> {
+        match &self.head {
+            head::Placement::Cpu => None,
+            head::Placement::Gpu { device, launcher } => Some(Kernels::new(launcher.clone(), *device)),
+        }
     }
 
     /// The GPU, if it is one.

@@ -19,6 +19,7 @@ pub use cuda::CudaHead;
 pub use plain::PlainHead;
 pub use tiled::TiledHead;
 
+use crate::kernels::launch::{LaunchError, Launcher};
 use crate::{
     collective::{Collective, CollectiveError},
     optim::{OptimError, OptimizerConfig},
@@ -27,7 +28,6 @@ use arcface_proto::{
     spec::{self, HeadImplementation, MarginGradient, Precision},
     types::ClassRange,
 };
-use cuda::{LaunchError, Launcher};
 use std::sync::Arc;
 use tch::{Device, Tensor};
 

@@ -14,8 +14,9 @@ use super::{
     pass::{DropoutDraw, ForwardMode, Pass, Tap},
     registry::{self, REGISTRY, Registered},
     state::{Builder, Role, StateEntry},
-    training::TrainingPass,
+    training::{Cut, TrainingPass},
 };
+use crate::kernels::Kernels;
 
 /// What to build.
 #[derive(Clone, Debug, PartialEq)]
@@ -139,6 +140,7 @@ pub struct Backbone {
     config: BackboneConfig,
     state: Vec<StateEntry>,
     network: Box<dyn Network>,
+    kernels: Option<Kernels>,
 }
 
 impl Backbone {
@@ -171,6 +173,7 @@ impl Backbone {
             config: config.clone(),
             state,
             network,
+            kernels: None,
         })
     }
 
@@ -225,6 +228,12 @@ impl Backbone {
                 entry.tensor.set_data(&entry.tensor.detach().to_device(device));
             }
         }
+    }
+
+    /// Lets kernels of our own compute, while training, what they do better than libtorch. They are of the device that its
+    /// tensors are on.
+    pub fn compute_with(&mut self, kernels: Option<Kernels>) {
+        self.kernels = kernels;
     }
 
     /// Draws initial weights with the reference's distributions.
@@ -321,17 +330,37 @@ impl Backbone {
         self.run(images, &mut Pass::new(mode, Some(tap)))
     }
 
-    /// Embeddings of images to train on, with the way back from their gradient.
+    /// Embeddings of images to train on, with the way back from their gradient, part by part.
     ///
     /// # Panics
     /// If the images have another shape.
     pub fn forward_to_train<'a>(&'a self, images: &Tensor, mode: &ForwardMode) -> TrainingPass<'a> {
+        self.forward_to_differentiate(images, mode, Cut::Parts)
+    }
+
+    /// The same in one piece, for whom nothing waits before all gradients are there. Gradient checkpointing has parts all the same.
+    ///
+    /// # Panics
+    /// If the images have another shape.
+    pub fn forward_to_train_at_once<'a>(&'a self, images: &Tensor, mode: &ForwardMode) -> TrainingPass<'a> {
+        self.forward_to_differentiate(images, mode, Cut::Nowhere)
+    }
+
+    fn forward_to_differentiate<'a>(
+        &'a self,
+        images: &Tensor,
+        mode: &ForwardMode,
+        cut: Cut,
+    ) -> TrainingPass<'a> {
         let network = self.network.as_ref();
         match num_images(images) {
             0 => TrainingPass::empty(network, self.forward(images, mode), mode),
             _ => {
-                let again = self.config.gradient_checkpointing;
-                TrainingPass::run(network, &channels_last(images), mode, again)
+                let cut = match self.config.gradient_checkpointing {
+                    true => Cut::RunAgain,
+                    false => cut,
+                };
+                TrainingPass::run(network, &channels_last(images), mode, cut, self.kernels.as_ref())
             }
         }
     }

@@ -105,16 +105,14 @@ impl Block {
     fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
         let y = self.bn1.forward(x, pass);
         let y = self.conv1.forward(&y, pass);
-        let y = self.bn2.forward(&y, pass);
-        let y = self.prelu.forward(&y, pass);
+        let y = self.bn2.forward_prelu(&y, &self.prelu, pass);
         let y = self.conv2.forward(&y, pass);
-        let y = self.bn3.forward(&y, pass);
         match &self.downsample {
-            None => pass.add(&y, x),
+            None => self.bn3.forward_add(&y, x, pass),
             Some((conv, bn)) => {
                 let shortcut = conv.forward(x, pass);
                 let shortcut = bn.forward(&shortcut, pass);
-                pass.add(&y, &shortcut)
+                self.bn3.forward_add(&y, &shortcut, pass)
             }
         }
     }
@@ -172,9 +170,14 @@ impl Network for IResNet {
     fn stem(&self, images: &Tensor, pass: &mut Pass) -> Tensor {
         let x = self.conv1.forward(images, pass);
         pass.tap("conv1", &x);
-        let x = self.bn1.forward(&x, pass);
-        pass.tap("bn1", &x);
-        let x = self.prelu.forward(&x, pass);
+        let x = match pass.is_watched() {
+            true => {
+                let x = self.bn1.forward(&x, pass);
+                pass.tap("bn1", &x);
+                self.prelu.forward(&x, pass)
+            }
+            false => self.bn1.forward_prelu(&x, &self.prelu, pass),
+        };
         pass.tap("prelu", &x);
         x
     }

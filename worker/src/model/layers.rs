@@ -3,11 +3,12 @@
 //! Every layer registers its tensors with a [`Builder`] in `state_dict` order and runs in the precision of the
 //! [`Pass`]. Gradients are autograd's; a layer holds no other state than its tensors.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     graph::Op,
-    native::prelu,
+    native::{channels_last, prelu},
+    norm::{self, Norm, Then},
     pass::Pass,
     state::{Builder, Init},
 };
@@ -195,8 +196,12 @@ impl Conv2d {
             groups,
             ..
         } = self.shape;
+        let weight = match self.weight.device() {
+            Device::Cpu => self.weight.to_kind(kind),
+            _ => channels_last(&self.weight, kind),
+        };
         x.to_kind(kind).conv2d(
-            &self.weight.to_kind(kind),
+            &weight,
             self.bias.as_ref().map(|bias| bias.to_kind(kind)),
             [stride, stride],
             [padding, padding],
@@ -318,11 +323,60 @@ impl BatchNorm {
 
     /// Same shape and kind as `x`.
     pub fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
+        match self.in_one(x, Then::Nothing, pass) {
+            Some(y) => y,
+            None => self.alone(x, pass),
+        }
+    }
+
+    /// The same with a rectifier behind it.
+    pub fn forward_prelu(&self, x: &Tensor, prelu: &PRelu, pass: &mut Pass) -> Tensor {
+        match self.in_one(x, Then::PRelu(&prelu.weight), pass) {
+            Some(y) => y,
+            None => prelu.forward(&self.alone(x, pass), pass),
+        }
+    }
+
+    /// The same, added to a shortcut of its form.
+    pub fn forward_add(&self, x: &Tensor, shortcut: &Tensor, pass: &mut Pass) -> Tensor {
+        match self.in_one(x, Then::Add(shortcut), pass) {
+            Some(y) => y,
+            None => {
+                let y = self.alone(x, pass);
+                pass.add(&y, shortcut)
+            }
+        }
+    }
+
+    /// The norm and what follows it in one pass over memory, where kernels of our own do that.
+    fn in_one(&self, x: &Tensor, then: Then<'_>, pass: &Pass) -> Option<Tensor> {
+        let kernels = pass.kernels()?;
+        if !pass.train() || self.frozen || !norm::takes(x) {
+            return None;
+        }
+        let moves = !pass.repeats() && self.values_per_channel(x) > 1;
+        if moves {
+            let _ = self.num_batches_tracked.shallow_clone().g_add_scalar_(1);
+        }
+        let norm = Norm {
+            weight: &self.weight,
+            bias: &self.bias,
+            running: moves.then_some((&self.running_mean, &self.running_var)),
+            momentum: BATCH_NORM_MOMENTUM,
+            eps: self.eps,
+        };
+        Some(norm::batch_norm(kernels, x, &norm, then))
+    }
+
+    fn values_per_channel(&self, x: &Tensor) -> i64 {
+        x.numel() as i64 / self.weight.size()[0].max(1)
+    }
+
+    fn alone(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
         let batch_statistics = pass.train() && !self.frozen;
-        let values_per_channel = x.numel() as i64 / self.weight.size()[0].max(1);
         // A single value has no unbiased variance: PyTorch refuses it in Python and writes NaN from C++. A rank with
         // one sample left must go on, and must not poison the statistics.
-        let track = !batch_statistics || (values_per_channel > 1 && !pass.repeats());
+        let track = !batch_statistics || (self.values_per_channel(x) > 1 && !pass.repeats());
         if batch_statistics && track {
             let _ = self.num_batches_tracked.shallow_clone().g_add_scalar_(1);
         }

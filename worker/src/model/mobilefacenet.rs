@@ -68,8 +68,7 @@ impl ConvBlock {
 
     fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
         let x = self.conv.forward(x, pass);
-        let x = self.bn.forward(&x, pass);
-        self.prelu.forward(&x, pass)
+        self.bn.forward_prelu(&x, &self.prelu, pass)
     }
 }
 
@@ -90,6 +89,12 @@ impl LinearBlock {
     fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
         let x = self.conv.forward(x, pass);
         self.bn.forward(&x, pass)
+    }
+
+    /// The same, added to a shortcut.
+    fn forward_add(&self, x: &Tensor, shortcut: &Tensor, pass: &mut Pass) -> Tensor {
+        let x = self.conv.forward(x, pass);
+        self.bn.forward_add(&x, shortcut, pass)
     }
 }
 
@@ -129,8 +134,10 @@ impl DepthWise {
     fn forward(&self, x: &Tensor, pass: &mut Pass) -> Tensor {
         let y = self.expand.forward(x, pass);
         let y = self.depthwise.forward(&y, pass);
-        let y = self.project.forward(&y, pass);
-        if self.residual { pass.add(&y, x) } else { y }
+        match self.residual {
+            true => self.project.forward_add(&y, x, pass),
+            false => self.project.forward(&y, pass),
+        }
     }
 }
 

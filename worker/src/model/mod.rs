@@ -15,6 +15,7 @@ pub mod iresnet;
 pub mod layers;
 pub mod mobilefacenet;
 mod native;
+pub mod norm;
 mod pass;
 pub mod registry;
 mod state;
@@ -23,7 +24,7 @@ pub mod transformer;
 pub mod vit;
 
 pub use backbone::{Backbone, BackboneConfig, ModelError};
-pub use native::allocations;
+pub use native::{allocations, let_go_of_gradient};
 pub use pass::{DropoutDraw, ForwardMode, Pass};
 pub use state::{Builder, Init, Role, StateEntry};
 pub use training::TrainingPass;

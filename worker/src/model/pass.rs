@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::footprint::Walk;
 use super::graph::{Op, Trace};
+use crate::kernels::Kernels;
 use crate::random::{self, Purpose, Stream};
 
 /// Where the random masks of a batch (dropout, drop path, hidden tokens) come from: row i of the batch is global sample
@@ -62,6 +63,7 @@ pub struct Pass<'a> {
     counts_only: bool,
     repeats: bool,
     macs: u64,
+    kernels: Option<&'a Kernels>,
     trace: Option<&'a mut Trace>,
     walk: Option<&'a mut Walk>,
 }
@@ -81,9 +83,15 @@ impl<'a> Pass<'a> {
             counts_only: false,
             repeats: false,
             macs: 0,
+            kernels: None,
             trace: None,
             walk: None,
         }
+    }
+
+    /// The same, in which kernels of our own compute what they do better than libtorch.
+    pub(super) fn with_kernels(self, kernels: Option<&'a Kernels>) -> Self {
+        Self { kernels, ..self }
     }
 
     /// A pass that computes what an earlier one has computed: the same random masks, and statistics that have already
@@ -166,6 +174,11 @@ impl<'a> Pass<'a> {
         self.counts_only
     }
 
+    /// What starts kernels of our own, where there are any.
+    pub fn kernels(&self) -> Option<&'a Kernels> {
+        self.kernels
+    }
+
     /// Whether running statistics have seen this batch already.
     pub fn repeats(&self) -> bool {
         self.repeats
@@ -193,6 +206,11 @@ impl<'a> Pass<'a> {
     pub fn leave_mixed_precision(&mut self, x: Tensor) -> Tensor {
         self.kind = Kind::Float;
         x.to_kind(Kind::Float)
+    }
+
+    /// Whether somebody watches.
+    pub fn is_watched(&self) -> bool {
+        self.tap.is_some()
     }
 
     /// Reports a module's output to whoever watches.

@@ -160,7 +160,9 @@ fn computing_activations_again_gives_the_same_gradients_and_statistics() {
 #[test]
 fn the_gradients_of_a_part_are_complete_when_it_is_finished() {
     for network in ["tiny", "mbf", "vit_t"] {
-        for gradient_checkpointing in [false, true] {
+        let mut gradients = Vec::new();
+        for (gradient_checkpointing, at_once) in [(false, false), (true, false), (false, true), (true, true)]
+        {
             let backbone = filled(BackboneConfig {
                 gradient_checkpointing,
                 ..BackboneConfig::new(network, 32)
@@ -170,7 +172,11 @@ fn the_gradients_of_a_part_are_complete_when_it_is_finished() {
             assert!(last > 3 && parts.contains(&0), "{network}: {parts:?}");
             let mut seen: Vec<Option<Tensor>> = parts.iter().map(|_| None).collect();
             let mut numbers = Vec::new();
-            let pass = backbone.forward_to_train(&images(2), &training(Precision::Fp32));
+            let (images, mode) = (images(2), training(Precision::Fp32));
+            let pass = match at_once {
+                true => backbone.forward_to_train_at_once(&images, &mode),
+                false => backbone.forward_to_train(&images, &mode),
+            };
             let finished = |part| {
                 numbers.push(part);
                 for ((index, of), (_, parameter)) in parts.iter().enumerate().zip(backbone.trainable()) {
@@ -185,7 +191,14 @@ fn the_gradients_of_a_part_are_complete_when_it_is_finished() {
             for ((name, parameter), seen) in backbone.trainable().into_iter().zip(seen) {
                 assert_eq!(seen.expect("its part"), parameter.grad(), "{network}: {name}");
             }
+            gradients.push(flat(&all_gradients(&backbone)));
         }
+        assert!(
+            gradients
+                .iter()
+                .all(|other| distance(other, &gradients[0]) < 1e-6),
+            "{network}"
+        );
     }
 }
 

@@ -1,8 +1,8 @@
 //! A forward pass that will be differentiated: embeddings now, and later the parameters' gradients from the embeddings'.
 //!
-//! The network runs in parts, each with a graph of its own: the stem, the trunk's pieces, the tail. On the way back the parts
+//! The network may run in parts, each with a graph of its own: the stem, the trunk's pieces, the tail. On the way back the parts
 //! are differentiated one after the other, the tail first, and whoever sums gradients over ranks begins with those that are
-//! there already.
+//! there already. Where nobody does, it is one graph: autograd's thread takes each from ours, and a GPU waits for that.
 //!
 //! With gradient checkpointing (Chen et al., "Training deep nets with sublinear memory cost", 2016) the trunk's pieces run
 //! without autograd and leave only their inputs. On the way back each piece runs again from its input, with autograd,
@@ -17,10 +17,23 @@ use super::{
     native::differentiate,
     pass::{ForwardMode, Pass},
 };
+use crate::kernels::Kernels;
+
+/// Where a training pass is cut into graphs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// One graph.
+    Nowhere,
+    /// Between the parts of the network.
+    Parts,
+    /// The same, and the trunk's pieces keep their inputs alone: they run again on the way back.
+    RunAgain,
+}
 
 /// Embeddings with the way back to the parameters.
 pub struct TrainingPass<'a> {
     mode: ForwardMode,
+    kernels: Option<&'a Kernels>,
     embedding_bd: Tensor,
     /// First to last; none of an empty batch.
     parts: Vec<Part<'a>>,
@@ -41,15 +54,26 @@ impl<'a> TrainingPass<'a> {
     pub(super) fn empty(network: &'a dyn Network, embedding_bd: Tensor, mode: &ForwardMode) -> Self {
         Self {
             mode: *mode,
+            kernels: None,
             embedding_bd,
             parts: Vec::new(),
             count: network.trunk().len() + 2,
         }
     }
 
-    /// Runs the network on images, not none. With `again`, the trunk's pieces keep their inputs alone.
-    pub(super) fn run(network: &'a dyn Network, images: &Tensor, mode: &ForwardMode, again: bool) -> Self {
-        let mut pass = Pass::new(mode, None);
+    /// Runs the network on images, not none.
+    pub(super) fn run(
+        network: &'a dyn Network,
+        images: &Tensor,
+        mode: &ForwardMode,
+        cut: Cut,
+        kernels: Option<&'a Kernels>,
+    ) -> Self {
+        if cut == Cut::Nowhere {
+            return Self::whole(network, images, mode, kernels);
+        }
+        let again = cut == Cut::RunAgain;
+        let mut pass = Pass::new(mode, None).with_kernels(kernels);
         let stem = network.stem(images, &mut pass);
         let mut x = begin(&stem);
         let mut parts = vec![Part::Kept {
@@ -78,9 +102,36 @@ impl<'a> TrainingPass<'a> {
         });
         Self {
             mode: *mode,
+            kernels,
             embedding_bd,
             count: parts.len(),
             parts,
+        }
+    }
+
+    /// As one graph.
+    fn whole(
+        network: &'a dyn Network,
+        images: &Tensor,
+        mode: &ForwardMode,
+        kernels: Option<&'a Kernels>,
+    ) -> Self {
+        let mut pass = Pass::new(mode, None).with_kernels(kernels);
+        let mut x = network.stem(images, &mut pass);
+        let trunk = network.trunk();
+        for piece in &trunk {
+            x = piece.forward(&x, &mut pass);
+        }
+        let embedding_bd = network.tail(&x, &mut pass);
+        Self {
+            mode: *mode,
+            kernels,
+            parts: vec![Part::Kept {
+                input: None,
+                output: embedding_bd.shallow_clone(),
+            }],
+            embedding_bd,
+            count: trunk.len() + 2,
         }
     }
 
@@ -109,6 +160,7 @@ impl<'a> TrainingPass<'a> {
         if self.parts.is_empty() {
             return (0..self.count).rev().try_for_each(finished);
         }
+        let whole = self.parts.len() < self.count;
         let mut grad = grad_bd.shallow_clone();
         for (number, part) in self.parts.into_iter().enumerate().rev() {
             let input = match part {
@@ -117,11 +169,15 @@ impl<'a> TrainingPass<'a> {
                     input
                 }
                 Part::Again { piece, input } => {
-                    let output = piece.forward(&input, &mut Pass::repeating(&self.mode));
+                    let mut pass = Pass::repeating(&self.mode).with_kernels(self.kernels);
+                    let output = piece.forward(&input, &mut pass);
                     differentiate(&output, &grad);
                     Some(input)
                 }
             };
+            if whole {
+                return (0..self.count).rev().try_for_each(finished);
+            }
             finished(number)?;
             if let Some(input) = input {
                 grad = input.grad();

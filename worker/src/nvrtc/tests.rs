@@ -3,7 +3,7 @@
 //! are skipped, and fail with `CI` set.
 
 use super::*;
-use crate::head::cuda::{HEADERS, KERNELS, SOURCES};
+use crate::kernels::{ALL, COMMON, Set};
 use rayon::prelude::*;
 use std::{collections::BTreeSet, fs};
 
@@ -22,13 +22,14 @@ fn compiler(cache: Option<&Path>) -> Option<Compiler> {
     path.map(|path| Compiler::open(Some(Path::new(&path)), cache).expect("NVRTC loads"))
 }
 
-fn source(index: usize) -> Source<'static> {
-    let (name, text) = SOURCES[index];
-    Source {
-        name,
-        text,
-        headers: &HEADERS,
-    }
+fn sources() -> Vec<Source<'static>> {
+    let all = ALL.into_iter().flat_map(Set::sources);
+    all.map(|(source, _)| source).collect()
+}
+
+fn source(name: &str) -> Source<'static> {
+    let mut all = sources().into_iter();
+    all.find(|source| source.name == name).expect("there is one")
 }
 
 /// V100, A100, H100, B200. The machine code is ptxas' work, which refuses what does not fit a GPU.
@@ -38,7 +39,7 @@ fn every_kernel_compiles_for_every_architecture() {
     let archs = [(7, 0), (8, 0), (9, 0), (10, 0)].map(|(major, minor)| Arch::new(major, minor));
     let work: Vec<_> = archs
         .iter()
-        .flat_map(|arch| (0..SOURCES.len()).map(|index| (*arch, source(index))))
+        .flat_map(|arch| sources().into_iter().map(|source| (*arch, source)))
         .collect();
     let found: Vec<(Arch, BTreeSet<String>, usize)> = work
         .into_par_iter()
@@ -59,7 +60,12 @@ fn every_kernel_compiles_for_every_architecture() {
         .collect();
     for arch in archs {
         let mut names = BTreeSet::new();
-        let kernels: BTreeSet<&str> = KERNELS.into_iter().flatten().copied().collect();
+        let kernels: BTreeSet<&str> = ALL
+            .into_iter()
+            .flat_map(Set::sources)
+            .flat_map(|(_, names)| names)
+            .copied()
+            .collect();
         let mut bytes = 0;
         for (_, some, size) in found.iter().filter(|(of, _, _)| *of == arch) {
             names.extend(some.iter().map(String::as_str));
@@ -77,7 +83,7 @@ fn results_are_kept_and_damaged_ones_compiled_again() {
     let Some(compiler) = compiler(Some(&kept)) else {
         return;
     };
-    let update = source(3);
+    let update = source("update.cu");
     let target = Target::Cubin(Arch::new(9, 0));
     let fresh = compiler.compile(&update, target).expect("it compiles");
     assert!(!fresh.cached);
@@ -115,7 +121,7 @@ fn results_are_kept_and_damaged_ones_compiled_again() {
     let options = |target: Target| [target.option(), STANDARD.to_owned()];
     let name = |source: &Source<'_>, target: Target| compiler.key(source, &options(target), target);
     let other = Source { text: "\n", ..update };
-    let headers = [HEADERS[0]];
+    let headers = [COMMON];
     let fewer = Source {
         headers: &headers,
         ..update
@@ -153,7 +159,7 @@ fn a_folder_that_cannot_be_written_costs_time_only() {
     };
     for _ in 0..2 {
         let image = compiler
-            .compile(&source(3), Target::Ptx(Arch::new(8, 0)))
+            .compile(&source("update.cu"), Target::Ptx(Arch::new(8, 0)))
             .expect("it compiles");
         assert!(!image.cached && !image.bytes.is_empty());
     }
@@ -165,7 +171,7 @@ fn a_broken_source_is_named_with_the_compilers_words() {
     let broken = Source {
         name: "broken.cu",
         text: "#include \"common.cuh\"\nKERNEL broken(float* x) {\n    x[0] = y;\n}\n",
-        headers: &HEADERS,
+        headers: &[COMMON],
     };
     let error = compiler
         .compile(&broken, Target::Ptx(Arch::new(9, 0)))

@@ -56,6 +56,8 @@ pub struct GradientSum {
 pub struct Summed {
     /// By parameter, in its shape: the mean over the ranks, divided by the loss scale.
     pub grads: Vec<Tensor>,
+    /// The same numbers, in a few long rows.
+    pub flats: Vec<Tensor>,
     /// What any rank said.
     pub said: Says,
 }
@@ -134,8 +136,10 @@ impl GradientSum {
         let mut flats = std::mem::take(&mut self.begun);
         flats.push(last.narrow(0, 0, elements));
         let mut grads: Vec<Option<Tensor>> = params.iter().map(|_| None).collect();
-        for (bucket, mut flat) in self.buckets.0.iter().zip(flats) {
-            flat /= divisor;
+        for (bucket, flat) in self.buckets.0.iter().zip(&mut flats) {
+            if divisor != 1.0 {
+                *flat /= divisor;
+            }
             let mut at = 0;
             for &param in &bucket.params {
                 let count = params[param].numel() as i64;
@@ -146,6 +150,7 @@ impl GradientSum {
         }
         Ok(Summed {
             grads: grads.into_iter().flatten().collect(),
+            flats,
             said: Says::from_elements(|which| heard.double_value(&[which])),
         })
     }

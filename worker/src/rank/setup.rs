@@ -112,6 +112,7 @@ impl Prepared {
         let mut backbone = self.backbone;
         let parts = backbone.parts();
         backbone.move_to(self.placement.device());
+        backbone.compute_with(self.placement.kernels());
         let params: Vec<Tensor> = backbone
             .trainable()
             .into_iter()

@@ -21,10 +21,10 @@ use crate::collective::Collective;
 use crate::data::{Batch, DataError, Epochs, augment};
 use crate::device::Placement;
 use crate::head::Head;
-use crate::model::{Backbone, DropoutDraw, ForwardMode, Role};
+use crate::model::{Backbone, DropoutDraw, ForwardMode, Role, let_go_of_gradient};
 use crate::optim::{GradScaler, Optimizer, clip::clip_grad_norm, schedule::PolyWarmup};
 use arcface_proto::spec::{Accumulation, Precision};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tracing::warn;
 
 /// What a step follows, the same on every rank.
@@ -143,8 +143,8 @@ pub struct StepOutcome {
 /// The steps that one update is made of, while they are under way.
 #[derive(Default)]
 pub struct Window {
-    /// Batch-norm statistics from before it; empty between windows.
-    statistics: Vec<Tensor>,
+    /// Batch-norm statistics from before it, in one row for each kind of numbers; none between windows.
+    statistics: Option<[Tensor; 2]>,
     /// Nothing of it counts.
     left_out: bool,
 }
@@ -197,8 +197,8 @@ impl Trainer {
         says: Says,
     ) -> Result<StepOutcome, RankFailure> {
         let lr = self.schedule.lr(step);
-        if self.window.statistics.is_empty() {
-            self.window.statistics = self.statistics().iter().map(Tensor::copy).collect();
+        if self.window.statistics.is_none() {
+            self.window.statistics = Some(self.statistics().map(|all| in_one_row(&all)));
         }
         if self.settings.left_out.contains(&step) {
             self.leave_out_window();
@@ -257,7 +257,11 @@ impl Trainer {
                 Kind::Uint8 => augment::planes(&images),
                 _ => images,
             };
-            self.backbone.forward_to_train(&images, &mode)
+            // A rank alone begins no sum on the way back, and a GPU is kept waiting by every border.
+            match self.comm.world_size() == 1 && self.placement.gpu().is_some() {
+                true => self.backbone.forward_to_train_at_once(&images, &mode),
+                false => self.backbone.forward_to_train(&images, &mode),
+            }
         });
         let output = self.phases.time("head", || {
             self.head.forward_backward(
@@ -303,10 +307,10 @@ impl Trainer {
     fn update(&mut self, step: u64, lr: f64, says: Says) -> Result<(Option<f64>, Says), RankFailure> {
         let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
         let (params, comm, sum) = (&self.params, self.comm.as_mut(), &mut self.sum);
-        let Summed { grads, said } = self
+        let Summed { grads, flats, said } = self
             .phases
             .time("comm", || sum.finish(params, comm, says, scale))?;
-        let norm = clip_grad_norm(&grads, self.settings.clip_grad_norm);
+        let norm = clip_grad_norm(&flats, self.settings.clip_grad_norm);
         // An infinity or NaN of one rank survives the sum, whose bits all ranks share: they agree without a word.
         let finite = norm.is_finite();
         if let Some(scaler) = &mut self.scaler {
@@ -358,18 +362,28 @@ impl Trainer {
         self.window.left_out = true;
         self.head.discard();
         forget_gradients(&mut self.params);
-        for (mut now, before) in self.statistics().into_iter().zip(&self.window.statistics) {
-            now.copy_(before);
+        for (all, before) in self
+            .statistics()
+            .into_iter()
+            .zip(self.window.statistics.iter().flatten())
+        {
+            let mut at = 0;
+            for mut now in all {
+                let count = now.numel() as i64;
+                now.copy_(&before.narrow(0, at, count).view(now.size().as_slice()));
+                at += count;
+            }
         }
     }
 
-    /// The batch-norm statistics.
-    fn statistics(&self) -> Vec<Tensor> {
+    /// The batch-norm statistics: floating-point numbers, and counts.
+    fn statistics(&self) -> [Vec<Tensor>; 2] {
         let buffers = self.backbone.state().iter();
-        buffers
+        let (floats, counts) = buffers
             .filter(|entry| entry.role == Role::Buffer)
             .map(|entry| entry.tensor.shallow_clone())
-            .collect()
+            .partition(|tensor: &Tensor| tensor.kind() == Kind::Float);
+        [floats, counts]
     }
 
     /// Name of the first parameter whose gradient is not finite, as all ranks find it; or of the sum of them all.
@@ -382,8 +396,28 @@ impl Trainer {
     }
 }
 
+/// A few copies instead of one a tensor: each is a launch on a GPU.
+fn in_one_row(tensors: &[Tensor]) -> Tensor {
+    let _no_grad = tch::no_grad_guard();
+    match tensors {
+        [] => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
+        _ => Tensor::cat(
+            &tensors
+                .iter()
+                .map(|tensor| tensor.reshape([-1]))
+                .collect::<Vec<_>>(),
+            0,
+        ),
+    }
+}
+
+/// On the CPU their memory stays, for it costs more to have it anew than to fill it. On a GPU it goes: the next gradient is then
+/// taken as it comes, without zeros and a sum with them.
 fn forget_gradients(params: &mut [Tensor]) {
     for param in params {
-        param.zero_grad();
+        match param.device() {
+            Device::Cpu => param.zero_grad(),
+            _ => let_go_of_gradient(param),
+        }
     }
 }

@@ -2,11 +2,12 @@
 //! in any of the micro-batches of an update. Knows no weights.
 
 use super::{
-    kernels::{Choice, DIGITS, Kernels, List, Started, chunks},
-    launch::raw::SELECTION,
+    kernels::{Choice, DIGITS, List, chunks},
     micro::Micro,
+    raw::SELECTION,
     tiles::Taking,
 };
+use crate::kernels::{Kernels, Started, launch::LaunchError};
 use crate::random::{Draws, Purpose};
 use arcface_proto::types::ClassRange;
 use tch::{Device, Kind, Tensor};
@@ -114,7 +115,7 @@ impl Choosing {
     }
 
     /// The classes that took part in any of several micro-batches, the last of which is `last`; finds the columns of all.
-    pub fn union(&self, kernels: &Kernels, micros: &[Micro]) -> Result<Taking, super::LaunchError> {
+    pub fn union(&self, kernels: &Kernels, micros: &[Micro]) -> Result<Taking, LaunchError> {
         let selection = micros
             .last()
             .map_or_else(|| self.selection.shallow_clone(), |last| last.report.selection());

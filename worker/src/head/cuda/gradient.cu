@@ -11,15 +11,28 @@ __device__ void softmax_gradient(T* cosines, i64 stride, i64 samples, i64 column
     for (i64 sample = blockIdx.x; sample < samples; sample += gridDim.x) {
         T* row = cosines + sample * stride;
         const i64 own = target[sample] - first;
-        const float shift = others.shift[sample];
-        for (i64 column = threadIdx.x; column < columns; column += blockDim.x) {
-            const float raw = load(row, column);
-            const Logit logit = logit_of(others, sample, clamped(raw));
-            float value = term_of(others, logit.value, shift) * factor[sample] * logit.slope;
-            if (fabsf(raw) > 1.0f) { // no gradient flows through the clamp where it cut; NaN is not beyond it
-                value = 0.0f;
+        const OthersOfSample of_sample(others, sample);
+        const float times = factor[sample], of_own = target_gradient[sample];
+        const auto gradient = [&](bool is_own, float raw) {
+            if (is_own) {
+                return of_own;
             }
-            store(row, column, column == own ? target_gradient[sample] : value);
+            const Logit logit = logit_of(of_sample, clamped(raw));
+            // No gradient flows through the clamp where it cut; NaN is not beyond it.
+            return fabsf(raw) > 1.0f ? 0.0f : term_of(of_sample, logit.value) * times * logit.slope;
+        };
+        const i64 groups = whole_groups(columns, stride);
+        for (i64 group = threadIdx.x; group < groups; group += blockDim.x) {
+            float some[GROUP];
+            load_group(row + group * GROUP, some);
+            const u32 own_here = place_in_group(own, group);
+            for (u32 i = 0; i < GROUP; ++i) {
+                some[i] = gradient(i == own_here, some[i]);
+            }
+            store_group(row + group * GROUP, some);
+        }
+        for (i64 column = groups * GROUP + threadIdx.x; column < columns; column += blockDim.x) {
+            store(row, column, gradient(column == own, load(row, column)));
         }
     }
 }

@@ -18,11 +18,11 @@ mod update;
 
 use super::{
     choosing::Choosing,
-    kernels::{AngularMargin, Kernels, Missed, OwnRows, SoftmaxRows, Started, Tile, Weights},
-    launch::Launcher,
+    kernels::{AngularMargin, Missed, OwnRows, SoftmaxRows, Tile, Weights},
     micro::{Fetched, Micro, Part, to_device},
     tiles::{COLUMNS, Span, Tiles},
 };
+use crate::kernels::{Kernels, Started, launch::Launcher};
 use crate::{
     collective::{Collective, ReduceOp},
     head::{

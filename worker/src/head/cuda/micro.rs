@@ -2,7 +2,7 @@
 //!
 //! As in `tiled/micro.rs`, gradient accumulation keeps micro-batches, not a gradient of all classes.
 
-use super::{kernels::OtherClasses, launch::raw::SELECTION, tiles::Taking};
+use super::{kernels::OtherClasses, raw::SELECTION, tiles::Taking};
 use crate::head::margin::{Others, Prepared};
 use arcface_proto::types::ClassRange;
 use tch::{Device, Kind, Tensor};

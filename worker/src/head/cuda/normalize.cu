@@ -3,7 +3,7 @@
 //
 // A row is a block's. Sums are taken in double precision: reading the row takes longer.
 
-#include "common.cuh"
+#include "history.cuh"
 
 namespace {
 
@@ -35,14 +35,30 @@ __device__ void normalize_weights(const float* weight, const float* momentum, Hi
         const i64 row = chosen == nullptr ? place : chosen[place];
         const RowMap* missed = history.missed(row);
         const auto value = [&](i64 d) { return made_up(missed, weight, momentum, row * dim + d); };
+        const i64 groups = whole_groups(dim, dim);
+        float some[GROUP];
         double squares = 0.0;
-        for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
+        for (i64 group = threadIdx.x; group < groups; group += blockDim.x) {
+            made_up_group(missed, weight, momentum, row * dim + group * GROUP, some);
+            for (u32 i = 0; i < GROUP; ++i) {
+                squares += static_cast<double>(some[i]) * some[i];
+            }
+        }
+        for (i64 d = groups * GROUP + threadIdx.x; d < dim; d += blockDim.x) {
             const double w = value(d);
             squares += w * w;
         }
         const double factor = inverse_norm(block_sum(squares));
-        for (i64 d = threadIdx.x; d < dim; d += blockDim.x) {
-            store(unit + place * dim, d, static_cast<float>(value(d) * factor));
+        Out* out = unit + place * dim;
+        for (i64 group = threadIdx.x; group < groups; group += blockDim.x) {
+            made_up_group(missed, weight, momentum, row * dim + group * GROUP, some);
+            for (u32 i = 0; i < GROUP; ++i) {
+                some[i] = static_cast<float>(some[i] * factor);
+            }
+            store_group(out + group * GROUP, some);
+        }
+        for (i64 d = groups * GROUP + threadIdx.x; d < dim; d += blockDim.x) {
+            store(out, d, static_cast<float>(value(d) * factor));
         }
         if (threadIdx.x == 0) {
             inverse[place] = static_cast<float>(factor);

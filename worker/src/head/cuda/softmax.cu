@@ -14,24 +14,39 @@ __device__ void softmax_terms(T* cosines, i64 stride, i64 samples, i64 columns, 
     for (i64 sample = blockIdx.x; sample < samples; sample += gridDim.x) {
         T* row = cosines + sample * stride;
         const i64 own = target[sample] - first; // below 0 or not below `columns` where it is not in this tile
-        const float shift = others.shift[sample];
-        double sum = 0.0;
-        for (i64 column = threadIdx.x; column < columns; column += blockDim.x) {
-            float value = 0.0f;
-            if (column != own) {
-                const float raw = load(row, column);
-                const Logit logit = logit_of(others, sample, clamped(raw));
-                const float term = term_of(others, logit.value, shift);
-                sum += term;
-                // No gradient flows through the clamp where it cut; NaN is not beyond it.
-                value = fabsf(raw) > 1.0f ? 0.0f : term * logit.slope;
+        const OthersOfSample of_sample(others, sample);
+        // Of one cosine; the sample's own class has no term here.
+        const auto weighted = [&](bool is_own, float raw, float& terms) {
+            if (is_own) {
+                return 0.0f;
             }
-            store(row, column, value);
+            const Logit logit = logit_of(of_sample, clamped(raw));
+            const float term = term_of(of_sample, logit.value);
+            terms += term;
+            // No gradient flows through the clamp where it cut; NaN is not beyond it.
+            return fabsf(raw) > 1.0f ? 0.0f : term * logit.slope;
+        };
+        const i64 groups = whole_groups(columns, stride);
+        double sum = 0.0;
+        for (i64 group = threadIdx.x; group < groups; group += blockDim.x) {
+            float some[GROUP], terms = 0.0f;
+            load_group(row + group * GROUP, some);
+            const u32 own_here = place_in_group(own, group);
+            for (u32 i = 0; i < GROUP; ++i) {
+                some[i] = weighted(i == own_here, some[i], terms);
+            }
+            store_group(row + group * GROUP, some);
+            sum += terms;
+        }
+        for (i64 column = groups * GROUP + threadIdx.x; column < columns; column += blockDim.x) {
+            float terms = 0.0f;
+            store(row, column, weighted(column == own, load(row, column), terms));
+            sum += terms;
         }
         sum = block_sum(sum);
         if (threadIdx.x == 0) {
             if (own >= 0 && own < columns) {
-                sum += exp2(target_logit[sample] * LOG2_E - shift);
+                sum += exp2(target_logit[sample] * LOG2_E - of_sample.shift);
             }
             sums[sample] += sum;
         }
@@ -44,10 +59,11 @@ __device__ void largest_logits(const In* cosines, i64 stride, i64 samples, i64 c
     __shared__ float parts[MOST_THREADS];
     for (i64 sample = blockIdx.x; sample < samples; sample += gridDim.x) {
         const In* row = cosines + sample * stride;
+        const OthersOfSample of_sample(others, sample);
         const i64 own = target[sample] - first;
         float most = largest[sample];
         for (i64 column = threadIdx.x; column < columns; column += blockDim.x) {
-            float logit = logit_of(others, sample, clamped(load(row, column))).value * others.scale_log2;
+            float logit = logit_of(of_sample, clamped(load(row, column))).value * others.scale_log2;
             if (column == own) {
                 logit = static_cast<float>(target_logit[sample] * LOG2_E);
             }

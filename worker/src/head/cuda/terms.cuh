@@ -5,7 +5,7 @@
 // shift costs no rounding and no maximum is needed before the sum.
 #pragma once
 
-#include "common.cuh"
+#include "history.cuh"
 
 // Adding it to an f32 below 2^22 rounds to whole numbers, which then stand in the low bits of the sum.
 constexpr float ROUND = 12582912.0f; // 1.5 * 2^23
@@ -30,11 +30,26 @@ struct Logit {
     float slope;
 };
 
-__device__ inline Logit logit_of(const Others& others, i64 sample, float cosine) {
+// The same for one sample.
+struct OthersOfSample {
+    float scale_log2;
+    float scale_rest;
+    float zero_above;
+    float t;
+    float hard_above;  // infinite: none is hard
+    float shift;
+
+    __device__ OthersOfSample(const Others& others, i64 sample)
+        : scale_log2(others.scale_log2), scale_rest(others.scale_rest), zero_above(others.zero_above), t(others.t),
+          hard_above(others.hard_above == nullptr ? __uint_as_float(0x7f800000u) : others.hard_above[sample]),
+          shift(others.shift[sample]) {}
+};
+
+__device__ inline Logit logit_of(const OthersOfSample& others, float cosine) {
     if (cosine > others.zero_above) {
         return {0.0f, 0.0f};
     }
-    if (others.hard_above != nullptr && cosine > others.hard_above[sample]) {
+    if (cosine > others.hard_above) {
         return {cosine * (others.t + cosine), others.t + 2.0f * cosine};
     }
     return {cosine, 1.0f};
@@ -48,13 +63,13 @@ __device__ inline float clamped(float raw) {
 
 // 2^(logit * scale * log2(e) - shift), 0 below 2^SMALLEST; NaN stays NaN. No factor is rounded away: the product is split
 // into a whole number and a fraction, and what the scale lost is added to that.
-__device__ inline float term_of(const Others& others, float logit, float shift) {
+__device__ inline float term_of(const OthersOfSample& others, float logit) {
     const float whole = __fsub_rn(__fadd_rn(__fmul_rn(logit, others.scale_log2), ROUND), ROUND);
     const float fraction = fmaf(logit, others.scale_rest, fmaf(logit, others.scale_log2, -whole));
-    const float exponent = whole - shift;
+    const float exponent = whole - others.shift;
     if (exponent < SMALLEST) {
         return 0.0f;
     }
     const u32 power = __float_as_uint(exponent + ROUND) - __float_as_uint(ROUND);
-    return exp2f(fraction) * __uint_as_float((power + 127) << 23);
+    return exp2_near_0(fraction) * __uint_as_float((power + 127) << 23);
 }

@@ -6,7 +6,8 @@
 //!
 //! Shapes: b samples, t columns of a tile, d embedding.
 
-use super::kernels::{Kernels, Started, Weights};
+use super::kernels::Weights;
+use crate::kernels::{Kernels, Started};
 use tch::{Device, Kind, Tensor};
 
 /// Columns of a tile at most: large products keep a GPU busy, and its cosines take 64 KB a sample.
@@ -147,9 +148,25 @@ impl Tiles {
         }
     }
 
-    /// `[t, d]` f32: the gradient by the loaded rows from that by cosines `[b, t]` with these embeddings; adds to that of
-    /// earlier micro-batches.
-    pub fn gradient(&mut self, gradient_bt: &Tensor, operand_bd: &Tensor, span: Span, add: bool) -> Tensor {
+    /// `[t, d]` in the kind of the products: the gradient by the loaded rows from that by cosines `[b, t]` with these embeddings.
+    pub fn gradient(&mut self, gradient_bt: &Tensor, operand_bd: &Tensor, span: Span) -> Tensor {
+        let buffer = match self.kind {
+            Kind::Float => &mut self.gradient,
+            _ => &mut self.half,
+        };
+        let gradient_td = buffer.matrix(span.columns, self.dim);
+        let _ = gradient_bt.tr().mm_out(&gradient_td, operand_bd);
+        gradient_td
+    }
+
+    /// The same in f32; adds to that of earlier micro-batches.
+    pub fn sum_of_gradients(
+        &mut self,
+        gradient_bt: &Tensor,
+        operand_bd: &Tensor,
+        span: Span,
+        add: bool,
+    ) -> Tensor {
         let mut gradient_td = self.gradient.matrix(span.columns, self.dim);
         let left_tb = gradient_bt.tr();
         match (self.kind, add) {

@@ -116,9 +116,11 @@ fn check(network: &str, precision: Precision, recomputes: bool, beyond: f64) {
 
 #[test]
 fn what_is_counted_of_convolutional_networks_is_what_they_take() {
-    for network in ["tiny", "r18", "mbf"] {
+    for network in ["tiny", "r18"] {
         check(network, Precision::Fp32, false, 0.02);
     }
+    // With AVX-512, oneDNN's convolutions of one channel at a time have a workspace of a map's size.
+    check("mbf", Precision::Fp32, false, 0.10);
     // oneDNN's workspaces hold f32 copies of maps where the machine has no bf16 of its own.
     check("tiny", Precision::Bf16, false, 0.06);
 }

@@ -16,3 +16,8 @@ extern "C" int arcface_differentiate(const void* y, const void* grad, char* erro
         return 1;
     }
 }
+
+// The leaf has no gradient any more.
+extern "C" void arcface_let_go_of_gradient(const void* leaf) {
+    const_cast<at::Tensor*>(static_cast<const at::Tensor*>(leaf))->mutable_grad().reset();
+}

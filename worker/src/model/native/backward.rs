@@ -13,6 +13,13 @@ unsafe extern "C" {
         error: *mut c_char,
         length: usize,
     ) -> c_int;
+    fn arcface_let_go_of_gradient(leaf: *const c_void);
+}
+
+/// Makes a leaf one that has no gradient yet; its memory goes back.
+pub fn let_go_of_gradient(leaf: &mut Tensor) {
+    // SAFETY: the pointer is to a tensor that outlives the call, which nobody else changes.
+    unsafe { arcface_let_go_of_gradient(leaf.as_ptr().cast()) }
 }
 
 /// Adds to the `grad()` of everything that `y` was made of, for the gradient of `y`, which has its shape and kind. What
@@ -53,6 +60,18 @@ mod tests {
         differentiate(&(&x * 1.0), &grad);
         let expected: Vec<f32> = vec![1.5, -6.0, -7.0];
         assert_eq!(Vec::<f32>::try_from(x.grad()).expect("f32"), expected);
+    }
+
+    #[test]
+    fn a_gradient_that_was_let_go_of_is_taken_anew() {
+        let mut x = Tensor::from_slice(&[1f32, -2.0]).set_requires_grad(true);
+        let grad = Tensor::from_slice(&[1f32, 1.0]);
+        let_go_of_gradient(&mut x);
+        differentiate(&(&x * 3.0), &grad);
+        let_go_of_gradient(&mut x);
+        assert!(!x.grad().defined());
+        differentiate(&(&x * 5.0), &grad);
+        assert_eq!(Vec::<f32>::try_from(x.grad()).expect("f32"), [5.0, 5.0]);
     }
 
     #[test]

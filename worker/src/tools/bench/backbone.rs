@@ -61,6 +61,7 @@ pub(super) fn measure(repetitions: u32, args: &BackboneArgs) -> anyhow::Result<V
         Backbone::new(&config).map_err(|error| Failure::new(ExitCode::Usage, error.to_string()))?;
     backbone.init_random(1);
     backbone.move_to(place.device());
+    backbone.compute_with(place.kernels());
     if train {
         for (_, parameter) in backbone.trainable() {
             // As large as the gradients of the first pass, so that these do not count as its memory.

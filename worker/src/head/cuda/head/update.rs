@@ -4,14 +4,14 @@ use super::{CudaHead, tile, weights};
 use crate::{
     head::{
         cuda::{
-            LaunchError,
-            kernels::{RowsGradient, SgdStep, Started, Weights},
+            kernels::{RowsGradient, SgdStep, Weights},
             micro::{Micro, to_device},
             tiles::{Span, Taking},
         },
         lazy_sgd::History,
         tiled::kernel::rows::{AdamWStep, RowMap},
     },
+    kernels::{Started, launch::LaunchError},
     optim::OptimizerConfig,
 };
 use tch::{Device, Kind, Tensor};
@@ -80,7 +80,10 @@ impl CudaHead {
                     self.kernels.drop_columns(&cosines, rows, &chosen)?;
                 }
                 let add = gradient.is_some();
-                gradient = Some(self.tiles.gradient(&cosines, &micro.operand, span, add));
+                gradient = Some(match pending {
+                    1 => self.tiles.gradient(&cosines, &micro.operand, span),
+                    _ => self.tiles.sum_of_gradients(&cosines, &micro.operand, span, add),
+                });
             }
             let Some(gradient) = gradient else { continue };
             let rows = RowsGradient {

@@ -1,9 +1,14 @@
 //! Which classes take part in a step, and where samples find their own.
 
-use super::{Kernels, Started};
-use crate::head::cuda::launch::{
-    Element::{I64, Selection, U8, U32},
-    Shape,
+use crate::{
+    head::cuda::raw::SELECTIONS,
+    kernels::{
+        Kernels, Started,
+        launch::{
+            Element::{I64, U8, U32},
+            Shape,
+        },
+    },
 };
 use arcface_proto::types::ClassRange;
 use tch::Tensor;
@@ -81,7 +86,7 @@ impl Kernels {
                 .value(lo)
                 .value(classes)
                 .reads(U8, &flags, classes)
-                .reads(Selection, list.selection, 1)
+                .reads(SELECTIONS, list.selection, 1)
                 .value(digit)
                 .writes(U32, choice.digits, DIGITS)
                 .start(shape)?;
@@ -90,7 +95,7 @@ impl Kernels {
                 .value(classes)
                 .value(choice.wanted)
                 .value(digit)
-                .writes(Selection, list.selection, 1)
+                .writes(SELECTIONS, list.selection, 1)
                 .start(Shape { grid: 1, block: 1 })?;
         }
         let room = i64::try_from(choice.wanted).unwrap_or(i64::MAX);
@@ -132,20 +137,20 @@ impl Kernels {
             .value(lo)
             .value(classes)
             .reads(U8, flags, classes)
-            .reads(Selection, list.selection, 1)
+            .reads(SELECTIONS, list.selection, 1)
             .writes(U32, scratch, count)
             .start(Shape::blocks(count))?;
         self.call("head_sum_chunks")
             .writes(U32, scratch, count)
             .value(count)
-            .writes(Selection, list.selection, 1)
+            .writes(SELECTIONS, list.selection, 1)
             .start(Shape::blocks(1))?;
         self.call("head_write_chosen")
             .value(draws)
             .value(lo)
             .value(classes)
             .reads(U8, flags, classes)
-            .reads(Selection, list.selection, 1)
+            .reads(SELECTIONS, list.selection, 1)
             .reads(U32, scratch, count)
             .writes(U32, list.classes, most)
             .start(Shape::blocks(count))
@@ -166,7 +171,7 @@ impl Kernels {
         let samples = local.size()[0];
         self.call("head_find_columns")
             .reads(U32, list.classes, 0)
-            .reads(Selection, list.selection, 1)
+            .reads(SELECTIONS, list.selection, 1)
             .reads(I64, local, samples)
             .value(samples)
             .writes(I64, column, samples)

@@ -17,20 +17,12 @@ pub use classes::{Choice, DIGITS, List, chunks};
 pub use rows::{OwnRows, RowsGradient, SgdStep};
 pub use softmax::{AngularMargin, OtherClasses, SoftmaxRows, Tile};
 
-use super::launch::{Arguments, Element, LaunchError, Launcher, Shape, Value, raw};
-use Element::{F32, RowMap, U32};
-use std::{ptr, sync::Arc};
-use tch::{Device, Tensor};
-
-/// Nothing, or why a kernel was not started.
-pub type Started = Result<(), LaunchError>;
-
-/// The kernels on one device.
-#[derive(Clone)]
-pub struct Kernels {
-    launcher: Arc<dyn Launcher>,
-    device: Device,
-}
+use super::raw::{self, ROW_MAPS};
+use crate::kernels::{
+    Call,
+    launch::Element::{F32, U32},
+};
+use tch::Tensor;
 
 /// Class weights. Handles: the tensors are the head's.
 pub struct Weights {
@@ -62,89 +54,7 @@ impl Weights {
     }
 }
 
-impl Kernels {
-    /// Kernels that this launcher starts on this device.
-    pub fn new(launcher: Arc<dyn Launcher>, device: Device) -> Self {
-        Self { launcher, device }
-    }
-
-    /// Where their memory is.
-    pub fn device(&self) -> Device {
-        self.device
-    }
-
-    fn call(&self, kernel: &'static str) -> Call<'_> {
-        Call {
-            kernels: self,
-            kernel,
-            arguments: Arguments::new(),
-            wrong: None,
-        }
-    }
-}
-
-/// The arguments of one launch as they come together. The first one that is wrong is told when it is started.
-struct Call<'a> {
-    kernels: &'a Kernels,
-    kernel: &'static str,
-    arguments: Arguments,
-    wrong: Option<LaunchError>,
-}
-
 impl Call<'_> {
-    fn value<T: Value>(mut self, value: T) -> Self {
-        self.arguments.value(value);
-        self
-    }
-
-    /// Memory that is read: at least so many elements.
-    fn reads(self, element: Element, tensor: &Tensor, count: i64) -> Self {
-        self.memory(element, false, Some(tensor), count)
-    }
-
-    fn writes(self, element: Element, tensor: &Tensor, count: i64) -> Self {
-        self.memory(element, true, Some(tensor), count)
-    }
-
-    /// The same, or null.
-    fn maybe_reads(self, element: Element, tensor: Option<&Tensor>, count: i64) -> Self {
-        self.memory(element, false, tensor, count)
-    }
-
-    fn maybe_writes(self, element: Element, tensor: Option<&Tensor>, count: i64) -> Self {
-        self.memory(element, true, tensor, count)
-    }
-
-    fn memory(mut self, element: Element, written: bool, tensor: Option<&Tensor>, count: i64) -> Self {
-        let address = tensor.map_or(ptr::null_mut(), |tensor| {
-            self.check(element, tensor, count);
-            tensor.data_ptr()
-        });
-        self.arguments.pointer(element, written, address);
-        self
-    }
-
-    fn check(&mut self, element: Element, tensor: &Tensor, count: i64) {
-        let numbers = count * element.numbers();
-        let detail = if tensor.device() != self.kernels.device {
-            format!("is on {:?}, not on {:?}", tensor.device(), self.kernels.device)
-        } else if tensor.kind() != element.kind() {
-            format!("is {:?}, not {:?}", tensor.kind(), element.kind())
-        } else if !tensor.is_contiguous() {
-            "has gaps between its rows".to_owned()
-        } else if (tensor.numel() as i64) < numbers {
-            format!("has {} numbers, not {numbers}", tensor.numel())
-        } else {
-            return;
-        };
-        let wrong = LaunchError::Argument {
-            kernel: self.kernel,
-            index: self.arguments.len(),
-            detail,
-        };
-        self.wrong.get_or_insert(wrong);
-    }
-
     fn weights(self, weights: &Weights) -> Self {
         let count = weights.rows() * weights.dim();
         self.reads(F32, &weights.weight, count)
@@ -157,15 +67,10 @@ impl Call<'_> {
         };
         let remembered = missed.products.size()[0];
         self.check(U32, &missed.since, weights.rows());
-        self.check(RowMap, &missed.products, remembered);
+        self.check(ROW_MAPS, &missed.products, remembered);
         // A row that has missed a step is made up for with its momentum.
         if weights.momentum.is_none() {
-            let wrong = LaunchError::Argument {
-                kernel: self.kernel,
-                index: self.arguments.len(),
-                detail: "needs momentum beside it".to_owned(),
-            };
-            self.wrong.get_or_insert(wrong);
+            self.refuse("needs momentum beside it".to_owned());
         }
         self.value(raw::History {
             since: missed.since.data_ptr(),
@@ -173,19 +78,5 @@ impl Call<'_> {
             remembered: u32::try_from(remembered).unwrap_or(0),
             now: missed.now,
         })
-    }
-
-    fn start(mut self, shape: Shape) -> Started {
-        if let Some(wrong) = self.wrong {
-            return Err(wrong);
-        }
-        // SAFETY: every function of this folder gives its kernel the parameters of its declaration, which the twins' tests
-        // hold against it, and has compared the memory with the counts that it passes. The tensors are libtorch's, whose
-        // memory goes to later work of its stream alone.
-        unsafe {
-            self.kernels
-                .launcher
-                .launch(self.kernel, shape, &mut self.arguments)
-        }
     }
 }

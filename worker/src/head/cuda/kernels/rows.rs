@@ -1,12 +1,15 @@
 //! Rows: embeddings and weights of length 1, the gradient of embeddings, and the update of weights.
 
-use super::{Call, Kernels, Started, Weights};
-use crate::head::{
-    cuda::launch::{
-        Element::{Bf16, F32, F64, I64, U8, U32},
-        Shape,
+use super::Weights;
+use crate::{
+    head::tiled::kernel::rows::AdamWStep,
+    kernels::{
+        Call, Kernels, Started,
+        launch::{
+            Element::{Bf16, F32, F64, I64, U8, U32},
+            Shape,
+        },
     },
-    tiled::kernel::rows::AdamWStep,
 };
 use tch::{Kind, Tensor};
 
@@ -23,7 +26,7 @@ pub struct SgdStep {
 
 /// The gradient of some rows, by those of length 1.
 pub struct RowsGradient<'a> {
-    /// `[t, d]` f32.
+    /// `[t, d]` f32 or bf16.
     pub gradient: &'a Tensor,
     /// `[t]` f32: 1 / norm of each row.
     pub inverse: &'a Tensor,
@@ -91,7 +94,7 @@ impl Kernels {
             .value(dim)
             .writes(to, unit, count * dim)
             .writes(F32, inverse, count)
-            .start(Shape::blocks(count))
+            .start(Shape::rows(count, dim))
     }
 
     /// Turns `[b, d]` f32 sums of rows, weighted by terms, into the gradient of embeddings of length 1.
@@ -137,7 +140,11 @@ impl Kernels {
     pub fn sgd_rows(&self, weights: &Weights, rows: &RowsGradient<'_>, step: SgdStep) -> Started {
         let (dim, all) = (weights.dim(), weights.rows());
         let count = rows.inverse.size()[0];
-        self.call("head_sgd_rows")
+        let kernel = match rows.gradient.kind() {
+            Kind::BFloat16 => "head_sgd_rows_bf16",
+            _ => "head_sgd_rows_f32",
+        };
+        self.call(kernel)
             .rows(rows, count, dim)
             .value(count)
             .value(dim)
@@ -148,7 +155,7 @@ impl Kernels {
             .value(step.lr)
             .value(step.mu)
             .value(step.decay)
-            .start(Shape::blocks(count))
+            .start(Shape::rows(count, dim))
     }
 
     /// Makes up for what rows have missed that were touched before `before`.
@@ -162,7 +169,7 @@ impl Kernels {
             .missed(weights)
             .maybe_writes(U32, weights.missed.as_ref().map(|missed| &missed.since), rows)
             .value(before)
-            .start(Shape::blocks(rows))
+            .start(Shape::rows(rows, dim))
     }
 
     /// A step of AdamW; `mean` and `mean_sq` `[n, d]` f32.
@@ -175,7 +182,11 @@ impl Kernels {
     ) -> Started {
         let (all, dim) = (weight.size()[0], weight.size()[1]);
         let count = rows.inverse.size()[0];
-        self.call("head_adamw_rows")
+        let kernel = match rows.gradient.kind() {
+            Kind::BFloat16 => "head_adamw_rows_bf16",
+            _ => "head_adamw_rows_f32",
+        };
+        self.call(kernel)
             .rows(rows, count, dim)
             .value(count)
             .value(dim)
@@ -209,7 +220,11 @@ impl Kernels {
 
 impl Call<'_> {
     fn rows(self, rows: &RowsGradient<'_>, count: i64, dim: i64) -> Self {
-        self.reads(F32, rows.gradient, count * dim)
+        let element = match rows.gradient.kind() {
+            Kind::BFloat16 => Bf16,
+            _ => F32,
+        };
+        self.reads(element, rows.gradient, count * dim)
             .reads(F32, rows.inverse, count)
             .maybe_reads(U32, rows.chosen, count)
     }

@@ -1,12 +1,15 @@
 //! Samples' logits of their own classes, and tiles of cosines that become terms and gradients.
 
-use super::{Call, Kernels, Started, Weights};
-use crate::head::{
-    cuda::launch::{
-        Element::{self, Bf16, F32, F64, I64, U8, U32},
-        Shape, raw,
+use super::Weights;
+use crate::{
+    head::{cuda::raw, margin::Others},
+    kernels::{
+        Call, Kernels, Started,
+        launch::{
+            Element::{self, Bf16, F32, F64, I64, U8, U32},
+            Shape,
+        },
     },
-    margin::Others,
 };
 use std::ptr;
 use tch::{Kind, Tensor};

@@ -4,15 +4,16 @@
 #[path = "../../../../tests/golden/mod.rs"]
 mod files;
 
-use super::{head::head, *};
+use super::head::head;
+use crate::kernels::{
+    launch::{Arguments, LaunchError, Launcher, Shape},
+    twin::launcher::TwinLauncher,
+};
 use crate::{
     collective::Collective,
     head::{
         Head, HeadConfig,
-        cuda::{
-            CudaHead, LaunchError, Launcher,
-            launch::{Arguments, Shape},
-        },
+        cuda::CudaHead,
         suite::{self, on_ranks},
     },
     optim::OptimizerConfig,
@@ -21,7 +22,6 @@ use files::GoldenFile;
 use serde_json::Value;
 use std::sync::{Arc, Mutex};
 use tch::{Kind, Tensor};
-use twin::launcher::TwinLauncher;
 
 /// As in `golden_pfc.rs`.
 const TOLERANCE: f64 = 1e-5;

@@ -1,16 +1,16 @@
 //! The head for GPUs on the CPU, with the kernels' twins: as every head of its kind (`../../suite.rs`), and what is its own:
 //! kernels, states of other heads, embeddings in bf16, and what is refused.
 
-use super::*;
+use crate::kernels::{
+    Kernels,
+    launch::{Arguments, LaunchError, Launcher, Shape},
+    twin::launcher::TwinLauncher,
+};
 use crate::{
     collective::TcpCollective,
     head::{
         Head, HeadConfig, HeadError, TiledHead,
-        cuda::{
-            CudaHead, KERNELS, LaunchError, Launcher,
-            kernels::Kernels,
-            launch::{Arguments, Shape},
-        },
+        cuda::{CudaHead, KERNELS},
         suite::{self, Case, Make, Subject, config, train},
     },
     optim::OptimizerConfig,
@@ -22,7 +22,6 @@ use std::{
     sync::{Arc, Mutex},
 };
 use tch::{Device, Kind, Tensor};
-use twin::launcher::TwinLauncher;
 
 /// Threads of a block, of which each is a fibre.
 const BLOCK: u32 = 4;
@@ -297,14 +296,15 @@ fn every_kernel_is_started() {
     });
     let mut comm = TcpCollective::alone();
     for kind in [Kind::Float, Kind::BFloat16] {
-        for optimizer in [config(1, 1).optimizer, OptimizerConfig::adamw(0.1)] {
+        let optimizers = [config(1, 1).optimizer, OptimizerConfig::adamw(0.1)];
+        for (optimizer, micros) in optimizers.into_iter().flat_map(|each| [(each, 1), (each, 2)]) {
             let config = HeadConfig {
                 optimizer,
                 sample_rate: 0.5,
                 ..config(30, 8)
             };
             let case = Case {
-                micros: 2,
+                micros,
                 ..Case::new(config.clone(), &[3, 9], &[2])
             };
             let mut sampled = head(&config, (0, 1), kind, noting.clone());
@@ -323,7 +323,8 @@ fn every_kernel_is_started() {
         }
     }
     let started = noting.started.lock().expect("nobody panics with it");
-    let all: BTreeSet<&str> = KERNELS.into_iter().flatten().copied().collect();
+    let all = KERNELS.files.iter().flat_map(|file| file.kernels).copied();
+    let all: BTreeSet<&str> = all.collect();
     assert_eq!(*started, all);
 }
 

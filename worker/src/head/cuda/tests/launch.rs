@@ -1,21 +1,22 @@
 //! Arguments: their layout, how they are spelled, and what becomes of wrong ones.
 
-use super::*;
-use crate::head::{
-    cuda::{
-        KERNELS, LaunchError, SOURCES,
-        kernels::{Kernels, RowsGradient, SgdStep, Weights},
-        launch::{
-            Arguments, Element, Launcher, Shape,
+use crate::{
+    head::{
+        cuda::{
+            kernels::{RowsGradient, SgdStep, Weights},
             raw::{self, Others},
         },
+        tiled::kernel::rows::{AdamWStep, RowMap},
     },
-    tiled::kernel::rows::{AdamWStep, RowMap},
+    kernels::{
+        ALL, Kernels, Set,
+        launch::{Arguments, Element, LaunchError, Launcher, Shape},
+        twin::launcher::{TwinLauncher, count, layouts, parameters},
+    },
 };
 use arcface_proto::types::ClassRange;
 use std::{mem::offset_of, sync::Arc};
 use tch::{Device, Kind, Tensor};
-use twin::launcher::{TwinLauncher, count, layouts, parameters};
 
 /// What a kernel takes by value, and what it finds in memory, is laid out as its sources have it.
 #[test]
@@ -60,25 +61,30 @@ fn structs_are_those_of_the_sources() {
     assert_eq!(theirs, ours);
     // Rows of a tensor.
     assert_eq!(
-        Element::RowMap.numbers() as usize * size_of::<f32>(),
+        raw::ROW_MAPS.numbers() as usize * size_of::<f32>(),
         size_of::<RowMap>()
     );
 }
 
 #[test]
 fn every_kernel_has_a_twin_and_a_file() {
-    for ((file, text), kernels) in SOURCES.into_iter().zip(KERNELS) {
+    let mut all = 0;
+    for (source, kernels) in ALL.into_iter().flat_map(Set::sources) {
         for kernel in kernels {
-            assert!(text.contains(kernel), "{kernel} is not in {file}");
+            assert!(source.text.contains(kernel), "{kernel} is not in {}", source.name);
             assert!(parameters(kernel).is_some_and(|all| all.len() > 3), "{kernel}");
         }
+        all += kernels.len();
     }
-    assert_eq!(KERNELS.into_iter().flatten().count(), count());
+    assert_eq!(all, count());
 }
 
 #[test]
 fn parameters_are_spelled_from_declarations() {
-    assert_eq!(parameters("head_sgd_rows").as_deref(), Some("<f<f<ull>f>fH>ufff"));
+    assert_eq!(
+        parameters("head_sgd_rows_bf16").as_deref(),
+        Some("<h<f<ull>f>fH>ufff")
+    );
     assert_eq!(parameters("head_choose_digit").as_deref(), Some(">ulUi>s"));
     assert_eq!(parameters("head_adamw_idle_rows").as_deref(), Some("<bll>f>f>fA"));
     assert_eq!(

@@ -11,7 +11,8 @@ mod sampling;
 mod softmax;
 mod update;
 
-use super::twin::{self, Launch};
+use super::twin;
+use crate::kernels::twin::Launch;
 use crate::random::{Purpose, Stream};
 
 /// Numbers to test with, the same in every run.

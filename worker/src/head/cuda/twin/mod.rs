@@ -5,7 +5,6 @@
 //! passes from the slices that it got, or compares them.
 #![allow(unsafe_code)]
 
-pub mod launcher;
 mod sampling;
 mod softmax;
 
@@ -17,61 +16,16 @@ pub use softmax::{
 };
 
 use crate::head::{
-    cuda::launch::raw::History as RawHistory,
+    cuda::raw::History as RawHistory,
     lazy_sgd,
     tiled::kernel::rows::{AdamWStep, RowMap},
 };
+use crate::kernels::twin::Launch;
 use half::bf16;
-use std::{ffi::c_void, ptr};
-
-/// How many threads run a kernel, and in which order.
-#[derive(Clone, Copy, Debug)]
-pub struct Launch {
-    pub grid: u32,
-    pub block: u32,
-    pub backwards: bool,
-}
-
-impl Launch {
-    /// Grids smaller and larger than what there is to do, blocks smaller and larger than a row, both orders.
-    pub fn all() -> Vec<Self> {
-        let shapes = [(1, 1), (3, 32), (40, 8), (2, 256)];
-        shapes
-            .into_iter()
-            .flat_map(|(grid, block)| {
-                [false, true].map(|backwards| Self {
-                    grid,
-                    block,
-                    backwards,
-                })
-            })
-            .collect()
-    }
-
-    fn run<F: Fn()>(self, kernel: F) {
-        extern "C" fn thread<F: Fn()>(data: *mut c_void) {
-            // SAFETY: `run` passes its closure, which outlives the launch.
-            (unsafe { &*data.cast::<F>() })();
-        }
-        let data = (&raw const kernel).cast_mut().cast();
-        // SAFETY: `thread` takes this closure, and is only called before this returns; kernels do not unwind.
-        let split = unsafe { head_twin_run(self.grid, self.block, self.backwards.into(), thread::<F>, data) };
-        assert_eq!(
-            split, 0,
-            "the threads of a block came to different numbers of barriers"
-        );
-    }
-}
+use std::ptr;
 
 unsafe extern "C" {
-    fn head_twin_run(
-        grid: u32,
-        block: u32,
-        backwards: i32,
-        body: extern "C" fn(*mut c_void),
-        data: *mut c_void,
-    ) -> i32;
-    fn head_sgd_rows(
+    fn head_sgd_rows_f32(
         gradient: *const f32,
         inverse: *const f32,
         chosen: *const u32,
@@ -85,7 +39,7 @@ unsafe extern "C" {
         mu: f32,
         decay: f32,
     );
-    fn head_adamw_rows(
+    fn head_adamw_rows_f32(
         gradient: *const f32,
         inverse: *const f32,
         chosen: *const u32,
@@ -294,7 +248,7 @@ pub fn sgd_rows(
     let list = chosen.map_or(ptr::null(), <[u32]>::as_ptr);
     // SAFETY: `check` saw that all rows and steps named are there; the lengths were compared.
     launch.run(|| unsafe {
-        head_sgd_rows(
+        head_sgd_rows_f32(
             gradient.as_ptr(),
             inverse.as_ptr(),
             list,
@@ -360,7 +314,7 @@ pub fn adamw_rows(
     let mean_sq = rows.mean_sq.as_mut_ptr();
     // SAFETY: the lengths were compared, and every row named has a flag, so it is there.
     launch.run(|| unsafe {
-        head_adamw_rows(
+        head_adamw_rows_f32(
             gradient.as_ptr(),
             inverse.as_ptr(),
             chosen.as_ptr(),

@@ -3,7 +3,7 @@
 //! It needs `unsafe` for the same reason as the folder's head.
 #![allow(unsafe_code)]
 
-use super::Launch;
+use crate::kernels::twin::Launch;
 
 /// As in sampling.cu.
 #[repr(C)]

@@ -3,8 +3,9 @@
 //! It needs `unsafe` for the same reason as the folder's head.
 #![allow(unsafe_code)]
 
-use super::{Launch, RawHistory, Weights};
-use crate::head::{cuda::launch::raw::Others as RawOthers, margin};
+use super::{RawHistory, Weights};
+use crate::head::{cuda::raw::Others as RawOthers, margin};
+use crate::kernels::twin::Launch;
 use half::bf16;
 use std::ptr;
 

@@ -1,8 +1,8 @@
 // What all kernels of the head share. See mod.rs for the launch contract.
 //
 // The sources are read by two compilers: NVRTC, which brings no header files, and the host's C++ compiler with
-// twin/device.h before them. So they include nothing of CUDA's, and use no warp intrinsics and no inline PTX: threads of a block
-// meet in shared memory alone.
+// twin/device.h before them. So they include nothing of CUDA's, and use no warp intrinsics: threads of a block meet in shared
+// memory alone. The two instructions that have no name in C++ are here, each with what it computes in the other compiler.
 #pragma once
 
 typedef unsigned char u8;
@@ -26,6 +26,17 @@ __device__ inline double inverse_norm(double squares) {
     return 1.0 / (norm < MIN_NORM ? MIN_NORM : norm);
 }
 
+// 2^x for x in [-1, 1], to a last place or two.
+#ifdef __CUDACC__
+__device__ inline float exp2_near_0(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+inline float exp2_near_0(float x) { return exp2f(x); }
+#endif
+
 // A number of 16 bits with the exponent of an f32. CUDA's own type needs a header.
 struct Bf16 {
     u16 bits;
@@ -40,6 +51,71 @@ __device__ inline void store(Bf16* to, i64 at, float value) {
     const u32 bits = __float_as_uint(value);
     const u32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     to[at].bits = static_cast<u16>(value != value ? bits >> 16 | 0x40 : rounded);
+}
+
+// Two of them in a word, as `store` rounds; GPUs since the A100 have an instruction for it.
+__device__ inline u32 two_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+#else
+    Bf16 two[2];
+    store(two, 0, low);
+    store(two, 1, high);
+    return two[0].bits | static_cast<u32>(two[1].bits) << 16;
+#endif
+}
+
+// Neighbouring numbers that one thread reads and writes at once, 16 bytes at a time.
+constexpr u32 GROUP = 8;
+
+struct alignas(16) Quad {
+    u32 words[4];
+};
+
+__device__ inline void load_group(const float* from, float (&to)[GROUP]) {
+    const Quad* quads = reinterpret_cast<const Quad*>(from);
+    const Quad low = quads[0], high = quads[1];
+    for (u32 i = 0; i < 4; ++i) {
+        to[i] = __uint_as_float(low.words[i]);
+        to[i + 4] = __uint_as_float(high.words[i]);
+    }
+}
+
+__device__ inline void load_group(const Bf16* from, float (&to)[GROUP]) {
+    const Quad quad = *reinterpret_cast<const Quad*>(from);
+    for (u32 i = 0; i < 4; ++i) {
+        to[2 * i] = __uint_as_float(quad.words[i] << 16);
+        to[2 * i + 1] = __uint_as_float(quad.words[i] & 0xffff0000u);
+    }
+}
+
+__device__ inline void store_group(float* to, const float (&from)[GROUP]) {
+    Quad quads[2];
+    for (u32 i = 0; i < GROUP; ++i) {
+        quads[i / 4].words[i % 4] = __float_as_uint(from[i]);
+    }
+    reinterpret_cast<Quad*>(to)[0] = quads[0];
+    reinterpret_cast<Quad*>(to)[1] = quads[1];
+}
+
+__device__ inline void store_group(Bf16* to, const float (&from)[GROUP]) {
+    Quad quad;
+    for (u32 i = 0; i < 4; ++i) {
+        quad.words[i] = two_bf16(from[2 * i], from[2 * i + 1]);
+    }
+    *reinterpret_cast<Quad*>(to) = quad;
+}
+
+// Groups of a row of `count` numbers where rows are `stride` apart; none where they do not begin at whole groups. What is left
+// of a row is read number by number.
+__device__ inline i64 whole_groups(i64 count, i64 stride) { return stride % GROUP == 0 ? count / GROUP : 0; }
+
+// Where in a group of a row its number `at` is; GROUP if it is not in it.
+__device__ inline u32 place_in_group(i64 at, i64 group) {
+    const i64 place = at - group * GROUP;
+    return place >= 0 && place < GROUP ? static_cast<u32>(place) : GROUP;
 }
 
 // The sum of every thread's value, on all of them, always added in the same order. All threads of the block must come.
@@ -71,39 +147,6 @@ __device__ inline u32 block_scan(u32 value, u32& total) {
     }
     total = parts[blockDim.x - 1];
     return parts[threadIdx.x] - value;
-}
-
-// What SGD steps without a gradient make of a weight and its momentum (lazy_sgd.rs, `Map`), in single precision:
-// w + (w_by_w - 1) * w + w_by_v * v and v_by_w * w + v_by_v * v.
-struct RowMap {
-    float w_by_w_less_1;
-    float w_by_v;
-    float v_by_w;
-    float v_by_v;
-
-    __device__ float weight(float w, float v) const { return fmaf(w_by_w_less_1, w, fmaf(w_by_v, v, w)); }
-    __device__ float momentum(float w, float v) const { return fmaf(v_by_v, v, v_by_w * w); }
-};
-
-// The steps that rows may have missed (lazy_sgd.rs, `History`).
-struct History {
-    const u32* since;         // by row: `now` when it was touched last; null if no row ever misses a step
-    const RowMap* products;   // element i: the maps of steps now - remembered + i .. now, multiplied
-    u32 remembered;
-    u32 now;
-
-    // The map of all that the row has missed, or null; null too for a row that was touched in this step.
-    __device__ const RowMap* missed(i64 row) const {
-        if (since == nullptr || since[row] >= now) {
-            return nullptr;
-        }
-        return products + (remembered - (now - since[row]));
-    }
-};
-
-// An element of the class weights, as it is once what its row has missed is made up for.
-__device__ inline float made_up(const RowMap* missed, const float* weight, const float* momentum, i64 at) {
-    return missed == nullptr ? weight[at] : missed->weight(weight[at], momentum[at]);
 }
 
 // The first place of a rising list that is not below `value`.

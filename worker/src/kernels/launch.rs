@@ -1,11 +1,10 @@
 //! How a kernel is started: by name, with arguments that say what they are. Who starts it is behind [`Launcher`]: a GPU's
 //! driver (`crate::device`), or in tests the kernel's twin on the CPU, which holds the arguments against the kernel's own
-//! parameters. What the kernels are and how large their memory must be is `kernels.rs`' business.
+//! parameters. What the kernels are and how large their memory must be is their owners' business.
 //!
 //! It needs `unsafe` because a kernel takes its arguments as addresses of anything, and believes them.
 #![allow(unsafe_code)]
 
-use crate::head::tiled::kernel::rows::AdamWStep;
 use std::ffi::c_void;
 use tch::Kind;
 
@@ -53,6 +52,16 @@ impl Shape {
         }
     }
 
+    /// A block for each of `count` rows of `dim` numbers: threads that read a group each (common.cuh), and no more, since all of
+    /// them meet for every sum.
+    pub fn rows(count: i64, dim: i64) -> Self {
+        let groups = u32::try_from(dim.max(1) / 8).unwrap_or(BLOCK);
+        Self {
+            block: groups.next_power_of_two().clamp(32, BLOCK),
+            ..Self::blocks(count)
+        }
+    }
+
     /// A thread for each of `count` things.
     pub fn threads(count: i64) -> Self {
         Self::blocks((count.max(1) - 1) / i64::from(BLOCK) + 1)
@@ -97,30 +106,35 @@ pub enum Element {
     U32,
     /// 64 bits with a sign.
     I64,
-    /// [`raw::SELECTION`] numbers of 64 bits (sampling.cu).
-    Selection,
-    /// Four floats (common.cuh).
-    RowMap,
+    /// A struct of numbers of one kind.
+    Struct {
+        /// As signatures spell it.
+        letter: char,
+        /// Of its numbers.
+        kind: Kind,
+        /// How many.
+        numbers: i64,
+    },
 }
 
 impl Element {
     /// The kind of tensors that hold it.
     pub fn kind(self) -> Kind {
         match self {
-            Self::F32 | Self::RowMap => Kind::Float,
+            Self::F32 => Kind::Float,
             Self::F64 => Kind::Double,
             Self::Bf16 => Kind::BFloat16,
             Self::U8 => Kind::Uint8,
             Self::U32 => Kind::Int,
-            Self::I64 | Self::Selection => Kind::Int64,
+            Self::I64 => Kind::Int64,
+            Self::Struct { kind, .. } => kind,
         }
     }
 
     /// Numbers of a tensor that make one.
     pub fn numbers(self) -> i64 {
         match self {
-            Self::RowMap => 4,
-            Self::Selection => raw::SELECTION,
+            Self::Struct { numbers, .. } => numbers,
             _ => 1,
         }
     }
@@ -133,8 +147,7 @@ impl Element {
             Self::U8 => 'b',
             Self::U32 => 'u',
             Self::I64 => 'l',
-            Self::Selection => 's',
-            Self::RowMap => 'm',
+            Self::Struct { letter, .. } => letter,
         }
     }
 }
@@ -147,20 +160,14 @@ enum Type {
 }
 
 /// A type that kernels take by value.
-pub trait Value: Copy + private::Sealed {
+pub trait Value: Copy {
     /// As signatures spell it.
     const LETTER: char;
 }
 
-mod private {
-    /// Values are those of this file.
-    pub trait Sealed {}
-}
-
 macro_rules! values {
     ($($type:ty: $letter:literal;)*) => {
-        $(impl private::Sealed for $type {}
-        impl Value for $type {
+        $(impl Value for $type {
             const LETTER: char = $letter;
         })*
     };
@@ -172,12 +179,9 @@ values! {
     u32: 'u';
     i64: 'l';
     u64: 'U';
-    raw::History: 'H';
-    raw::Others: 'O';
-    AdamWStep: 'A';
 }
 
-/// Bytes of the largest parameter: [`raw::Others`].
+/// Bytes of the largest parameter.
 const LARGEST: usize = 32;
 /// Most parameters of a kernel.
 const MOST: usize = 16;
@@ -260,70 +264,4 @@ impl Default for Arguments {
     fn default() -> Self {
         Self::new()
     }
-}
-
-/// Structs that kernels take by value, field by field as their sources declare them.
-pub mod raw {
-    use std::{f64::consts::LOG2_E, ffi::c_void};
-
-    /// common.cuh, `History`.
-    #[repr(C)]
-    #[derive(Clone, Copy, Debug)]
-    pub struct History {
-        /// By row, u32; null: no row ever misses a step.
-        pub since: *const c_void,
-        /// Four f32 a step.
-        pub products: *const c_void,
-        /// How many steps.
-        pub remembered: u32,
-        /// Steps taken.
-        pub now: u32,
-    }
-
-    impl History {
-        /// No row ever misses a step.
-        pub const NONE: Self = Self {
-            since: std::ptr::null(),
-            products: std::ptr::null(),
-            remembered: 0,
-            now: 0,
-        };
-    }
-
-    /// terms.cuh, `Others`.
-    #[repr(C)]
-    #[derive(Clone, Copy, Debug)]
-    pub struct Others {
-        /// The logits' scale times log2(e).
-        pub scale_log2: f32,
-        /// What that lost in rounding.
-        pub scale_rest: f32,
-        /// Cosines above it become logit 0.
-        pub zero_above: f32,
-        /// t of hard classes.
-        pub t: f32,
-        /// By sample, f32; null: none is hard.
-        pub hard_above: *const c_void,
-        /// By sample, f32.
-        pub shift: *const c_void,
-    }
-
-    impl Others {
-        /// Those of logits of this scale; the rest is still to be filled in.
-        pub fn of_scale(scale: f64) -> Self {
-            let exact = scale * LOG2_E;
-            let scale_log2 = exact as f32;
-            Self {
-                scale_log2,
-                scale_rest: (exact - f64::from(scale_log2)) as f32,
-                zero_above: f32::INFINITY,
-                t: 0.0,
-                hard_above: std::ptr::null(),
-                shift: std::ptr::null(),
-            }
-        }
-    }
-
-    /// Numbers of 64 bits of sampling.cu's `Selection`; the last is the list's length.
-    pub const SELECTION: i64 = 4;
 }

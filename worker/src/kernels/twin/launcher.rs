@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use super::Launch;
-use crate::head::cuda::launch::{Arguments, LaunchError, Launcher, Shape};
+use crate::kernels::launch::{Arguments, LaunchError, Launcher, Shape};
 use std::{
     ffi::{CStr, CString, c_char, c_void},
     sync::atomic::{AtomicBool, Ordering},
@@ -18,17 +18,17 @@ struct Named {
 }
 
 unsafe extern "C" {
-    fn head_twin_find(name: *const c_char) -> *const Named;
-    fn head_twin_count() -> u32;
-    fn head_twin_signature(kernel: *const Named) -> *const c_char;
-    fn head_twin_call(kernel: *const Named, arguments: *mut *mut c_void);
-    fn head_twin_layouts() -> *const u32;
+    fn kernel_twin_find(name: *const c_char) -> *const Named;
+    fn kernel_twin_count() -> u32;
+    fn kernel_twin_signature(kernel: *const Named) -> *const c_char;
+    fn kernel_twin_call(kernel: *const Named, arguments: *mut *mut c_void);
+    fn kernel_twin_layouts() -> *const u32;
 }
 
 /// How many kernels there are.
 pub fn count() -> usize {
     // SAFETY: takes nothing.
-    unsafe { head_twin_count() as usize }
+    unsafe { kernel_twin_count() as usize }
 }
 
 /// The first `count` of what launch.cpp says of structs.
@@ -37,7 +37,7 @@ pub fn layouts(count: usize) -> Vec<u32> {
     const ALL: usize = 31;
     assert!(count <= ALL);
     // SAFETY: it has as many numbers, for ever.
-    unsafe { std::slice::from_raw_parts(head_twin_layouts(), count) }.to_vec()
+    unsafe { std::slice::from_raw_parts(kernel_twin_layouts(), count) }.to_vec()
 }
 
 /// The kernel's parameters, as `Arguments::signature` spells them; `None` if there is no such kernel.
@@ -48,10 +48,10 @@ pub fn parameters(kernel: &str) -> Option<String> {
 fn find(kernel: &str) -> Option<(*const Named, String)> {
     let name = CString::new(kernel).expect("names have no zero");
     // SAFETY: a string that outlives the call.
-    let found = unsafe { head_twin_find(name.as_ptr()) };
+    let found = unsafe { kernel_twin_find(name.as_ptr()) };
     (!found.is_null()).then(|| {
         // SAFETY: it was just found; its string lives for ever.
-        let text = unsafe { CStr::from_ptr(head_twin_signature(found)) };
+        let text = unsafe { CStr::from_ptr(kernel_twin_signature(found)) };
         (found, text.to_string_lossy().into_owned())
     })
 }
@@ -95,7 +95,7 @@ impl Launcher for TwinLauncher {
             backwards: self.backwards.fetch_xor(true, Ordering::Relaxed),
         };
         // SAFETY: the arguments are of the kernel's own types; what they point to is the caller's word.
-        launch.run(|| unsafe { head_twin_call(found, pointers.as_ptr().cast_mut()) });
+        launch.run(|| unsafe { kernel_twin_call(found, pointers.as_ptr().cast_mut()) });
         Ok(())
     }
 

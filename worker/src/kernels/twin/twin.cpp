@@ -2,11 +2,12 @@
 
 #include "device.h"
 
-#include "../normalize.cu"
-#include "../softmax.cu"
-#include "../gradient.cu"
-#include "../update.cu"
-#include "../sampling.cu"
+#include "head/cuda/normalize.cu"
+#include "head/cuda/softmax.cu"
+#include "head/cuda/gradient.cu"
+#include "head/cuda/update.cu"
+#include "head/cuda/sampling.cu"
+#include "model/norm/norm.cu"
 
 #include <memory>
 #include <ucontext.h>
@@ -45,7 +46,7 @@ void __syncthreads() { swapcontext(&launch->fibres[threadIdx.x].context, &launch
 // Runs `body` as every thread of every block, from the first to the last or backwards: a kernel that lacks a barrier gives
 // something else in one of the two. 1 if the threads of a block did not all come to the same number of barriers, which
 // hangs or worse on a GPU; else 0.
-extern "C" int head_twin_run(uint32_t grid, uint32_t block, int backwards, void (*body)(void*), void* data) {
+extern "C" int kernel_twin_run(uint32_t grid, uint32_t block, int backwards, void (*body)(void*), void* data) {
     Launch here{body, data, std::vector<Fibre>(block), {}};
     launch = &here;
     gridDim.x = grid;

@@ -71,7 +71,8 @@ namespace {
 const std::vector<Named>& all() {
     static const std::vector<Named> kernels{
         NAMED(head_adamw_idle_rows),
-        NAMED(head_adamw_rows),
+        NAMED(head_adamw_rows_bf16),
+        NAMED(head_adamw_rows_f32),
         NAMED(head_choose_digit),
         NAMED(head_count_chosen),
         NAMED(head_count_digits),
@@ -93,7 +94,8 @@ const std::vector<Named>& all() {
         NAMED(head_normalize_rows_f32_f32),
         NAMED(head_normalize_weights_bf16),
         NAMED(head_normalize_weights_f32),
-        NAMED(head_sgd_rows),
+        NAMED(head_sgd_rows_bf16),
+        NAMED(head_sgd_rows_f32),
         NAMED(head_softmax_gradient_bf16),
         NAMED(head_softmax_gradient_f32),
         NAMED(head_softmax_rows),
@@ -102,6 +104,17 @@ const std::vector<Named>& all() {
         NAMED(head_sum_chunks),
         NAMED(head_target_cosines),
         NAMED(head_write_chosen),
+        NAMED(norm_apply_bf16),
+        NAMED(norm_apply_f32),
+        NAMED(norm_back_apply_bf16),
+        NAMED(norm_back_apply_f32),
+        NAMED(norm_back_sums_bf16),
+        NAMED(norm_back_sums_f32),
+        NAMED(norm_finish_back),
+        NAMED(norm_finish_moments_bf16),
+        NAMED(norm_finish_moments_f32),
+        NAMED(norm_moments_bf16),
+        NAMED(norm_moments_f32),
     };
     return kernels;
 }
@@ -109,7 +122,7 @@ const std::vector<Named>& all() {
 } // namespace
 
 // The kernel of this name, or null.
-extern "C" const Named* head_twin_find(const char* name) {
+extern "C" const Named* kernel_twin_find(const char* name) {
     for (const Named& kernel : all()) {
         if (std::strcmp(kernel.name, name) == 0) {
             return &kernel;
@@ -119,15 +132,15 @@ extern "C" const Named* head_twin_find(const char* name) {
 }
 
 // How many there are.
-extern "C" uint32_t head_twin_count() { return static_cast<uint32_t>(all().size()); }
+extern "C" uint32_t kernel_twin_count() { return static_cast<uint32_t>(all().size()); }
 
-extern "C" const char* head_twin_signature(const Named* kernel) { return kernel->signature.c_str(); }
+extern "C" const char* kernel_twin_signature(const Named* kernel) { return kernel->signature.c_str(); }
 
 // Runs this thread's part.
-extern "C" void head_twin_call(const Named* kernel, void** arguments) { kernel->run(arguments); }
+extern "C" void kernel_twin_call(const Named* kernel, void** arguments) { kernel->run(arguments); }
 
 // Sizes and offsets of the structs that are arguments: for each its size, then where each field begins.
-extern "C" const uint32_t* head_twin_layouts() {
+extern "C" const uint32_t* kernel_twin_layouts() {
 #define OF(TYPE, FIELD) static_cast<uint32_t>(offsetof(TYPE, FIELD))
 #define SIZE(TYPE) static_cast<uint32_t>(sizeof(TYPE))
     static const uint32_t layouts[] = {

@@ -1,0 +1,138 @@
+//! Batch norm on a GPU, with the rectifier or the sum that follows it in the same pass over memory (`norm.cu`), as one function
+//! of autograd's (`autograd.cpp`). libtorch reads and writes what lies between them, and keeps it for the way back: in an
+//! IResNet's training step that is a third of all memory traffic outside of convolutions.
+//!
+//! For activations `[N, C, H, W]` with channels innermost, in f32 and bf16, whose statistics are the batch's. Everything else
+//! is libtorch's (`layers.rs`). In bf16 what lies between norm and rectifier is not rounded, which libtorch's is.
+//!
+//! Unsafe, because autograd is reached across the C interface.
+#![allow(unsafe_code)]
+
+mod kernels;
+#[cfg(all(test, cuda_twin))]
+mod tests;
+
+use std::ffi::{CStr, c_char, c_void};
+
+use tch::{Kind, Tensor};
+
+use crate::kernels::{COMMON, File, Kernels, Set};
+
+/// The kernels.
+pub const KERNELS: Set = Set {
+    headers: &[COMMON],
+    files: &[File {
+        name: "norm.cu",
+        text: include_str!("norm.cu"),
+        kernels: &[
+            "norm_apply_bf16",
+            "norm_apply_f32",
+            "norm_back_apply_bf16",
+            "norm_back_apply_f32",
+            "norm_back_sums_bf16",
+            "norm_back_sums_f32",
+            "norm_finish_back",
+            "norm_finish_moments_bf16",
+            "norm_finish_moments_f32",
+            "norm_moments_bf16",
+            "norm_moments_f32",
+        ],
+    }],
+};
+
+/// Channels of a group, which one thread reads at once.
+const GROUP: i64 = 8;
+/// Most groups of a row: a block's threads.
+const MOST_GROUPS: i64 = 256;
+/// Longest reason of a failure, in bytes.
+const REASON: usize = 1024;
+
+/// A batch norm's numbers: all `[C]` f32.
+pub struct Norm<'a> {
+    /// Of the normalised value.
+    pub weight: &'a Tensor,
+    /// Added to it.
+    pub bias: &'a Tensor,
+    /// Mean and variance that move with the batch's; none where they stay.
+    pub running: Option<(&'a Tensor, &'a Tensor)>,
+    /// How far they move.
+    pub momentum: f64,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+/// What follows the norm.
+#[derive(Clone, Copy)]
+pub enum Then<'a> {
+    /// Nothing.
+    Nothing,
+    /// PReLU with slopes `[C]` f32.
+    PRelu(&'a Tensor),
+    /// A sum with a tensor of the same form.
+    Add(&'a Tensor),
+}
+
+/// True if [`batch_norm`] takes activations of this form.
+pub fn takes(x: &Tensor) -> bool {
+    let [_, channels, _, _] = x.size()[..] else {
+        return false;
+    };
+    let groups = channels / GROUP;
+    let fits = channels % GROUP == 0 && groups > 0 && groups <= MOST_GROUPS && groups & (groups - 1) == 0;
+    fits && matches!(x.kind(), Kind::Float | Kind::BFloat16)
+        && x.numel() > 0
+        && kernels::rows(x).is_contiguous()
+}
+
+unsafe extern "C" {
+    fn arcface_norm(
+        kernels: *const c_void,
+        tensors: *const *const c_void,
+        eps: f64,
+        momentum: f64,
+        error: *mut c_char,
+        length: usize,
+    ) -> *mut c_void;
+}
+
+/// `x` normalised by the batch's statistics, and what follows: the form and kind of `x`, which [`takes`] has found good.
+///
+/// # Panics
+/// If the tensors do not fit, as tch's own functions do.
+pub fn batch_norm(kernels: &Kernels, x: &Tensor, norm: &Norm<'_>, then: Then<'_>) -> Tensor {
+    let (slope, shortcut) = match then {
+        Then::Nothing => (None, None),
+        Then::PRelu(slope) => (Some(slope), None),
+        Then::Add(shortcut) => (None, Some(shortcut)),
+    };
+    let (mean, variance) = norm.running.unzip();
+    let tensors = [
+        Some(x),
+        Some(norm.weight),
+        Some(norm.bias),
+        slope,
+        shortcut,
+        mean,
+        variance,
+    ];
+    let tensors = tensors.map(|tensor| tensor.map_or(std::ptr::null(), |tensor| tensor.as_ptr().cast()));
+    let mut reason = [0u8; REASON];
+    // SAFETY: all pointers but null are to tensors that outlive the call, the buffer is as long as we say, and C++
+    // exceptions end inside. The handle goes to C++. What comes back is a new tensor that nobody else owns, or null.
+    let y = unsafe {
+        arcface_norm(
+            kernels::handle(kernels),
+            tensors.as_ptr(),
+            norm.eps,
+            norm.momentum,
+            reason.as_mut_ptr().cast(),
+            reason.len(),
+        )
+    };
+    if y.is_null() {
+        let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
+        panic!("batch norm: {}", reason.to_string_lossy());
+    }
+    // SAFETY: see above.
+    unsafe { Tensor::from_ptr(y.cast()) }
+}
