@@ -14,7 +14,7 @@ use super::{
     pass::{DropoutDraw, ForwardMode, Pass, Tap},
     registry::{self, REGISTRY, Registered},
     state::{Builder, Role, StateEntry},
-    training::{Cut, TrainingPass},
+    training::TrainingPass,
 };
 use crate::kernels::Kernels;
 
@@ -335,33 +335,37 @@ impl Backbone {
     /// # Panics
     /// If the images have another shape.
     pub fn forward_to_train<'a>(&'a self, images: &Tensor, mode: &ForwardMode) -> TrainingPass<'a> {
-        self.forward_to_differentiate(images, mode, Cut::Parts)
+        self.forward_to_differentiate(images, mode, |_| true)
     }
 
-    /// The same in one piece, for whom nothing waits before all gradients are there. Gradient checkpointing has parts all the same.
+    /// The same for whom the gradients of these parts, and of all after each, are complete as soon as they are; the others
+    /// come with them. Gradient checkpointing knows every part.
     ///
     /// # Panics
     /// If the images have another shape.
-    pub fn forward_to_train_at_once<'a>(&'a self, images: &Tensor, mode: &ForwardMode) -> TrainingPass<'a> {
-        self.forward_to_differentiate(images, mode, Cut::Nowhere)
+    pub fn forward_to_train_for<'a>(
+        &'a self,
+        images: &Tensor,
+        mode: &ForwardMode,
+        parts: &[usize],
+    ) -> TrainingPass<'a> {
+        self.forward_to_differentiate(images, mode, |part| parts.contains(&part))
     }
 
     fn forward_to_differentiate<'a>(
         &'a self,
         images: &Tensor,
         mode: &ForwardMode,
-        cut: Cut,
+        begins: impl Fn(usize) -> bool,
     ) -> TrainingPass<'a> {
-        let network = self.network.as_ref();
-        match num_images(images) {
-            0 => TrainingPass::empty(network, self.forward(images, mode), mode),
-            _ => {
-                let cut = match self.config.gradient_checkpointing {
-                    true => Cut::RunAgain,
-                    false => cut,
-                };
-                TrainingPass::run(network, &channels_last(images), mode, cut, self.kernels.as_ref())
-            }
+        let (network, kernels) = (self.network.as_ref(), self.kernels.as_ref());
+        if num_images(images) == 0 {
+            return TrainingPass::empty(network, self.forward(images, mode), mode);
+        }
+        let images = channels_last(images);
+        match self.config.gradient_checkpointing {
+            true => TrainingPass::recomputing(network, &images, mode, kernels),
+            false => TrainingPass::keeping(network, &images, mode, kernels, begins),
         }
     }
 

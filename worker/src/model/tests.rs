@@ -161,8 +161,12 @@ fn computing_activations_again_gives_the_same_gradients_and_statistics() {
 fn the_gradients_of_a_part_are_complete_when_it_is_finished() {
     for network in ["tiny", "mbf", "vit_t"] {
         let mut gradients = Vec::new();
-        for (gradient_checkpointing, at_once) in [(false, false), (true, false), (false, true), (true, true)]
-        {
+        for (gradient_checkpointing, wanted) in [
+            (false, None),
+            (true, None),
+            (false, Some(vec![])),
+            (false, Some(vec![3])),
+        ] {
             let backbone = filled(BackboneConfig {
                 gradient_checkpointing,
                 ..BackboneConfig::new(network, 32)
@@ -173,9 +177,9 @@ fn the_gradients_of_a_part_are_complete_when_it_is_finished() {
             let mut seen: Vec<Option<Tensor>> = parts.iter().map(|_| None).collect();
             let mut numbers = Vec::new();
             let (images, mode) = (images(2), training(Precision::Fp32));
-            let pass = match at_once {
-                true => backbone.forward_to_train_at_once(&images, &mode),
-                false => backbone.forward_to_train(&images, &mode),
+            let pass = match &wanted {
+                Some(parts) => backbone.forward_to_train_for(&images, &mode, parts),
+                None => backbone.forward_to_train(&images, &mode),
             };
             let finished = |part| {
                 numbers.push(part);

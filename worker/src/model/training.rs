@@ -1,8 +1,8 @@
 //! A forward pass that will be differentiated: embeddings now, and later the parameters' gradients from the embeddings'.
 //!
-//! The network may run in parts, each with a graph of its own: the stem, the trunk's pieces, the tail. On the way back the parts
-//! are differentiated one after the other, the tail first, and whoever sums gradients over ranks begins with those that are
-//! there already. Where nobody does, it is one graph: autograd's thread takes each from ours, and a GPU waits for that.
+//! The network has parts: the stem, the trunk's pieces, the tail. On the way back whoever sums gradients over ranks begins with
+//! those that are there already, so a graph of autograd's ends where a sum begins. It ends nowhere else: each is handed to
+//! autograd's thread and waited for, which on a GPU costs as much as some layers.
 //!
 //! With gradient checkpointing (Chen et al., "Training deep nets with sublinear memory cost", 2016) the trunk's pieces run
 //! without autograd and leave only their inputs. On the way back each piece runs again from its input, with autograd,
@@ -19,34 +19,31 @@ use super::{
 };
 use crate::kernels::Kernels;
 
-/// Where a training pass is cut into graphs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cut {
-    /// One graph.
-    Nowhere,
-    /// Between the parts of the network.
-    Parts,
-    /// The same, and the trunk's pieces keep their inputs alone: they run again on the way back.
-    RunAgain,
-}
-
 /// Embeddings with the way back to the parameters.
 pub struct TrainingPass<'a> {
     mode: ForwardMode,
     kernels: Option<&'a Kernels>,
     embedding_bd: Tensor,
     /// First to last; none of an empty batch.
-    parts: Vec<Part<'a>>,
+    graphs: Vec<Graph<'a>>,
     /// Parts of the network.
-    count: usize,
+    parts: usize,
 }
 
-/// A part that has run.
-enum Part<'a> {
-    /// Autograd has kept what is between its input, where its graph begins, and its output. The stem's input is the images.
-    Kept { input: Option<Tensor>, output: Tensor },
+/// Some parts of the network that have run.
+struct Graph<'a> {
+    /// The first of them, by number.
+    first: usize,
+    /// Where it begins; the images of the first one are nobody's to differentiate.
+    input: Option<Tensor>,
+    way: Way<'a>,
+}
+
+enum Way<'a> {
+    /// Autograd has kept what is between its input and this output.
+    Kept(Tensor),
     /// It runs again.
-    Again { piece: Piece<'a>, input: Tensor },
+    Again(Piece<'a>),
 }
 
 impl<'a> TrainingPass<'a> {
@@ -56,82 +53,93 @@ impl<'a> TrainingPass<'a> {
             mode: *mode,
             kernels: None,
             embedding_bd,
-            parts: Vec::new(),
-            count: network.trunk().len() + 2,
+            graphs: Vec::new(),
+            parts: network.trunk().len() + 2,
         }
     }
 
-    /// Runs the network on images, not none.
-    pub(super) fn run(
+    /// Runs the network on images, not none, with a new graph before every part that `begins` names.
+    pub(super) fn keeping(
         network: &'a dyn Network,
         images: &Tensor,
         mode: &ForwardMode,
-        cut: Cut,
         kernels: Option<&'a Kernels>,
+        begins: impl Fn(usize) -> bool,
     ) -> Self {
-        if cut == Cut::Nowhere {
-            return Self::whole(network, images, mode, kernels);
-        }
-        let again = cut == Cut::RunAgain;
         let mut pass = Pass::new(mode, None).with_kernels(kernels);
-        let stem = network.stem(images, &mut pass);
-        let mut x = begin(&stem);
-        let mut parts = vec![Part::Kept {
-            input: None,
-            output: stem,
-        }];
-        for piece in network.trunk() {
-            let y = match again {
-                true => tch::no_grad(|| piece.forward(&x, &mut pass)),
-                false => piece.forward(&x, &mut pass),
-            };
-            let next = begin(&y);
-            parts.push(match again {
-                true => Part::Again { piece, input: x },
-                false => Part::Kept {
-                    input: Some(x),
-                    output: y,
-                },
+        let mut graphs = Vec::new();
+        let (mut first, mut input) = (0, None);
+        let mut border = |x: Tensor, part: usize| {
+            if !begins(part) {
+                return x;
+            }
+            let next = begin(&x);
+            graphs.push(Graph {
+                first: std::mem::replace(&mut first, part),
+                input: input.replace(next.shallow_clone()),
+                way: Way::Kept(x),
             });
-            x = next;
+            next
+        };
+        let mut x = network.stem(images, &mut pass);
+        let trunk = network.trunk();
+        for (number, piece) in trunk.iter().enumerate() {
+            x = border(x, number + 1);
+            x = piece.forward(&x, &mut pass);
         }
+        let last = trunk.len() + 1;
+        x = border(x, last);
         let embedding_bd = network.tail(&x, &mut pass);
-        parts.push(Part::Kept {
-            input: Some(x),
-            output: embedding_bd.shallow_clone(),
+        graphs.push(Graph {
+            first,
+            input,
+            way: Way::Kept(embedding_bd.shallow_clone()),
         });
         Self {
             mode: *mode,
             kernels,
             embedding_bd,
-            count: parts.len(),
-            parts,
+            graphs,
+            parts: last + 1,
         }
     }
 
-    /// As one graph.
-    fn whole(
+    /// Runs the network on images, not none; the trunk's pieces keep their inputs alone.
+    pub(super) fn recomputing(
         network: &'a dyn Network,
         images: &Tensor,
         mode: &ForwardMode,
         kernels: Option<&'a Kernels>,
     ) -> Self {
         let mut pass = Pass::new(mode, None).with_kernels(kernels);
-        let mut x = network.stem(images, &mut pass);
-        let trunk = network.trunk();
-        for piece in &trunk {
-            x = piece.forward(&x, &mut pass);
+        let stem = network.stem(images, &mut pass);
+        let mut x = begin(&stem);
+        let mut graphs = vec![Graph {
+            first: 0,
+            input: None,
+            way: Way::Kept(stem),
+        }];
+        for piece in network.trunk() {
+            let y = tch::no_grad(|| piece.forward(&x, &mut pass));
+            graphs.push(Graph {
+                first: graphs.len(),
+                input: Some(x),
+                way: Way::Again(piece),
+            });
+            x = begin(&y);
         }
         let embedding_bd = network.tail(&x, &mut pass);
+        graphs.push(Graph {
+            first: graphs.len(),
+            input: Some(x),
+            way: Way::Kept(embedding_bd.shallow_clone()),
+        });
         Self {
             mode: *mode,
             kernels,
-            parts: vec![Part::Kept {
-                input: None,
-                output: embedding_bd.shallow_clone(),
-            }],
             embedding_bd,
-            count: trunk.len() + 2,
+            parts: graphs.len(),
+            graphs,
         }
     }
 
@@ -146,8 +154,8 @@ impl<'a> TrainingPass<'a> {
         let Ok(()) = self.backward_by_part(grad_bd, |_| Ok::<(), Infallible>(()));
     }
 
-    /// The same; after each part, from the last to the first, `finished` hears its number: the gradients of its parameters
-    /// ([`parts`](super::Backbone::parts)) are complete.
+    /// The same; from the last part to the first, `finished` hears its number once the gradients of its parameters
+    /// ([`parts`](super::Backbone::parts)) are complete: at the borders of graphs.
     ///
     /// # Errors
     /// What `finished` says; the way back ends there.
@@ -157,37 +165,28 @@ impl<'a> TrainingPass<'a> {
         mut finished: impl FnMut(usize) -> Result<(), E>,
     ) -> Result<(), E> {
         drop(self.embedding_bd);
-        if self.parts.is_empty() {
-            return (0..self.count).rev().try_for_each(finished);
-        }
-        let whole = self.parts.len() < self.count;
+        let mut end = self.parts;
         let mut grad = grad_bd.shallow_clone();
-        for (number, part) in self.parts.into_iter().enumerate().rev() {
-            let input = match part {
-                Part::Kept { input, output } => {
-                    differentiate(&output, &grad);
-                    input
-                }
-                Part::Again { piece, input } => {
+        for Graph { first, input, way } in self.graphs.into_iter().rev() {
+            match way {
+                Way::Kept(output) => differentiate(&output, &grad),
+                Way::Again(piece) => {
                     let mut pass = Pass::repeating(&self.mode).with_kernels(self.kernels);
-                    let output = piece.forward(&input, &mut pass);
-                    differentiate(&output, &grad);
-                    Some(input)
+                    let input = input.as_ref().expect("no piece has the images");
+                    differentiate(&piece.forward(input, &mut pass), &grad);
                 }
-            };
-            if whole {
-                return (0..self.count).rev().try_for_each(finished);
             }
-            finished(number)?;
+            (first..end).rev().try_for_each(&mut finished)?;
+            end = first;
             if let Some(input) = input {
                 grad = input.grad();
             }
         }
-        Ok(())
+        (0..end).rev().try_for_each(finished)
     }
 }
 
-/// Where the next part's graph begins.
+/// Where the next graph begins.
 fn begin(y: &Tensor) -> Tensor {
     y.detach().set_requires_grad(true)
 }

@@ -71,6 +71,14 @@ impl GradientSum {
         }
     }
 
+    /// The parts of the network after which a sum begins, in a world of this size.
+    pub fn parts(&self, world_size: u32) -> Vec<usize> {
+        match world_size {
+            1 => Vec::new(),
+            _ => self.buckets.0.iter().map(|bucket| bucket.part).collect(),
+        }
+    }
+
     /// The gradients of a part of the network, and of all after it, are complete. Parameters without gradient count as zero.
     ///
     /// # Errors

@@ -257,11 +257,8 @@ impl Trainer {
                 Kind::Uint8 => augment::planes(&images),
                 _ => images,
             };
-            // A rank alone begins no sum on the way back, and a GPU is kept waiting by every border.
-            match self.comm.world_size() == 1 && self.placement.gpu().is_some() {
-                true => self.backbone.forward_to_train_at_once(&images, &mode),
-                false => self.backbone.forward_to_train(&images, &mode),
-            }
+            let parts = self.sum.parts(self.comm.world_size());
+            self.backbone.forward_to_train_for(&images, &mode, &parts)
         });
         let output = self.phases.time("head", || {
             self.head.forward_backward(
@@ -310,7 +307,12 @@ impl Trainer {
         let Summed { grads, flats, said } = self
             .phases
             .time("comm", || sum.finish(params, comm, says, scale))?;
-        let norm = clip_grad_norm(&flats, self.settings.clip_grad_norm);
+        // A norm a parameter is a launch a parameter on a GPU, which adds long rows as exactly as short ones; the CPU does not.
+        let rows = match self.placement.device() {
+            Device::Cpu => &grads,
+            _ => &flats,
+        };
+        let norm = clip_grad_norm(rows, self.settings.clip_grad_norm);
         // An infinity or NaN of one rank survives the sum, whose bits all ranks share: they agree without a word.
         let finite = norm.is_finite();
         if let Some(scaler) = &mut self.scaler {
