@@ -136,10 +136,18 @@ class Accept:
         self.environment.setdefault("XDG_CACHE_HOME", str(folder / "cache"))
         self.commands = []
 
+    def note(self, command):
+        """A command as anybody would type it."""
+        text = shlex.join(command)
+        for path, name in [(self.folder, "."), (self.worker.parent, ""), (ROOT, ""), (self.reference, "DIR")]:
+            if path is not None:
+                text = text.replace(f"{path}/" if name == "" else str(path), name)
+        self.commands.append(text)
+
     def run(self, *command, timeout=300):
         """Standard output of a command that has to succeed."""
         command = [str(part) for part in command]
-        self.commands.append(shlex.join(command).replace(str(self.folder), "."))
+        self.note(command)
         try:
             done = subprocess.run(
                 command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout
@@ -319,7 +327,7 @@ def checkpoints(accept):
 
     def start(*command):
         command = [str(part) for part in command]
-        accept.commands.append(shlex.join(command).replace(str(accept.folder), "."))
+        accept.note(command)
         process = subprocess.Popen(command, cwd=accept.folder, env=accept.environment, stdout=log, stderr=log)
         processes.append(process)
         return process

@@ -1,7 +1,7 @@
 //! The one place that asks what hardware there is and how much of it a process may use.
 //!
 //! `--device cuda` looks whether this machine is fit to train on its GPUs (`cuda.rs`); a rank then computes on the one GPU that
-//! its agent gave it (`placement.rs`). Without it, no CUDA library is opened.
+//! its agent gave it (`placement.rs`). Without it, and where there is no GPU, no CUDA library is opened.
 
 mod cuda;
 pub mod gpus;
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 /// What the user asked for with `--device`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceChoice {
-    /// The best that was proven on such a machine: the CPU, until the acceptance run on a GPU has passed.
+    /// The GPUs, where there are any that are fit to train on; else the CPU.
     Auto,
     /// CPU.
     Cpu,
@@ -76,6 +76,14 @@ pub struct Hardware {
 }
 
 impl Hardware {
+    /// The CPU.
+    fn cpu() -> Self {
+        Self {
+            device: Device::Cpu,
+            gpus: Vec::new(),
+        }
+    }
+
     /// Ranks that run at once, unless `asked` for another number: all cores serve one CPU rank best, and a GPU serves one rank.
     ///
     /// # Errors
@@ -100,10 +108,16 @@ impl Hardware {
 /// `cuda` where CUDA cannot be used.
 pub fn resolve(choice: DeviceChoice) -> Result<Hardware, Failure> {
     match choice {
-        DeviceChoice::Cpu | DeviceChoice::Auto => Ok(Hardware {
-            device: Device::Cpu,
-            gpus: Vec::new(),
-        }),
+        DeviceChoice::Cpu => Ok(Hardware::cpu()),
+        // Without a GPU no library of CUDA's is opened.
+        DeviceChoice::Auto if !nvidia_gpu_present() => Ok(Hardware::cpu()),
+        DeviceChoice::Auto => Ok(visible_gpus().map_or_else(
+            |_| Hardware::cpu(),
+            |gpus| Hardware {
+                device: Device::Cuda,
+                gpus,
+            },
+        )),
         DeviceChoice::Cuda => Ok(Hardware {
             device: Device::Cuda,
             gpus: visible_gpus().map_err(|failure| Failure {

@@ -55,8 +55,8 @@ struct AgentArgs {
     join: Vec<String>,
     #[command(flatten)]
     tls: ClientTls,
-    /// What computes; `auto` is the CPU in this version, because training on GPUs is not proven yet. `cuda` gives each rank one of the
-    /// GPUs that CUDA_VISIBLE_DEVICES leaves.
+    /// What computes; `auto` is the GPUs where there are any that are fit to train on, else the CPU. `cuda` gives each rank one of the
+    /// GPUs that `CUDA_VISIBLE_DEVICES` leaves, and says what is in the way.
     #[arg(long, value_enum, default_value = "auto", env = "ARCFACE_DEVICE")]
     device: DeviceChoice,
     /// Ranks that run at once [default: 1 on the CPU, one for each visible GPU with --device cuda].
@@ -205,7 +205,9 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
     telemetry::init_logs(args.log_format);
     let _traces = args.otlp.start("arcface-agent")?;
     if args.device == DeviceChoice::Auto && hardware.device == Device::Cpu && device::nvidia_gpu_present() {
-        warn!("a GPU is present, and ranks compute on the CPU: --device cuda uses it");
+        warn!(
+            "a GPU is present that cannot be trained on, so ranks compute on the CPU: --device cuda says why"
+        );
     }
     for gpu in &hardware.gpus {
         info!("{gpu} serves one rank");

@@ -148,10 +148,21 @@ impl Job {
         self.network.trainable.of(self.embedding_size)
     }
 
+    /// A pass of libtorch's operations.
     fn pass(&self) -> &'static Pass {
         let passes = match self.precision {
             Precision::Fp32 => &self.network.fp32,
             Precision::Bf16 | Precision::Fp16 => &self.network.half,
+        };
+        &passes[usize::from(self.gradient_checkpointing)]
+    }
+
+    /// A pass with what is ours on this device.
+    fn pass_on(&self, device: Device) -> &'static Pass {
+        let passes = match (device, self.precision) {
+            (Device::Cuda, Precision::Fp32) => &self.network.gpu_fp32,
+            (Device::Cuda, Precision::Bf16) => &self.network.gpu_bf16,
+            _ => return self.pass(),
         };
         &passes[usize::from(self.gradient_checkpointing)]
     }

@@ -78,6 +78,10 @@ pub struct Network {
     pub fp32: [Pass; 2],
     /// The same in bf16 or fp16.
     pub half: [Pass; 2],
+    /// In f32 on a GPU, whose batch norms are one with what follows them (`worker/src/model/norm/`).
+    pub gpu_fp32: [Pass; 2],
+    /// The same in bf16.
+    pub gpu_bf16: [Pass; 2],
 }
 
 impl Network {
@@ -121,9 +125,11 @@ mod tests {
             let half = network.half[0].kept.per_image;
             assert!(recomputed < kept, "{}", network.name);
             assert!(half < kept && 2 * half >= kept / 2, "{}", network.name);
-            for pass in network.fp32.iter().chain(&network.half) {
+            for pass in network.fp32.iter().chain(&network.half).chain(&network.gpu_bf16) {
                 assert!(pass.highest(64) >= pass.kept.per_image * 64, "{}", network.name);
             }
+            let on_gpu = [network.gpu_fp32, network.gpu_bf16].map(|passes| passes[0].kept.per_image);
+            assert!(on_gpu[0] <= kept && on_gpu[1] <= half, "{}", network.name);
         }
     }
 }

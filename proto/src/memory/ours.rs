@@ -45,8 +45,8 @@ pub fn ours(job: &Job, device: Device) -> Account {
     always.extend(inputs(job, device));
     always.extend(surroundings(job, device));
     let mut moments = [
-        (Moment::Head, forward(job)),
-        (Moment::Backward, backward(job)),
+        (Moment::Head, forward(job, device)),
+        (Moment::Backward, backward(job, device)),
         (Moment::Update, update(job)),
     ];
     match (job.implementation, device) {
@@ -169,8 +169,8 @@ fn surroundings(job: &Job, device: Device) -> Vec<Line> {
     lines
 }
 
-fn activations(job: &Job, bytes: u64, what: &str) -> Line {
-    let kept = job.pass().kept;
+fn activations(job: &Job, device: Device, bytes: u64, what: &str) -> Line {
+    let kept = job.pass_on(device).kept;
     let rows = job.rows();
     let per_image = kept.per_image as f64 / 1e6;
     let casts = match kept.fixed as f64 / 1e6 {
@@ -191,11 +191,11 @@ fn activations(job: &Job, bytes: u64, what: &str) -> Line {
 }
 
 /// Everything is kept, and the embeddings of all ranks have come.
-fn forward(job: &Job) -> Vec<Line> {
+fn forward(job: &Job, device: Device) -> Vec<Line> {
     // Gathered, and their gradient; with other ranks also as they are sent and as they come back.
     let copies = if job.world_size > 1 { 4 } else { 2 };
     vec![
-        activations(job, job.pass().kept.bytes(job.rows()), ""),
+        activations(job, device, job.pass_on(device).kept.bytes(job.rows()), ""),
         Line::new(
             Part::Embeddings,
             product([copies, job.rows_of_all(), job.embedding_size, F32]),
@@ -208,13 +208,13 @@ fn forward(job: &Job) -> Vec<Line> {
     ]
 }
 
-fn backward(job: &Job) -> Vec<Line> {
+fn backward(job: &Job, device: Device) -> Vec<Line> {
     // The gradient of the embedding layer is new in the moment that the table's longer ones are about.
     let longer = job.embedding_size.saturating_sub(networks::EMBEDDING_SIZE);
     let layer = product([longer, job.network.largest.per_dim, F32]);
-    let bytes = job.pass().highest(job.rows()).saturating_add(layer);
+    let bytes = job.pass_on(device).highest(job.rows()).saturating_add(layer);
     let mut lines = vec![
-        activations(job, bytes, ", and gradients on their way back"),
+        activations(job, device, bytes, ", and gradients on their way back"),
         Line::new(
             Part::Embeddings,
             product([2, job.rows(), job.embedding_size, F32]),

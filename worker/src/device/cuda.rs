@@ -9,7 +9,7 @@ use super::{
 use crate::{
     collective::nccl::library::{Library as Nccl, NcclError},
     kernels,
-    nvrtc::{Cache, Compiler, NvrtcError, Target},
+    nvrtc::{Cache, Compiler, NvrtcError, Source, Target},
 };
 use arcface_proto::failure::ExitCode;
 use nvml_wrapper::error::NvmlError;
@@ -160,7 +160,7 @@ pub fn find(list: Option<&str>, nvrtc: Option<&Path>, cache: Option<Cache>) -> R
         .map(|arch| compiler.target(arch))
         .collect();
     for target in targets? {
-        for (source, _) in kernels::ALL.into_iter().flat_map(kernels::Set::sources) {
+        for (source, _) in kernels::ALL.into_iter().flat_map(Source::of) {
             compiler.compile(&source, target)?;
         }
     }

@@ -9,7 +9,7 @@ use crate::{
         self,
         launch::{Arguments, LaunchError, Launcher, Shape},
     },
-    nvrtc::{Arch, Compiler, NvrtcError},
+    nvrtc::{Arch, Compiler, NvrtcError, Source},
 };
 use cudarc::driver::sys as driver;
 use driver::{CUdevice_attribute as Attribute, CUresult};
@@ -107,7 +107,7 @@ impl GpuLauncher {
 
         let target = compiler.target(arch)?;
         let mut functions = HashMap::new();
-        for (source, names) in kernels::ALL.into_iter().flat_map(kernels::Set::sources) {
+        for (source, names) in kernels::ALL.into_iter().flat_map(Source::of) {
             let image = compiler.compile(&source, target)?;
             let mut module = ptr::null_mut();
             // SAFETY: the image is machine code, or PTX with its final zero, and is only read during the call.

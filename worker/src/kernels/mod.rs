@@ -23,8 +23,6 @@ pub mod twin;
 
 pub use call::{Call, Kernels, Started};
 
-use crate::nvrtc::Source;
-
 /// What all kernels include, by name.
 pub const COMMON: (&str, &str) = ("common.cuh", include_str!("common.cuh"));
 
@@ -44,20 +42,6 @@ pub struct Set {
     pub headers: &'static [(&'static str, &'static str)],
     /// Their sources.
     pub files: &'static [File],
-}
-
-impl Set {
-    /// Its sources as the compiler takes them, each with its kernels' names.
-    pub fn sources(&'static self) -> impl Iterator<Item = (Source<'static>, &'static [&'static str])> {
-        self.files.iter().map(|file| {
-            let source = Source {
-                name: file.name,
-                text: file.text,
-                headers: self.headers,
-            };
-            (source, file.kernels)
-        })
-    }
 }
 
 /// All that there are: what a GPU's driver is given.

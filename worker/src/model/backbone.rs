@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     IMAGE_SIZE, fill,
-    footprint::Walk,
+    footprint::{Place, Walk},
     graph::{Graph, Trace, address},
     init,
     layers::Network,
@@ -422,9 +422,9 @@ impl Backbone {
     }
 
     /// What a training pass keeps, of one image.
-    pub(super) fn walk(&self, precision: Precision) -> Walk {
+    pub(super) fn walk(&self, precision: Precision, place: Place) -> Walk {
         let mode = ForwardMode::training(precision, DropoutDraw::default());
-        let (mut walk, images) = Walk::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE]);
+        let (mut walk, images) = Walk::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE], place);
         let mut pass = Pass::walking(&mode, &mut walk);
         tch::no_grad(|| {
             let mut x = self.network.stem(&images, &mut pass);

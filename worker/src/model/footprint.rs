@@ -51,6 +51,8 @@ struct Node {
     fixed: u64,
     /// Hands its output's gradient on to its inputs as it is.
     passes_on: bool,
+    /// Who else gets it as it is.
+    shortcut: Option<ValueId>,
     /// Bytes an image beside the gradients, while it is differentiated.
     transient: u64,
     /// New gradients of its parameters, with their copies.
@@ -65,6 +67,7 @@ impl Node {
             saved: Vec::new(),
             fixed: 0,
             passes_on: false,
+            shortcut: None,
             transient: 0,
             parameters: 0,
         }
@@ -81,12 +84,23 @@ pub(super) struct Walk {
     storage: Vec<Tensor>,
     /// Where the trunk's pieces begin and end: nodes before, and the value there. The first is the end of the stem.
     borders: Vec<(usize, ValueId)>,
+    on_gpu: bool,
+}
+
+/// What a pass is walked through for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// libtorch's operations.
+    Anywhere,
+    /// A GPU, whose batch norms are one with what follows them.
+    Gpu,
 }
 
 impl Walk {
     /// A walk over images of shape `images`, and what to run the network on.
-    pub(super) fn new(images: &[i64]) -> (Self, Tensor) {
+    pub(super) fn new(images: &[i64], place: Place) -> (Self, Tensor) {
         let mut walk = Self {
+            on_gpu: place == Place::Gpu,
             values: Vec::new(),
             nodes: Vec::new(),
             known: HashMap::new(),
@@ -109,6 +123,29 @@ impl Walk {
         let node = self.node(values, made, &size, op, kind);
         self.nodes.push(node);
         self.placeholder(made, &size, output_kind)
+    }
+
+    /// Notes a batch norm that is one with what follows it; `None` where none is. Of what follows, nothing is kept.
+    pub(super) fn record_norm(
+        &mut self,
+        x: &Tensor,
+        channels: u64,
+        shortcut: Option<&Tensor>,
+    ) -> Option<Tensor> {
+        if !self.on_gpu {
+            return None;
+        }
+        let input = self.find(x);
+        let shortcut = shortcut.map(|shortcut| self.find(shortcut));
+        let (size, kind) = (x.size(), x.kind());
+        let output = self.value(&size, kind, true);
+        self.nodes.push(Node {
+            saved: vec![Saved::Value(input)],
+            fixed: 8 * channels,
+            shortcut,
+            ..Node::new(vec![input], output)
+        });
+        Some(self.placeholder(output, &size, kind))
     }
 
     /// Notes a choice of tokens, which no exporter sees. Its derivative holds what it chose from, for the size.
@@ -371,6 +408,10 @@ impl<'a> Back<'a> {
             let new = (input != IMAGES).then(|| self.storage(walk.values[input].bytes));
             self.note(node.transient, node.parameters);
             self.forget(index);
+            if let Some(shortcut) = node.shortcut {
+                self.storages[gradient].1 += 1;
+                self.give(shortcut, gradient);
+            }
             self.drop_storage(gradient);
             if let Some(new) = new {
                 self.give(input, new);
@@ -466,8 +507,8 @@ pub fn sizes(network: &'static Registered) -> Result<Sizes, ModelError> {
             .max()
             .unwrap_or(0)
     };
-    let numbers = |precision| {
-        let walk = long.walk(precision);
+    let numbers = |precision, place| {
+        let walk = long.walk(precision, place);
         [walk.numbers(false), walk.numbers(true)]
     };
     Ok(Sizes {
@@ -479,8 +520,10 @@ pub fn sizes(network: &'static Registered) -> Result<Sizes, ModelError> {
             base: fixed_largest(&long, &short),
             per_dim: growing(&long) / 512,
         },
-        fp32: numbers(Precision::Fp32),
-        half: numbers(Precision::Bf16),
+        fp32: numbers(Precision::Fp32, Place::Anywhere),
+        half: numbers(Precision::Bf16, Place::Anywhere),
+        gpu_fp32: numbers(Precision::Fp32, Place::Gpu),
+        gpu_bf16: numbers(Precision::Bf16, Place::Gpu),
     })
 }
 

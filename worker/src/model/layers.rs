@@ -349,9 +349,19 @@ impl BatchNorm {
     }
 
     /// The norm and what follows it in one pass over memory, where kernels of our own do that.
-    fn in_one(&self, x: &Tensor, then: Then<'_>, pass: &Pass) -> Option<Tensor> {
+    fn in_one(&self, x: &Tensor, then: Then<'_>, pass: &mut Pass) -> Option<Tensor> {
+        if !pass.train() || self.frozen || !norm::takes_form(&x.size(), x.kind()) {
+            return None;
+        }
+        let shortcut = match then {
+            Then::Add(shortcut) => Some(shortcut),
+            _ => None,
+        };
+        if let Some(walked) = pass.walk_norm(x, self.weight.numel() as u64, shortcut) {
+            return Some(walked);
+        }
         let kernels = pass.kernels()?;
-        if !pass.train() || self.frozen || !norm::takes(x) {
+        if !norm::is_laid_out(x) {
             return None;
         }
         let moves = !pass.repeats() && self.values_per_channel(x) > 1;

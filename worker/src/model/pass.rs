@@ -128,6 +128,16 @@ impl<'a> Pass<'a> {
         }
     }
 
+    /// In a walk, a batch norm of so many channels that is one with what follows it; `None` where it is not.
+    pub(super) fn walk_norm(
+        &mut self,
+        x: &Tensor,
+        channels: u64,
+        shortcut: Option<&Tensor>,
+    ) -> Option<Tensor> {
+        self.walk.as_mut()?.record_norm(x, channels, shortcut)
+    }
+
     /// Notes, in a walk, that a part of the network ends in `x`.
     pub(super) fn border(&mut self, x: &Tensor) {
         if let Some(walk) = &mut self.walk {

@@ -11,6 +11,7 @@ mod library;
 
 pub use cache::Cache;
 
+use crate::kernels::Set;
 use library::Library;
 use std::{fmt, path::Path};
 use tracing::warn;
@@ -80,6 +81,20 @@ pub struct Source<'a> {
     pub text: &'a str,
     /// Names and texts of headers.
     pub headers: &'a [(&'a str, &'a str)],
+}
+
+impl Source<'static> {
+    /// The sources of a set of kernels, each with their names.
+    pub fn of(set: &'static Set) -> impl Iterator<Item = (Self, &'static [&'static str])> {
+        set.files.iter().map(|file| {
+            let source = Self {
+                name: file.name,
+                text: file.text,
+                headers: set.headers,
+            };
+            (source, file.kernels)
+        })
+    }
 }
 
 /// A compiled source.

@@ -3,7 +3,7 @@
 //! are skipped, and fail with `CI` set.
 
 use super::*;
-use crate::kernels::{ALL, COMMON, Set};
+use crate::kernels::{ALL, COMMON};
 use rayon::prelude::*;
 use std::{collections::BTreeSet, fs};
 
@@ -23,7 +23,7 @@ fn compiler(cache: Option<&Path>) -> Option<Compiler> {
 }
 
 fn sources() -> Vec<Source<'static>> {
-    let all = ALL.into_iter().flat_map(Set::sources);
+    let all = ALL.into_iter().flat_map(Source::of);
     all.map(|(source, _)| source).collect()
 }
 
@@ -62,7 +62,7 @@ fn every_kernel_compiles_for_every_architecture() {
         let mut names = BTreeSet::new();
         let kernels: BTreeSet<&str> = ALL
             .into_iter()
-            .flat_map(Set::sources)
+            .flat_map(Source::of)
             .flat_map(|(_, names)| names)
             .copied()
             .collect();

@@ -42,7 +42,9 @@ fn rust(networks: &[Sizes]) -> String {
         line(format!("        buffer_bytes: {},", per_dim(n.buffer_bytes)));
         line(format!("        largest: {},", per_dim(n.largest)));
         line(format!("        fp32: {},", passes(&n.fp32)));
-        line(format!("        half: {},\n    }},", passes(&n.half)));
+        line(format!("        half: {},", passes(&n.half)));
+        line(format!("        gpu_fp32: {},", passes(&n.gpu_fp32)));
+        line(format!("        gpu_bf16: {},\n    }},", passes(&n.gpu_bf16)));
     }
     line("];".into());
     text
@@ -96,7 +98,7 @@ fn measured(network: &str, precision: Precision, recomputes: bool, images: i64) 
 fn check(network: &str, precision: Precision, recomputes: bool, beyond: f64) {
     const IMAGES: u64 = 8;
     let backbone = Backbone::outline(&BackboneConfig::new(network, 512)).expect("registered");
-    let numbers = backbone.walk(precision).numbers(recomputes);
+    let numbers = backbone.walk(precision, Place::Anywhere).numbers(recomputes);
     let kept = numbers.kept.bytes(IMAGES) as f64;
     let highest = numbers.highest(IMAGES) as f64;
     let [measured_kept, measured_highest] = measured(network, precision, recomputes, IMAGES as i64);

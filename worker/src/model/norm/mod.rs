@@ -73,15 +73,16 @@ pub enum Then<'a> {
 }
 
 /// True if [`batch_norm`] takes activations of this form.
-pub fn takes(x: &Tensor) -> bool {
-    let [_, channels, _, _] = x.size()[..] else {
-        return false;
-    };
+pub fn takes_form(size: &[i64], kind: Kind) -> bool {
+    let &[_, channels, ..] = size else { return false };
     let groups = channels / GROUP;
     let fits = channels % GROUP == 0 && groups > 0 && groups <= MOST_GROUPS && groups & (groups - 1) == 0;
-    fits && matches!(x.kind(), Kind::Float | Kind::BFloat16)
-        && x.numel() > 0
-        && kernels::rows(x).is_contiguous()
+    size.len() == 4 && fits && matches!(kind, Kind::Float | Kind::BFloat16) && !size.contains(&0)
+}
+
+/// True if they lie in memory as it takes them: dense, channels innermost.
+pub fn is_laid_out(x: &Tensor) -> bool {
+    kernels::rows(x).is_contiguous()
 }
 
 unsafe extern "C" {
@@ -95,7 +96,8 @@ unsafe extern "C" {
     ) -> *mut c_void;
 }
 
-/// `x` normalised by the batch's statistics, and what follows: the form and kind of `x`, which [`takes`] has found good.
+/// `x` normalised by the batch's statistics, and what follows: the form and kind of `x`, which [`takes_form`] and
+/// [`is_laid_out`] have found good.
 ///
 /// # Panics
 /// If the tensors do not fit, as tch's own functions do.

@@ -79,7 +79,7 @@ impl Case {
                 momentum: MOMENTUM,
                 eps: EPS,
             };
-            assert!(takes(x));
+            assert!(takes_form(&x.size(), x.kind()) && is_laid_out(x));
             batch_norm(kernels, x, &norm, then)
         })
     }
@@ -232,7 +232,9 @@ fn a_network_trains_alike_with_and_without() {
             let embedding = pass.embedding();
             pass.backward(&embedding.sin());
             let state = backbone.state().iter();
-            let state: Vec<Tensor> = state.map(|entry| entry.tensor.detach().copy()).collect();
+            let state: Vec<(String, Tensor)> = state
+                .map(|entry| (entry.name.clone(), entry.tensor.detach().copy()))
+                .collect();
             let gradients = backbone
                 .trainable()
                 .into_iter()
@@ -241,22 +243,23 @@ fn a_network_trains_alike_with_and_without() {
         };
         let (embedding, state, gradients) = train(None);
         let ours = train(Some(twins(4)));
-        let near = |ours: &Tensor, expected: &Tensor, tolerance: f64| {
-            let norm = expected.to_kind(Kind::Double).norm().double_value(&[]).max(1e-6);
+        let near = |what: &str, ours: &Tensor, expected: &Tensor, tolerance: f64| {
+            // The mean of what was just normalised is 0 but for rounding errors.
+            let norm = expected.to_kind(Kind::Double).norm().double_value(&[]).max(1e-3);
             let difference = (ours - expected).to_kind(Kind::Double).norm().double_value(&[]) / norm;
-            assert!(difference < tolerance, "{network}: {difference:e}");
+            assert!(difference < tolerance, "{network}, {what}: {difference:e}");
         };
-        near(&ours.0, &embedding, 1e-3);
+        near("embedding", &ours.0, &embedding, 1e-3);
         assert_eq!((ours.1.len(), ours.2.len()), (state.len(), gradients.len()));
-        for (ours, expected) in ours.1.iter().zip(&state) {
-            near(ours, expected, 1e-3);
+        for ((name, ours), (_, expected)) in ours.1.iter().zip(&state) {
+            near(name, ours, expected, 1e-3);
         }
         // In one row: what a batch norm follows has a gradient of rounding errors alone.
         let row = |tensors: &[Tensor]| {
             let rows: Vec<Tensor> = tensors.iter().map(|tensor| tensor.view([-1])).collect();
             Tensor::cat(&rows, 0)
         };
-        near(&row(&ours.2), &row(&gradients), 1e-2);
+        near("gradients", &row(&ours.2), &row(&gradients), 1e-2);
     }
 }
 
@@ -264,6 +267,7 @@ fn a_network_trains_alike_with_and_without() {
 fn other_forms_are_left_to_libtorch() {
     let options = (Kind::Float, Device::Cpu);
     let image = |channels| Tensor::zeros([2, 3, 3, channels], options).permute([0, 3, 1, 2]);
+    let takes = |x: &Tensor| takes_form(&x.size(), x.kind()) && is_laid_out(x);
     assert!(takes(&image(64)) && takes(&image(8)));
     for other in [
         image(12),

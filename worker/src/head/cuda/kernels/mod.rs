@@ -2,12 +2,8 @@
 //! writes, and says how many threads it takes. Knows no step and no rank. What is chosen is in `classes.rs`, what cosines
 //! become in `softmax.rs`, what becomes of embeddings and weights in `rows.rs`.
 //!
-//! It needs `unsafe` because kernels take addresses. What cannot be compared is what the device alone knows: rows and columns
-//! in lists that an earlier kernel has written.
-//!
 //! Shapes: b samples of all ranks, r samples of this one, n classes of the shard, c of them that take part, t a tile of
 //! those, d embedding.
-#![allow(unsafe_code)]
 
 mod classes;
 mod rows;

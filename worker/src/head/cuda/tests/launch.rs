@@ -1,5 +1,6 @@
 //! Arguments: their layout, how they are spelled, and what becomes of wrong ones.
 
+use crate::nvrtc::Source;
 use crate::{
     head::{
         cuda::{
@@ -9,7 +10,7 @@ use crate::{
         tiled::kernel::rows::{AdamWStep, RowMap},
     },
     kernels::{
-        ALL, Kernels, Set,
+        ALL, Kernels,
         launch::{Arguments, Element, LaunchError, Launcher, Shape},
         twin::launcher::{TwinLauncher, count, layouts, parameters},
     },
@@ -69,7 +70,7 @@ fn structs_are_those_of_the_sources() {
 #[test]
 fn every_kernel_has_a_twin_and_a_file() {
     let mut all = 0;
-    for (source, kernels) in ALL.into_iter().flat_map(Set::sources) {
+    for (source, kernels) in ALL.into_iter().flat_map(Source::of) {
         for kernel in kernels {
             assert!(source.text.contains(kernel), "{kernel} is not in {}", source.name);
             assert!(parameters(kernel).is_some_and(|all| all.len() > 3), "{kernel}");
