@@ -1,6 +1,5 @@
-//! The head for NVIDIA GPUs. Its kernels are sources here, CUDA C++ that NVRTC compiles on the machine that runs them
-//! (`crate::nvrtc`); `head.rs` is the head, `kernels/` starts the kernels over tensors, and who starts them is behind
-//! [`Launcher`]: a GPU's driver (`crate::device`). Knows no driver and no stream.
+//! The head for NVIDIA GPUs. Its kernels are sources here; `head.rs` is the head, `kernels/` starts the kernels over tensors. How
+//! they are compiled, started and tested is `crate::kernels`' business. Knows no driver and no stream.
 //!
 //! # A step
 //! The matrix products are libtorch's, everything between them is one of these. b samples of all ranks, c classes of the
