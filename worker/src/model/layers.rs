@@ -361,7 +361,7 @@ impl BatchNorm {
             return Some(walked);
         }
         let kernels = pass.kernels()?;
-        if !norm::is_laid_out(x) {
+        if !norm::is_laid_out(x) || shortcut.is_some_and(|shortcut| !norm::is_laid_out(shortcut)) {
             return None;
         }
         let moves = !pass.repeats() && self.values_per_channel(x) > 1;
