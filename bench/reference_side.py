@@ -4,13 +4,15 @@
     reference_side.py --reference DIR backbone --network r18 --batch 64 --train
     reference_side.py --reference DIR step --network r18 --classes 100000 --batch 64 --rate 1
     reference_side.py --reference DIR --device cuda head --classes 250000 --dim 512 --batch 1024
+    reference_side.py --reference DIR --device cuda products --classes 250000 --dim 512 --batch 1024 --cosines 2
 
 DIR is the folder of its modules (partial_fc_v2, losses, backbones), which are imported as they are. The options, the repetition
 that does not count, the sizes, the way memory is counted and the JSON are those of `arcface-worker bench`. The order of its
 trainer's step is kept: backbone, head, backward, clipping of the backbone at norm 5, one SGD (momentum 0.9, decay 5e-4) over
 both, gradients let go. What the trainer would add with one process (DistributedDataParallel and its fp16 hook) is left out, in
 its favour. On the CPU everything is fp32; on a GPU it has what its recipes say: fp16 with a loss scale, convolutions
-searched for (cudnn.benchmark). A GPU's memory is that of all its tensors, weights and state with them.
+searched for (cudnn.benchmark). `products` are a head's matrix products alone, which no head is faster than: cosines, the gradient of
+embeddings, that of weights; a head that keeps no cosines forms them twice. A GPU's memory is that of all its tensors, weights and state with them.
 """
 
 import argparse
@@ -144,6 +146,25 @@ def head(args):
     return times, growth(args, before)
 
 
+def products(args):
+    kind = torch.bfloat16 if args.device == "cuda" else torch.float32
+    embedding, weight, logits = (
+        torch.randn(*size, dtype=kind, device=device(args))
+        for size in [(args.batch, args.dim), (args.classes, args.dim), (args.batch, args.classes)]
+    )
+    before = resident(args)
+    forget_peak(args)
+
+    def step():
+        for _ in range(args.cosines):
+            embedding @ weight.t()
+        logits @ weight
+        logits.t() @ embedding
+
+    times = measure(args, step)
+    return times, growth(args, before)
+
+
 def backbone(args):
     network = new_backbone(args).train(args.train)
     images = random_images(args)
@@ -201,17 +222,19 @@ def arguments():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repetitions", type=int, default=10)
     parts = parser.add_subparsers(dest="part", required=True)
-    for name, what in [("head", head), ("backbone", backbone), ("step", whole_step)]:
+    for name, what in [("head", head), ("products", products), ("backbone", backbone), ("step", whole_step)]:
         part = parts.add_parser(name)
         part.set_defaults(what=what)
         part.add_argument("--batch", type=int, required=True)
         if what is not backbone:
             part.add_argument("--classes", type=int, required=True)
             part.add_argument("--rate", type=float, default=1.0)
-        if what is head:
+        if what in (head, products):
             part.add_argument("--dim", type=int, default=512)
         else:
             part.add_argument("--network", required=True)
+        if what is products:
+            part.add_argument("--cosines", type=int, default=1)
         if what is backbone:
             part.add_argument("--train", action="store_true")
     return parser.parse_args()

@@ -139,7 +139,8 @@ class Accept:
     def note(self, command):
         """A command as anybody would type it."""
         text = shlex.join(command)
-        for path, name in [(self.folder, "."), (self.worker.parent, ""), (ROOT, ""), (self.reference, "DIR")]:
+        # Folders before those that they may lie in.
+        for path, name in [(sys.executable, "python3"), (self.reference, "DIR"), (self.folder, "."), (self.worker.parent, ""), (ROOT, "")]:
             if path is not None:
                 text = text.replace(f"{path}/" if name == "" else str(path), name)
         self.commands.append(text)
@@ -461,32 +462,10 @@ def reference(accept):
             "reference_peak_bytes": max(theirs["peak_bytes"] for theirs, _ in pairs),
             "ours_peak_bytes": max(ours["peak_bytes"] for _, ours in pairs),
         }
-        if accept.device == "cuda" and name == "head, rate 1.0" and not small:
-            figures["products of that head, ms"] = products(accept)
+    for cosines, name in [(1, "products of a head, ms"), (2, "with the cosines twice, as ours, ms")]:
+        alone = json.loads(accept.run(*side, "products", *head[1:], "--cosines", cosines).splitlines()[-1])
+        figures[name] = alone["median_ms"]
     return figures
-
-
-def products(accept):
-    """What the matrix products of a head step of 250,000 classes at batch 1024 take by themselves, in bf16: three as whole
-    matrices, and a fourth for the cosines that we compute twice."""
-    script = """
-import statistics, torch
-b, c, d = 1024, 250_000, 512
-draw = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)
-e, w, g = draw(b, d), draw(c, d), draw(b, c)
-def median(work):
-    times = []
-    for _ in range(25):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(); work(); end.record(); torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[5:])
-cosines, weights, embeddings = median(lambda: e @ w.t()), median(lambda: g.t() @ e), median(lambda: g @ w)
-print(cosines + weights + embeddings, 2 * cosines + weights + embeddings)
-"""
-    three, four = map(float, accept.run(sys.executable, "-c", script).split())
-    accept.commands[-1] = "python3 -c '(torch products of these sizes)'"
-    return {"three": three, "four": four}
 
 
 CHECKS = [embeddings, training, checkpoints, nccl, sanitizer, learning, speed, reference]

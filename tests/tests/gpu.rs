@@ -13,6 +13,8 @@ use std::{
 };
 
 const ACCEPTED: Duration = Duration::from_secs(600);
+/// `scripts/python.sh` ends with this if the packages are not there (EX_UNAVAILABLE).
+const NO_PACKAGES: i32 = 69;
 
 /// The script on executables in a folder, in a scratch directory.
 fn accept(scratch: &Path, bin: &Path, arguments: &[&str]) -> Result<Finished> {
@@ -65,6 +67,66 @@ fn every_check_runs_and_has_figures() -> Result<()> {
         let commands = check["commands"].as_array().context("commands")?;
         ensure!(!commands.is_empty() || check["name"] == "sanitizer", "{check:#}");
     }
+    Ok(())
+}
+
+/// With a stand-in for the reference, where there is PyTorch (`scripts/setup.sh python`).
+#[test]
+fn the_reference_runs_beside_ours() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let mut command = Command::new(workspace().join("scripts/python.sh"));
+    command
+        .current_dir(scratch.path())
+        .arg(workspace().join("tests/gpu/accept.py"))
+        .args([
+            "--device",
+            "cpu",
+            "--quick",
+            "--output",
+            "result.json",
+            "--only",
+            "reference",
+        ])
+        .arg("--reference")
+        .arg(workspace().join("tests/python/reference_stand_in"))
+        .arg("--bin")
+        .arg(executables()?)
+        .env("OMP_NUM_THREADS", "1");
+    let finished = Finished::of(command, ACCEPTED)?;
+    if finished.code == NO_PACKAGES {
+        ensure!(std::env::var_os("CI").is_none(), "{}", finished.stderr);
+        println!("SKIPPED: there is no PyTorch: {}", finished.stderr.trim());
+        return Ok(());
+    }
+    finished.expect(0)?;
+    let result = result(scratch.path())?;
+    let figures = result["checks"][0]["figures"].as_object().context("figures")?;
+    for head in ["head, rate 1", "head, rate 0.1"] {
+        let row = figures
+            .iter()
+            .find(|(name, _)| name.starts_with(head))
+            .context(head)?
+            .1;
+        let [ratio, theirs, ours] = ["ratios", "reference_ms", "ours_ms"].map(|key| row[key][0].as_f64());
+        let (ratio, theirs, ours) = (
+            ratio.context("a ratio")?,
+            theirs.context("ms")?,
+            ours.context("ms")?,
+        );
+        ensure!((ratio - theirs / ours).abs() < 1e-9 && ours > 0.0, "{row:#}");
+    }
+    ensure!(
+        figures
+            .iter()
+            .any(|(name, ms)| name.starts_with("products") && ms.as_f64().is_some_and(|ms| ms > 0.0)),
+        "{figures:?}"
+    );
+    let commands = result["checks"][0]["commands"].to_string();
+    let path = workspace().to_string_lossy().into_owned();
+    ensure!(
+        !commands.contains(&path) && commands.contains("--reference DIR"),
+        "{commands}"
+    );
     Ok(())
 }
 

@@ -42,6 +42,9 @@ pub struct Shape {
 /// Threads of a block: the most that the kernels are compiled for.
 pub const BLOCK: u32 = 256;
 
+/// Neighbouring numbers that one thread reads at once (common.cuh, `GROUP`).
+pub const GROUP: i64 = 8;
+
 impl Shape {
     /// A block for each of `count` things.
     pub fn blocks(count: i64) -> Self {
@@ -55,7 +58,7 @@ impl Shape {
     /// A block for each of `count` rows of `dim` numbers: threads that read a group each (common.cuh), and no more, since all of
     /// them meet for every sum.
     pub fn rows(count: i64, dim: i64) -> Self {
-        let groups = u32::try_from(dim.max(1) / 8).unwrap_or(BLOCK);
+        let groups = u32::try_from(dim.max(1) / GROUP).unwrap_or(BLOCK);
         Self {
             block: groups.next_power_of_two().clamp(32, BLOCK),
             ..Self::blocks(count)
@@ -136,6 +139,14 @@ impl Element {
         match self {
             Self::Struct { numbers, .. } => numbers,
             _ => 1,
+        }
+    }
+
+    /// Of floating-point numbers of this kind.
+    pub fn of_float(kind: Kind) -> Self {
+        match kind {
+            Kind::BFloat16 => Self::Bf16,
+            _ => Self::F32,
         }
     }
 

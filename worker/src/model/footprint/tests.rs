@@ -5,6 +5,7 @@ use std::fmt::Write;
 use arcface_proto::memory::networks::NETWORKS;
 
 use super::*;
+use crate::kernels::Kernels;
 use crate::model::{DropoutDraw, ForwardMode, allocations::Allocations, registry::REGISTRY};
 
 /// The file with the planner's numbers, from the worker's folder.
@@ -70,15 +71,30 @@ fn the_planners_table_is_what_the_networks_are() {
     assert_eq!(counted.len(), NETWORKS.len());
 }
 
+/// What computes there in a test.
+fn kernels(place: Place) -> Option<Kernels> {
+    match place {
+        Place::Anywhere => None,
+        #[cfg(cuda_twin)]
+        Place::Gpu => Some(Kernels::new(
+            std::sync::Arc::new(crate::kernels::twin::launcher::TwinLauncher::new(8)),
+            Device::Cpu,
+        )),
+        #[cfg(not(cuda_twin))]
+        Place::Gpu => None,
+    }
+}
+
 /// Bytes of tensors that a training pass of the real network takes: at the beginning of the way back, and at most on it.
 /// Gradients of parameters are there before.
-fn measured(network: &str, precision: Precision, recomputes: bool, images: i64) -> [f64; 2] {
+fn measured(network: &str, precision: Precision, recomputes: bool, images: i64, place: Place) -> [f64; 2] {
     let config = BackboneConfig {
         gradient_checkpointing: recomputes,
         ..BackboneConfig::new(network, 512)
     };
     let mut backbone = Backbone::new(&config).expect("registered");
     backbone.init_random(1);
+    backbone.compute_with(kernels(place));
     let mode = ForwardMode::training(precision, DropoutDraw::default());
     tch::manual_seed(1);
     let images = Tensor::rand([images, 3, 112, 112], (Kind::Float, Device::Cpu));
@@ -96,14 +112,18 @@ fn measured(network: &str, precision: Precision, recomputes: bool, images: i64) 
 /// The rules of what autograd keeps, against libtorch's allocator. The way back has the libraries' workspaces on top, which
 /// are `beyond` at most, as a share of what is counted.
 fn check(network: &str, precision: Precision, recomputes: bool, beyond: f64) {
+    check_at(network, precision, recomputes, beyond, Place::Anywhere);
+}
+
+fn check_at(network: &str, precision: Precision, recomputes: bool, beyond: f64, place: Place) {
     const IMAGES: u64 = 8;
     let backbone = Backbone::outline(&BackboneConfig::new(network, 512)).expect("registered");
-    let numbers = backbone.walk(precision, Place::Anywhere).numbers(recomputes);
+    let numbers = backbone.walk(precision, place).numbers(recomputes);
     let kept = numbers.kept.bytes(IMAGES) as f64;
     let highest = numbers.highest(IMAGES) as f64;
-    let [measured_kept, measured_highest] = measured(network, precision, recomputes, IMAGES as i64);
+    let [measured_kept, measured_highest] = measured(network, precision, recomputes, IMAGES as i64, place);
     let line = format!(
-        "{network} {precision:?} recomputing {recomputes}: kept: counted {:.1} MB, measured {:.1} MB; on the way back: \
+        "{network} {precision:?} {place:?} recomputing {recomputes}: kept: counted {:.1} MB, measured {:.1} MB; on the way back: \
          counted {:.1} MB, measured {:.1} MB",
         kept / 1e6,
         measured_kept / 1e6,
@@ -125,6 +145,16 @@ fn what_is_counted_of_convolutional_networks_is_what_they_take() {
     check("mbf", Precision::Fp32, false, 0.10);
     // oneDNN's workspaces hold f32 copies of maps where the machine has no bf16 of its own.
     check("tiny", Precision::Bf16, false, 0.06);
+}
+
+/// What a GPU's kernels keep, by their twins, which are given the same tensors.
+#[cfg(cuda_twin)]
+#[test]
+fn what_is_counted_of_a_gpu_is_what_its_kernels_take() {
+    for recomputes in [false, true] {
+        check_at("tiny", Precision::Fp32, recomputes, 0.10, Place::Gpu);
+    }
+    check_at("mbf", Precision::Fp32, false, 0.15, Place::Gpu);
 }
 
 #[test]

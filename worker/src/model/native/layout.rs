@@ -1,8 +1,8 @@
 //! Weights in the layout of activations. Unsafe, because it passes tensors across the C interface.
 #![allow(unsafe_code)]
 
-use super::REASON;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use super::made;
+use std::ffi::{c_char, c_int, c_void};
 use tch::{Kind, Tensor};
 
 unsafe extern "C" {
@@ -27,23 +27,10 @@ pub fn channels_last(weight: &Tensor, kind: Kind) -> Tensor {
         Kind::BFloat16 => 15,
         other => panic!("weights: nothing is multiplied in {other:?}"),
     };
-    let mut reason = [0u8; REASON];
-    // SAFETY: the pointer is to a tensor that outlives the call, the buffer is as long as we say, and C++ exceptions end
-    // inside. What comes back is a new tensor that nobody else owns, or null.
-    let y = unsafe {
-        arcface_channels_last(
-            weight.as_ptr().cast(),
-            number,
-            reason.as_mut_ptr().cast(),
-            reason.len(),
-        )
-    };
-    if y.is_null() {
-        let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
-        panic!("weights: {}", reason.to_string_lossy());
-    }
-    // SAFETY: see above.
-    unsafe { Tensor::from_ptr(y.cast()) }
+    // SAFETY: the pointer is to a tensor that outlives the call.
+    made("weights", |error, length| unsafe {
+        arcface_channels_last(weight.as_ptr().cast(), number, error, length)
+    })
 }
 
 #[cfg(test)]

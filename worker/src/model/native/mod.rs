@@ -34,23 +34,26 @@ pub fn prelu(x: &Tensor, slope: &Tensor) -> Tensor {
     if x.device() != Device::Cpu || !matches!(kind, Kind::Float | Kind::BFloat16) {
         return x.prelu(&slope.to_kind(kind));
     }
+    // SAFETY: both pointers are to tensors that outlive the call.
+    made("prelu", |error, length| unsafe {
+        arcface_prelu(x.as_ptr().cast(), slope.as_ptr().cast(), error, length)
+    })
+}
+
+/// The new tensor that a function of C++'s gives, which writes its reason to a buffer of so many bytes and gives null where it
+/// fails, and lets no exception out.
+///
+/// # Panics
+/// With `what` and the reason, where it fails.
+pub(super) fn made(what: &str, call: impl FnOnce(*mut c_char, usize) -> *mut c_void) -> Tensor {
     let mut reason = [0u8; REASON];
-    // SAFETY: both pointers are to tensors that outlive the call, the buffer is as long as we say, and C++ exceptions
-    // end inside. What comes back is a new tensor that nobody else owns, or null.
-    let y = unsafe {
-        arcface_prelu(
-            x.as_ptr().cast(),
-            slope.as_ptr().cast(),
-            reason.as_mut_ptr().cast(),
-            reason.len(),
-        )
-    };
-    if y.is_null() {
+    let tensor = call(reason.as_mut_ptr().cast(), reason.len());
+    if tensor.is_null() {
         let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
-        panic!("prelu: {}", reason.to_string_lossy());
+        panic!("{what}: {}", reason.to_string_lossy());
     }
-    // SAFETY: see above.
-    unsafe { Tensor::from_ptr(y.cast()) }
+    // SAFETY: a new tensor that nobody else owns.
+    unsafe { Tensor::from_ptr(tensor.cast()) }
 }
 
 #[cfg(test)]

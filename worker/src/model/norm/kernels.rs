@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 
 use crate::kernels::{
     Kernels, Started,
-    launch::{BLOCK, Element, Shape},
+    launch::{BLOCK, Element, GROUP, Shape},
 };
 use Element::{Bf16, F32};
 
@@ -22,7 +22,7 @@ use Element::{Bf16, F32};
 const MOST_CHUNKS: i64 = 512;
 /// Rows that a thread reads of a chunk, at least.
 const ROWS_OF_THREAD: i64 = 8;
-/// Channels of a block that adds the chunks' sums.
+/// Channels of a block that adds the chunks' sums (norm.cu).
 const SIDE_BY_SIDE: i64 = 8;
 /// Blocks that walk through all rows: at most, and at least where there are as many.
 const WALKING_BLOCKS: (i64, i64) = (2048, 264);
@@ -184,17 +184,14 @@ impl Cut {
     fn of(x: &Tensor) -> Self {
         let channels = x.size()[1];
         let rows = x.numel() as i64 / channels;
-        let at_once = (i64::from(BLOCK) * super::GROUP / channels).max(1);
+        let at_once = (i64::from(BLOCK) * GROUP / channels).max(1);
         let passes = (rows + at_once - 1) / at_once;
         let (most, least) = WALKING_BLOCKS;
         Self {
             rows,
             channels,
             chunks: (passes / ROWS_OF_THREAD).clamp(1, MOST_CHUNKS),
-            element: match x.kind() {
-                Kind::BFloat16 => Bf16,
-                _ => F32,
-            },
+            element: Element::of_float(x.kind()),
             // What a thread reads before its first row should not be much of what it reads.
             walk: Shape::blocks((passes / ROWS_OF_THREAD).clamp(passes.min(least), most)),
         }

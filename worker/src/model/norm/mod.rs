@@ -1,6 +1,5 @@
 //! Batch norm on a GPU, with the rectifier or the sum that follows it in the same pass over memory (`norm.cu`), as one function
-//! of autograd's (`autograd.cpp`). libtorch reads and writes what lies between them, and keeps it for the way back: in an
-//! IResNet's training step that is a third of all memory traffic outside of convolutions.
+//! of autograd's (`autograd.cpp`). libtorch reads and writes what lies between them, and keeps it for the way back.
 //!
 //! For activations `[N, C, H, W]` with channels innermost, in f32 and bf16, whose statistics are the batch's. Everything else
 //! is libtorch's (`layers.rs`). In bf16 what lies between norm and rectifier is not rounded, which libtorch's is.
@@ -12,11 +11,15 @@ mod kernels;
 #[cfg(all(test, cuda_twin))]
 mod tests;
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{c_char, c_void};
 
 use tch::{Kind, Tensor};
 
-use crate::kernels::{COMMON, File, Kernels, Set};
+use super::native::made;
+use crate::kernels::{
+    COMMON, File, Kernels, Set,
+    launch::{BLOCK, GROUP},
+};
 
 /// The kernels.
 pub const KERNELS: Set = Set {
@@ -39,13 +42,6 @@ pub const KERNELS: Set = Set {
         ],
     }],
 };
-
-/// Channels of a group, which one thread reads at once.
-const GROUP: i64 = 8;
-/// Most groups of a row: a block's threads.
-const MOST_GROUPS: i64 = 256;
-/// Longest reason of a failure, in bytes.
-const REASON: usize = 1024;
 
 /// A batch norm's numbers: all `[C]` f32.
 pub struct Norm<'a> {
@@ -76,7 +72,9 @@ pub enum Then<'a> {
 pub fn takes_form(size: &[i64], kind: Kind) -> bool {
     let &[_, channels, ..] = size else { return false };
     let groups = channels / GROUP;
-    let fits = channels % GROUP == 0 && groups > 0 && groups <= MOST_GROUPS && groups & (groups - 1) == 0;
+    // A block's threads lie along a row.
+    let fits =
+        channels % GROUP == 0 && groups > 0 && groups <= i64::from(BLOCK) && groups & (groups - 1) == 0;
     size.len() == 4 && fits && matches!(kind, Kind::Float | Kind::BFloat16) && !size.contains(&0)
 }
 
@@ -118,23 +116,15 @@ pub fn batch_norm(kernels: &Kernels, x: &Tensor, norm: &Norm<'_>, then: Then<'_>
         variance,
     ];
     let tensors = tensors.map(|tensor| tensor.map_or(std::ptr::null(), |tensor| tensor.as_ptr().cast()));
-    let mut reason = [0u8; REASON];
-    // SAFETY: all pointers but null are to tensors that outlive the call, the buffer is as long as we say, and C++
-    // exceptions end inside. The handle goes to C++. What comes back is a new tensor that nobody else owns, or null.
-    let y = unsafe {
+    // SAFETY: all pointers but null are to tensors that outlive the call. The handle goes to C++.
+    made("batch norm", |error, length| unsafe {
         arcface_norm(
             kernels::handle(kernels),
             tensors.as_ptr(),
             norm.eps,
             norm.momentum,
-            reason.as_mut_ptr().cast(),
-            reason.len(),
+            error,
+            length,
         )
-    };
-    if y.is_null() {
-        let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
-        panic!("batch norm: {}", reason.to_string_lossy());
-    }
-    // SAFETY: see above.
-    unsafe { Tensor::from_ptr(y.cast()) }
+    })
 }

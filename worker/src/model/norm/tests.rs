@@ -20,6 +20,16 @@ fn twins(block: u32) -> Kernels {
     Kernels::new(Arc::new(TwinLauncher::new(block)), Device::Cpu)
 }
 
+fn norm<'a>(weight: &'a Tensor, bias: &'a Tensor, running: Option<(&'a Tensor, &'a Tensor)>) -> Norm<'a> {
+    Norm {
+        weight,
+        bias,
+        running,
+        momentum: MOMENTUM,
+        eps: EPS,
+    }
+}
+
 /// What goes in, in f32; activations as `kind` has them.
 struct Case {
     x: Tensor,
@@ -72,13 +82,7 @@ impl Case {
                 Behind::PRelu => Then::PRelu(last),
                 Behind::Add => Then::Add(last),
             };
-            let norm = Norm {
-                weight,
-                bias,
-                running: Some((mean, var)),
-                momentum: MOMENTUM,
-                eps: EPS,
-            };
+            let norm = norm(weight, bias, Some((mean, var)));
             assert!(takes_form(&x.size(), x.kind()) && is_laid_out(x));
             batch_norm(kernels, x, &norm, then)
         })
@@ -175,6 +179,7 @@ fn large_ones() {
     for (size, block) in [([2, 16, 50, 40], 32), ([1, 512, 6, 5], 32)] {
         for behind in ALL {
             compare(&Case::new(size, Kind::Float, 5), block, behind, 1e-5);
+            compare(&Case::new(size, Kind::BFloat16, 5), block, behind, 6e-3);
         }
     }
 }
@@ -190,13 +195,7 @@ fn what_lies_far_from_zero_keeps_its_variance() {
 #[test]
 fn statistics_stay_where_they_are_wanted_to_and_nothing_is_kept_without_autograd() {
     let case = Case::new([2, 8, 3, 3], Kind::Float, 5);
-    let norm = Norm {
-        weight: &case.weight,
-        bias: &case.bias,
-        running: None,
-        momentum: MOMENTUM,
-        eps: EPS,
-    };
+    let norm = norm(&case.weight, &case.bias, None);
     let y = batch_norm(&twins(8), &case.x, &norm, Then::Nothing);
     let nobody = None::<&Tensor>;
     let weight = Some(&case.weight);
@@ -286,13 +285,7 @@ fn other_forms_are_left_to_libtorch() {
 #[should_panic(expected = "batch norm: kernel norm_apply_f32: argument 6")]
 fn a_shortcut_of_another_form_is_refused() {
     let case = Case::new([2, 8, 3, 3], Kind::Float, 5);
-    let norm = Norm {
-        weight: &case.weight,
-        bias: &case.bias,
-        running: None,
-        momentum: MOMENTUM,
-        eps: EPS,
-    };
+    let norm = norm(&case.weight, &case.bias, None);
     let other = case.shortcut.narrow(0, 0, 1);
     let _ = batch_norm(&twins(8), &case.x, &norm, Then::Add(&other));
 }

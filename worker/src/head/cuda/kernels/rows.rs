@@ -6,7 +6,7 @@ use crate::{
     kernels::{
         Call, Kernels, Started,
         launch::{
-            Element::{Bf16, F32, F64, I64, U8, U32},
+            Element::{self, Bf16, F32, F64, I64, U8, U32},
             Shape,
         },
     },
@@ -220,10 +220,7 @@ impl Kernels {
 
 impl Call<'_> {
     fn rows(self, rows: &RowsGradient<'_>, count: i64, dim: i64) -> Self {
-        let element = match rows.gradient.kind() {
-            Kind::BFloat16 => Bf16,
-            _ => F32,
-        };
+        let element = Element::of_float(rows.gradient.kind());
         self.reads(element, rows.gradient, count * dim)
             .reads(F32, rows.inverse, count)
             .maybe_reads(U32, rows.chosen, count)
