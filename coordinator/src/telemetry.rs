@@ -243,7 +243,10 @@ metrics! {
         "The most bytes of GPU memory that the tensors of a rank have taken at once; 0 between generations.";
     DATA_SAMPLES_TOTAL =
         "arcface_data_samples_total", MetricKind::Counter, ["job_id", "rank"],
-        "Images that a rank has read and decoded, some of them ahead of training.";
+        "Images that a rank has loaded, some of them ahead of training.";
+    DATA_CACHED_SAMPLES_TOTAL =
+        "arcface_data_cached_samples_total", MetricKind::Counter, ["job_id", "rank"],
+        "Of these, images that data.cache had: they were not read and decoded again.";
     DATA_BYTES_TOTAL =
         "arcface_data_bytes_total", MetricKind::Counter, ["job_id", "rank"],
         "Bytes of the images that a rank has read, as they lie in the data set.";

@@ -404,8 +404,10 @@ def data():
             (f"histogram_quantile(0.5, sum by (job_id, le) (rate(arcface_data_decode_seconds_bucket{{{SOME}}}[5m])))", "{{job_id}}: p50"),
             (f"histogram_quantile(0.95, sum by (job_id, le) (rate(arcface_data_decode_seconds_bucket{{{SOME}}}[5m])))", "{{job_id}}: p95"),
         ], "s", links=["data_wait"]),
-        graph("Images read", "A second, all ranks; they are read ahead of training.",
-              [(f"sum by (job_id) (rate(arcface_data_samples_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}")], size=(8, 7)),
+        graph("Images loaded", "A second, all ranks, ahead of training; and those of them that data.cache had.", [
+            (f"sum by (job_id) (rate(arcface_data_samples_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}"),
+            (f"sum by (job_id) (rate(arcface_data_cached_samples_total{{{SOME}}}[$__rate_interval])) > 0", "{{job_id}}: cached"),
+        ], size=(8, 7)),
         graph("Bytes read", "A second, all ranks, as images lie in the data set.",
               [(f"sum by (job_id) (rate(arcface_data_bytes_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}")], "Bps", size=(8, 7)),
         graph("Records that cannot be read", "In each interval.",

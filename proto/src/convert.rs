@@ -5,6 +5,7 @@ mod eval;
 mod loss;
 
 use crate::location::StoreUrl;
+use crate::memory::size;
 use crate::spec::{
     CHECKPOINTED_NETWORKS, CheckpointSpec, Choice, DataSpec, HeadInit, HeadSpec, JobSpec, ModelSpec,
     NETWORKS, TrainSpec,
@@ -80,7 +81,18 @@ impl Checker {
             default
         })
     }
+
+    /// An amount of memory; none if it is left out or 0.
+    fn size(&mut self, path: &str, value: &Option<String>) -> Option<u64> {
+        let text = value.as_deref().filter(|text| *text != NO_MEMORY)?;
+        size::parse(text)
+            .map_err(|problem| self.fail(path, problem, format!("\"{NO_MEMORY}\" is none")))
+            .ok()
+    }
 }
+
+/// How an amount of memory that is none is written.
+const NO_MEMORY: &str = "0";
 
 /// Validates a job and fills in its defaults.
 ///
@@ -392,6 +404,7 @@ fn data_spec(c: &mut Checker, data: v1::DataSection, head: &HeadSpec) -> DataSpe
         num_image: data.num_image,
         num_workers,
         augment: c.choice("data.augment", &data.augment, crate::spec::Augment::Flip),
+        cache: c.size("data.cache", &data.cache),
     }
 }
 
@@ -447,6 +460,11 @@ fn train_spec(c: &mut Checker, train: v1::TrainSection) -> TrainSpec {
             crate::spec::OnNonfinite::Stop,
         ),
         tensorboard: train.tensorboard.unwrap_or(true),
+        gradient_compression: c.choice(
+            "train.gradient_compression",
+            &train.gradient_compression,
+            crate::spec::GradientCompression::Off,
+        ),
     }
 }
 
@@ -491,6 +509,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             num_image: spec.data.num_image,
             num_workers: Some(spec.data.num_workers),
             augment: Some(spec.data.augment.as_str().into()),
+            cache: Some(spec.data.cache.map_or_else(|| NO_MEMORY.into(), size::exact)),
         }),
         train: Some(v1::TrainSection {
             batch_size: Some(spec.train.batch_size),
@@ -508,6 +527,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             accumulation: Some(spec.train.accumulation.as_str().into()),
             on_nonfinite: Some(spec.train.on_nonfinite.as_str().into()),
             tensorboard: Some(spec.train.tensorboard),
+            gradient_compression: Some(spec.train.gradient_compression.as_str().into()),
         }),
         eval: Some(eval::to_wire(&spec.eval)),
         checkpoint: Some(v1::CheckpointSection {
@@ -563,6 +583,32 @@ mod tests {
             violations[0].to_string(),
             "checkpoint.location: scheme \"ftp\" is not one of file, s3, gs, az"
         );
+    }
+
+    #[test]
+    fn a_cache_survives_the_wire_and_a_bad_one_is_named() {
+        let with = |cache: &str| {
+            let mut wire = smallest();
+            wire.data.get_or_insert_default().cache = Some(cache.into());
+            job_spec(&wire)
+        };
+        for (cache, bytes) in [("4GiB", Some(4 << 30)), ("1.0000001kB", Some(1000)), ("0", None)] {
+            let spec = with(cache).expect(cache);
+            assert_eq!(spec.data.cache, bytes, "{cache}");
+            assert_eq!(job_spec(&job_spec_to_wire(&spec)), Ok(spec), "{cache}");
+        }
+        for (cache, problem) in [
+            ("", "\"\" is not a size; as in 80GiB"),
+            ("4", "\"4\" has no unit; 4GiB or 4GB"),
+            ("-1GiB", "\"-1GiB\" is not a size; as in 80GiB"),
+            (
+                "4 apples",
+                "\"apples\" is not a unit; MiB, GiB, TiB, MB, GB or TB",
+            ),
+        ] {
+            let violations = with(cache).expect_err(cache);
+            assert_eq!(violations[0].to_string(), format!("data.cache: {problem}"));
+        }
     }
 
     #[test]

@@ -136,6 +136,8 @@ pub struct DataSpec {
     pub num_workers: u32,
     /// Random changes of the images.
     pub augment: Augment,
+    /// Bytes in which a rank keeps decoded images; `None` is no cache.
+    pub cache: Option<u64>,
 }
 
 /// `[train]`
@@ -171,6 +173,8 @@ pub struct TrainSpec {
     pub on_nonfinite: OnNonfinite,
     /// Event files for TensorBoard are written.
     pub tensorboard: bool,
+    /// What the backbone's gradients are sent as.
+    pub gradient_compression: GradientCompression,
 }
 
 /// `[eval]`
@@ -341,6 +345,17 @@ choice! {
         Mean = "mean",
         /// Added, as the reference does.
         Sum = "sum",
+    }
+}
+choice! {
+    /// What the backbone's gradients are sent as between ranks.
+    GradientCompression {
+        /// As they are, in fp32.
+        Off = "none",
+        /// bfloat16: the range of fp32, 8 bits of precision.
+        Bf16 = "bf16",
+        /// float16: 11 bits of precision, up to 65504.
+        Fp16 = "fp16",
     }
 }
 choice! {

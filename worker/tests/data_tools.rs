@@ -46,6 +46,7 @@ fn spec(rec: &Path, num_image: Option<u64>) -> DataSpec {
         num_image,
         num_workers: 1,
         augment: Augment::Flip,
+        cache: None,
     }
 }
 
@@ -78,6 +79,7 @@ fn drawn_identities_are_written_read_and_loaded() {
         seed: 1,
         prefetch: 2,
         form: Form::Planes,
+        cache: None,
     };
     let mut labels: Vec<i64> = Loader::new(dataset, plan, options)
         .flat_map(|batch| Vec::<i64>::try_from(&batch.unwrap().labels).unwrap())

@@ -51,6 +51,11 @@ impl Figures {
         }
         for (name, before, now) in [
             (t::DATA_SAMPLES_TOTAL, before.samples, now.samples),
+            (
+                t::DATA_CACHED_SAMPLES_TOTAL,
+                before.cached_samples,
+                now.cached_samples,
+            ),
             (t::DATA_BYTES_TOTAL, before.sample_bytes, now.sample_bytes),
             (t::DATA_ERRORS_TOTAL, before.data_errors, now.data_errors),
         ] {

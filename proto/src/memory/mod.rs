@@ -67,6 +67,8 @@ pub struct Job {
     pub world_size: u64,
     /// Verification runs beside training.
     pub evaluates: bool,
+    /// Bytes in which decoded images are kept.
+    pub cache: u64,
 }
 
 impl Job {
@@ -95,6 +97,7 @@ impl Job {
             batch_size: spec.train.batch_size.into(),
             world_size: world_size.max(1).into(),
             evaluates: verifies && eval.background,
+            cache: spec.data.cache.unwrap_or(0),
         })
     }
 
@@ -217,6 +220,8 @@ pub enum Part {
     Images,
     /// Batches that wait.
     Ahead,
+    /// Images that were decoded before.
+    Cache,
     /// Class weights.
     HeadWeights,
     /// What their optimizer keeps.
@@ -251,6 +256,7 @@ impl Part {
             Self::Activations => "activations",
             Self::Images => "images",
             Self::Ahead => "images ahead",
+            Self::Cache => "image cache",
             Self::HeadWeights => "head weights",
             Self::HeadOptimizer => "head optimizer",
             Self::HeadGradient => "head gradient",

@@ -122,6 +122,7 @@ fn inputs(job: &Job, device: Device) -> Vec<Line> {
                 product([AHEAD, batch]),
                 format!("{AHEAD} batches that wait decoded"),
             ),
+            Line::new(Part::Cache, job.cache, "data.cache, once it is full"),
         ],
         Device::Cuda => vec![Line::assumed(
             Part::Images,

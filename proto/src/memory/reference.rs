@@ -217,6 +217,7 @@ mod tests {
                 batch_size: 128,
                 world_size: 1,
                 evaluates: false,
+                cache: 0,
             };
             let full = product([job.shard(), 512, F32]);
             // Its steps: forward and backward, or the update with the gradient and what weight decay makes of it.

@@ -1,7 +1,8 @@
 //! Sizes as people type them: `80GiB`, `32GB`, `512MiB`. A number without a unit is refused, because nobody can tell which
 //! was meant.
 
-const UNITS: [(&str, u64); 8] = [
+const UNITS: [(&str, u64); 9] = [
+    ("B", 1),
     ("KiB", 1 << 10),
     ("MiB", 1 << 20),
     ("GiB", 1 << 30),
@@ -36,6 +37,15 @@ pub fn parse(text: &str) -> Result<u64, String> {
     match bytes >= 1.0 && bytes < u64::MAX as f64 {
         true => Ok(bytes as u64),
         false => Err(format!("{text:?} is no amount of memory; as in 80GiB")),
+    }
+}
+
+/// The size that [`parse`] reads as so many bytes, in the largest unit that leaves no rest. Above 2^53 bytes a rest is lost.
+pub fn exact(bytes: u64) -> String {
+    let fits = UNITS.iter().filter(|(_, factor)| bytes.is_multiple_of(*factor));
+    match fits.max_by_key(|(_, factor)| factor) {
+        Some((unit, factor)) => format!("{}{unit}", bytes / factor),
+        None => format!("{bytes}B"),
     }
 }
 
@@ -74,6 +84,19 @@ mod tests {
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.contains(about), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_written_as_they_are_read() {
+        for (bytes, text) in [
+            (4u64 << 30, "4GiB"),
+            (3 << 29, "1536MiB"),
+            (4_000_000_000, "4GB"),
+            (37_633, "37633B"),
+        ] {
+            assert_eq!(exact(bytes), text);
+            assert_eq!(parse(text), Ok(bytes));
         }
     }
 

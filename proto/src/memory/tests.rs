@@ -104,6 +104,25 @@ fn a_line_says_what_it_is_made_of() {
     assert!(assumed.contains(&Part::Runtime) && !assumed.contains(&Part::Activations));
 }
 
+/// It is the process' memory, not a GPU's, and ours alone.
+#[test]
+fn decoded_images_that_are_kept_are_counted_on_a_cpu() {
+    let mut with = spec("r18", 32, "fp32", 1.0);
+    with.data.cache = Some(3 << 30);
+    let without = spec("r18", 32, "fp32", 1.0);
+    let total = |spec: &JobSpec, account: fn(&Job, Device) -> Account, device| {
+        account(&Job::of(spec, 1000, 8).expect("known"), device).total()
+    };
+    for (account, device, more) in [
+        (ours as fn(&Job, Device) -> Account, Device::Cpu, 3 << 30),
+        (ours, Device::Cuda, 0),
+        (reference, Device::Cpu, 0),
+    ] {
+        let (with, without) = (total(&with, account, device), total(&without, account, device));
+        assert_eq!(with - without, more, "{device:?}");
+    }
+}
+
 #[test]
 fn a_lazy_head_keeps_its_weights_and_momentum() {
     let at = |rate| Job::of(&spec("r50", 128, "fp32", rate), 1_000_000, 8).expect("known");

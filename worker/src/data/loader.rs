@@ -21,7 +21,7 @@ use tch::{Kind, Tensor};
 use crate::{device, slices, timings::Timings};
 
 use super::{
-    DataError, Dataset, MicroBatch,
+    DataError, Dataset, ImageCache, MicroBatch,
     augment::{change, flips, mirror, normalise},
     decode::{PIXEL_BYTES, Pixels, SIDE},
     read_counted,
@@ -40,6 +40,8 @@ pub struct LoaderOptions {
     pub prefetch: usize,
     /// What becomes of the images.
     pub form: Form,
+    /// Where decoded images are kept.
+    pub cache: Option<Arc<ImageCache>>,
 }
 
 /// The form of a batch's images.
@@ -86,6 +88,7 @@ struct Shared {
 
 /// What the threads count, by image.
 struct Counts {
+    cached: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
     decode: Timings,
@@ -94,9 +97,11 @@ struct Counts {
 /// What a loader has done so far.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Loaded {
-    /// Images read and decoded.
+    /// Images.
     pub samples: u64,
-    /// Their bytes as they lie in the data set; pixels that were drawn count as they are.
+    /// Of these, images that the cache had: all others were read and decoded.
+    pub cached: u64,
+    /// Bytes of those, as they lie in the data set; pixels that were drawn count as they are.
     pub bytes: u64,
     /// Records that could not be read.
     pub errors: u64,
@@ -137,6 +142,7 @@ impl Loader {
             dataset,
             options,
             counts: Counts {
+                cached: AtomicU64::new(0),
                 bytes: AtomicU64::new(0),
                 errors: AtomicU64::new(0),
                 decode: Timings::new(DECODE_SECONDS),
@@ -164,8 +170,10 @@ impl Loader {
     pub fn loaded(&self) -> Loaded {
         let counts = &self.shared.counts;
         let decode = counts.decode.read();
+        let cached = counts.cached.load(Ordering::Relaxed);
         Loaded {
-            samples: decode.0.iter().sum(),
+            samples: decode.0.iter().sum::<u64>() + cached,
+            cached,
             bytes: counts.bytes.load(Ordering::Relaxed),
             errors: counts.errors.load(Ordering::Relaxed),
             ready: self.shared.lock().shelf.len(),
@@ -249,6 +257,25 @@ impl Shared {
         }
     }
 
+    /// The label of an image, and its pixels before any change: from the cache, or read and decoded.
+    fn read(&self, index: u64, pixels: &mut Pixels) -> Result<u32, DataError> {
+        let cache = self.options.cache.as_deref();
+        if let Some(label) = cache.and_then(|cache| cache.get(index, pixels)) {
+            self.counts.cached.fetch_add(1, Ordering::Relaxed);
+            return Ok(label);
+        }
+        let begin = Instant::now();
+        let (label, bytes) = read_counted(self.dataset.as_ref(), index, pixels).inspect_err(|_| {
+            self.counts.errors.fetch_add(1, Ordering::Relaxed);
+        })?;
+        self.counts.decode.add(begin.elapsed());
+        self.counts.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        if let Some(cache) = cache {
+            cache.keep(index, label, pixels);
+        }
+        Ok(label)
+    }
+
     fn put(&self, number: u64, item: Result<Batch, DataError>) {
         self.lock().shelf.insert(number, item);
         self.filled.notify_all();
@@ -304,12 +331,7 @@ fn work(shared: &Shared) {
 
 /// Loads one micro-batch; `None` when the loader is being dropped.
 fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> {
-    let Shared {
-        dataset,
-        options,
-        counts,
-        ..
-    } = shared;
+    let options = &shared.options;
     let rows = micro.indices.len();
     let mut pixels = [0u8; PIXEL_BYTES];
     let mut images = Images::new(options.form, rows);
@@ -318,17 +340,9 @@ fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> 
         if shared.stopped() {
             return None;
         }
-        let begin = Instant::now();
-        match read_counted(dataset.as_ref(), index, &mut pixels) {
-            Ok((label, bytes)) => {
-                counts.decode.add(begin.elapsed());
-                counts.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-                labels.push(i64::from(label));
-            }
-            Err(error) => {
-                counts.errors.fetch_add(1, Ordering::Relaxed);
-                return Some(Err(error));
-            }
+        match shared.read(index, &mut pixels) {
+            Ok(label) => labels.push(i64::from(label)),
+            Err(error) => return Some(Err(error)),
         }
         change(options.augment, options.seed, micro.epoch, index, &mut pixels);
         let flip = flips(options.augment, options.seed, micro.epoch, index);
@@ -440,6 +454,7 @@ mod tests {
             seed: 3,
             prefetch,
             form: Form::Planes,
+            cache: None,
         };
         Loader::new(Arc::new(dataset), epochs.plan(0, 1, 4, 0..steps), options)
     }
@@ -513,6 +528,43 @@ mod tests {
         assert_eq!(died, Some(items.len() - 1), "the last thing that is delivered");
     }
 
+    /// The second epoch is as it would be without a cache, and nothing is read for it that the cache has.
+    #[test]
+    fn what_the_cache_has_is_not_read_again() {
+        let epochs = Epochs::new(12, 6, 3).unwrap();
+        let load = |dataset: Numbers, cache: Option<Arc<ImageCache>>, steps| {
+            let options = LoaderOptions {
+                threads: 2,
+                augment: Augment::Dali,
+                seed: 3,
+                prefetch: 2,
+                form: Form::Pixels,
+                cache,
+            };
+            let mut loader = Loader::new(Arc::new(dataset), epochs.plan(0, 1, 6, steps), options);
+            let batches: Vec<_> = loader.by_ref().map(Result::unwrap).collect();
+            (batches, loader.loaded())
+        };
+        let cache = Arc::new(ImageCache::new(1 << 20));
+        let (_, first) = load(numbers(12), Some(cache.clone()), 0..2);
+        assert_eq!(
+            (first.samples, first.cached, first.bytes),
+            (12, 0, 12 * PIXEL_BYTES as u64)
+        );
+        let unreadable = Numbers {
+            panics: Some(5),
+            ..numbers(12)
+        };
+        let (batches, second) = load(unreadable, Some(cache), 2..4);
+        assert_eq!((second.samples, second.cached, second.bytes), (12, 12, 0));
+        let (without, _) = load(numbers(12), None, 2..4);
+        for (batch, without) in batches.iter().zip(&without) {
+            assert_eq!(batch.images, without.images);
+            assert_eq!(batch.labels, without.labels);
+        }
+        assert_eq!((batches.len(), without.len()), (2, 2));
+    }
+
     #[test]
     fn dropping_stops_an_endless_plan() {
         let mut endless = loader(numbers(1000), 4, 8, u64::MAX);
@@ -537,6 +589,7 @@ mod tests {
             seed: 0,
             prefetch: 1,
             form: Form::Planes,
+            cache: None,
         };
         let mut loader = Loader::new(Arc::new(numbers(1)), std::iter::once(micro), options);
         let batch = loader.next().unwrap().unwrap();

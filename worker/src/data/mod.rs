@@ -4,6 +4,7 @@
 pub mod align;
 pub mod augment;
 pub mod bin_write;
+mod cache;
 pub mod choose;
 pub mod decode;
 pub mod duplicates;
@@ -36,6 +37,7 @@ use std::{
 use arcface_proto::spec::DataSpec;
 
 pub use self::{
+    cache::ImageCache,
     decode::{OtherSize, Pixels},
     error::DataError,
     loader::{Batch, Form, Loaded, Loader, LoaderOptions},

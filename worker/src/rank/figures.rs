@@ -117,6 +117,7 @@ pub fn to_wire(counted: Counted<'_>) -> RankFigures {
         samples: counted.loaded.samples,
         sample_bytes: counted.loaded.bytes,
         data_errors: counted.loaded.errors,
+        cached_samples: counted.loaded.cached,
         queue_depth: u32::try_from(counted.loaded.ready).unwrap_or(u32::MAX),
         decode: times(counted.loaded.decode),
         collectives: collectives.collect(),

@@ -4,6 +4,7 @@
 use super::failure::RankFailure;
 use super::step::Says;
 use crate::collective::Collective;
+use arcface_proto::spec::GradientCompression;
 use tch::{Device, Kind, Tensor};
 
 /// Bytes of a bucket, at least: enough to fill a network, few enough that the last one, for which nothing is left to compute,
@@ -48,6 +49,8 @@ impl Buckets {
 /// The sum at the end of a window.
 pub struct GradientSum {
     buckets: Buckets,
+    /// What travels instead of f32.
+    compressed: Option<Kind>,
     /// Flat, by bucket, of those that were begun.
     begun: Vec<Tensor>,
 }
@@ -63,10 +66,15 @@ pub struct Summed {
 }
 
 impl GradientSum {
-    /// Of gradients that go in these buckets.
-    pub fn new(buckets: Buckets) -> Self {
+    /// Of gradients that go in these buckets, and as these numbers.
+    pub fn new(buckets: Buckets, compression: GradientCompression) -> Self {
         Self {
             buckets,
+            compressed: match compression {
+                GradientCompression::Off => None,
+                GradientCompression::Bf16 => Some(Kind::BFloat16),
+                GradientCompression::Fp16 => Some(Kind::Half),
+            },
             begun: Vec::new(),
         }
     }
@@ -109,7 +117,7 @@ impl GradientSum {
             if bucket.part < part || is_last {
                 break;
             }
-            let mut flat = flat(params, bucket);
+            let mut flat = self.packed(flat(params, bucket), comm.world_size());
             comm.begin_sum(&mut flat)?;
             self.begun.push(flat);
         }
@@ -127,13 +135,21 @@ impl GradientSum {
         says: Says,
         scale: f64,
     ) -> Result<Summed, RankFailure> {
-        let divisor = f64::from(comm.world_size()) * scale;
+        let world_size = comm.world_size();
+        let divisor = match self.is_packed(world_size) {
+            true => scale,
+            false => f64::from(world_size) * scale,
+        };
         self.begin(0, params, comm)?;
         let _no_grad = tch::no_grad_guard();
         let own = self.buckets.0.last().map(|bucket| flat(params, bucket));
         let own = own.unwrap_or_else(|| Tensor::zeros([0], (Kind::Float, Device::Cpu)));
+        let own = self.packed(own, world_size);
         let (elements, said) = (own.numel() as i64, says.to_elements());
-        let said = Tensor::from_slice(&said).to_device(own.device());
+        // Ones and zeros: a sum of a few thousand in any kind is 0 only if all are.
+        let said = Tensor::from_slice(&said)
+            .to_device(own.device())
+            .to_kind(own.kind());
         let mut last = Tensor::cat(&[own, said], 0);
         comm.begin_sum(&mut last)?;
         comm.finish_sums()?;
@@ -143,6 +159,7 @@ impl GradientSum {
             .to_device(Device::Cpu);
         let mut flats = std::mem::take(&mut self.begun);
         flats.push(last.narrow(0, 0, elements));
+        let mut flats: Vec<Tensor> = flats.iter().map(|flat| flat.to_kind(Kind::Float)).collect();
         let mut grads: Vec<Option<Tensor>> = params.iter().map(|_| None).collect();
         for (bucket, flat) in self.buckets.0.iter().zip(&mut flats) {
             if divisor != 1.0 {
@@ -161,6 +178,24 @@ impl GradientSum {
             flats,
             said: Says::from_elements(|which| heard.double_value(&[which])),
         })
+    }
+}
+
+/// What travels, if it is not what the ranks have: rounded, and divided by the number of ranks before, so that a sum is no larger than
+/// what it is of. Alone, nobody is sent anything.
+impl GradientSum {
+    fn is_packed(&self, world_size: u32) -> bool {
+        world_size > 1 && self.compressed.is_some()
+    }
+
+    fn packed(&self, mut flat: Tensor, world_size: u32) -> Tensor {
+        match self.compressed.filter(|_| world_size > 1) {
+            Some(kind) => {
+                flat /= f64::from(world_size);
+                flat.to_kind(kind)
+            }
+            None => flat,
+        }
     }
 }
 
@@ -208,9 +243,21 @@ mod tests {
         }
     }
 
-    /// Of three ranks, with and without a part that a rank has no gradient of, whatever was begun before the end.
+    /// Of three ranks, with and without a part that a rank has no gradient of, whatever was begun before the end, and whatever
+    /// numbers it travels as.
     #[test]
     fn the_sum_is_the_mean_of_all_ranks_however_it_is_begun() {
+        for (compression, tolerance) in [
+            (GradientCompression::Off, 1e-7),
+            // Rounded by each rank and by each of the two sums, to 8 and 11 bits.
+            (GradientCompression::Bf16, 3.0 / 256.0),
+            (GradientCompression::Fp16, 3.0 / 2048.0),
+        ] {
+            the_sum_is_the_mean(compression, tolerance);
+        }
+    }
+
+    fn the_sum_is_the_mean(compression: GradientCompression, tolerance: f64) {
         let sizes = [3_000_000usize, 5, 2_500_000, 1, 70];
         let parts = [0, 1, 2, 2, 3];
         let buckets = Buckets::new(&sizes, &parts);
@@ -236,7 +283,7 @@ mod tests {
                                 (param * (rank + 10.0 * index as f64)).sum(Kind::Float).backward();
                             }
                         }
-                        let mut sum = GradientSum::new(buckets.clone());
+                        let mut sum = GradientSum::new(buckets.clone(), compression);
                         if eager {
                             for part in [3, 2, 1, 0] {
                                 sum.finished(part, &params, comm.as_mut()).expect("begun");
@@ -256,10 +303,12 @@ mod tests {
                             };
                             let expected = total / 3.0 / 4.0;
                             let (least, most) = (grad.min().double_value(&[]), grad.max().double_value(&[]));
+                            let off = (least - expected).abs().max((most - expected).abs());
                             assert!(
-                                (least - expected).abs() < 1e-5 && (most - expected).abs() < 1e-5,
-                                "{index}"
+                                off <= tolerance * expected,
+                                "{compression:?} {index}: {off} of {expected}"
                             );
+                            assert_eq!(grad.kind(), Kind::Float);
                         }
                         let expected = Says {
                             busy: true,

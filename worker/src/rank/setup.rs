@@ -10,7 +10,7 @@ use super::nonfinite::{Guard, Samples};
 use super::phases::Phases;
 use super::step::{StepSettings, Trainer, Window};
 use crate::collective::Collective;
-use crate::data::{self, Dataset, Epochs};
+use crate::data::{self, Dataset, Epochs, ImageCache};
 use crate::device::Placement;
 use crate::export;
 use crate::head::{self, HeadConfig};
@@ -103,6 +103,7 @@ impl Prepared {
             total_steps: self.total_steps(),
             end_step: self.end_step(),
             num_classes: self.dataset.num_classes(),
+            cache: self.spec.data.cache.map(|bytes| Arc::new(ImageCache::new(bytes))),
             spec: self.spec,
             dataset: self.dataset,
             epochs: self.epochs,
@@ -124,6 +125,7 @@ impl Prepared {
         if let Some(start) = &self.head_start {
             start.fill(head.as_mut())?;
         }
+        let compression = job.spec.train.gradient_compression;
         let warmup_steps = job.epochs.steps_per_epoch() * u64::from(job.spec.train.warmup_epoch);
         let trainer = Trainer {
             placement: self.placement,
@@ -139,7 +141,7 @@ impl Prepared {
                 batch_size: job.spec.train.batch_size,
             },
             window: Window::default(),
-            sum: GradientSum::new(Buckets::new(&elements, &parts)),
+            sum: GradientSum::new(Buckets::new(&elements, &parts), compression),
             phases: Phases::default(),
             sight: Sight::default(),
             backbone,
@@ -159,6 +161,8 @@ pub struct Job {
     pub dataset: Arc<dyn Dataset>,
     /// The order of its samples.
     pub epochs: Epochs,
+    /// Images that were decoded before.
+    pub cache: Option<Arc<ImageCache>>,
     /// What is evaluated.
     pub targets: Arc<[Target]>,
     /// Ranks that share the cores of this node; 1 unless someone knows better.

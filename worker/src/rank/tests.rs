@@ -175,6 +175,7 @@ fn loader_of(form: Form, trainer: &Trainer, job: &Job, steps: std::ops::Range<u6
         seed: job.spec.seed,
         prefetch: 1,
         form,
+        cache: None,
     };
     Loader::new(job.dataset.clone(), plan, options)
 }

@@ -120,6 +120,7 @@ pub fn train(
                 Some(_) => Form::Pixels,
                 None => Form::Planes,
             },
+            cache: job.cache.clone(),
         },
     );
     let mut meter = Meter::begin();

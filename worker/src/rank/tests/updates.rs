@@ -31,7 +31,7 @@ impl Collective for Tapped {
     }
 
     fn all_reduce(&mut self, tensor: &mut Tensor, op: ReduceOp) -> Result<(), CollectiveError> {
-        let is_gradient = tensor.kind() == Kind::Float && tensor.numel() > GRADIENT;
+        let is_gradient = tensor.kind() != Kind::Int64 && tensor.numel() > GRADIENT;
         if is_gradient {
             (self.before)(tensor)?;
         }
@@ -265,6 +265,66 @@ fn the_backbone_is_updated_as_restated_in_f64() {
             off < tolerance && moved > 100.0 * tolerance,
             "{optimizer}: {off} of {moved}"
         );
+    }
+}
+
+/// What two ranks send each other for the first update, and its gradient.
+fn exchanged(compression: &str) -> (Vec<Kind>, Tensor) {
+    let spec = job(2, |wire| {
+        let train = wire.train.get_or_insert_default();
+        train.gradient_compression = Some(compression.into());
+        train.clip_grad_norm = Some(0.0);
+        train.weight_decay = Some(0.0);
+    });
+    let kinds: Arc<Mutex<Vec<Kind>>> = Arc::default();
+    let wrap = |inner: TcpCollective| -> Box<dyn Collective> {
+        let kinds = kinds.clone();
+        Box::new(Tapped {
+            inner,
+            before: Box::new(move |gradient| {
+                kinds.lock().expect("whole").push(gradient.kind());
+                Ok(())
+            }),
+            after: Box::new(|_| {}),
+        })
+    };
+    let by_rank = on_ranks_with(&spec, 2, wrap, |rank, trainer, job| {
+        steps(trainer, job, 0..1);
+        // The backbone's state is rank 0's to save.
+        let of_all = gradients(trainer).into_iter();
+        let own: Vec<Tensor> = of_all
+            .filter(|(name, _)| name.starts_with("optimizer."))
+            .map(|(_, grad)| grad.reshape([-1]))
+            .collect();
+        let gradient = (rank == 0).then(|| Tensor::cat(&own, 0));
+        (gradient, flat(&trainer.params))
+    });
+    assert_eq!(
+        by_rank[0].1, by_rank[1].1,
+        "{compression}: ranks must not drift apart"
+    );
+    let kinds = kinds.lock().expect("whole").clone();
+    (kinds, by_rank[0].0.as_ref().expect("of rank 0").shallow_clone())
+}
+
+#[test]
+fn gradients_may_travel_in_half_the_bytes() {
+    let (kinds, exact) = exchanged("none");
+    assert!(
+        !kinds.is_empty() && kinds.iter().all(|kind| *kind == Kind::Float),
+        "{kinds:?}"
+    );
+    for (compression, kind, least, most) in [
+        ("bf16", Kind::BFloat16, 1e-4, 5e-3),
+        ("fp16", Kind::Half, 1e-5, 6e-4),
+    ] {
+        let (kinds, rounded) = exchanged(compression);
+        assert!(
+            !kinds.is_empty() && kinds.iter().all(|sent| *sent == kind),
+            "{kinds:?}"
+        );
+        let off = difference(&rounded, &exact);
+        assert!((least..most).contains(&off), "{compression}: {off}");
     }
 }
 

@@ -1,14 +1,22 @@
 //! How fast batches are read, decoded and augmented.
 
 use super::timing::{median, min, time};
-use crate::data::{self, Dataset, Epochs, Form, Loader, LoaderOptions, synthetic::SyntheticFaces};
+use crate::data::{
+    self, Dataset, Epochs, Form, ImageCache, Loader, LoaderOptions, synthetic::SyntheticFaces,
+};
 use anyhow::Context;
 use arcface_proto::spec::Augment;
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Instant};
 
 /// Batches as training would wait for them.
-pub(super) fn measure(repetitions: u32, data: &str, batch: u32, threads: u16) -> anyhow::Result<Value> {
+pub(super) fn measure(
+    repetitions: u32,
+    data: &str,
+    batch: u32,
+    threads: u16,
+    cache: Option<u64>,
+) -> anyhow::Result<Value> {
     let steps = u64::from(repetitions) + 1;
     let dataset: Arc<dyn Dataset> = match data {
         data::synthetic::NAME => Arc::new(SyntheticFaces::new(1, 1000, steps * u64::from(batch))),
@@ -23,6 +31,7 @@ pub(super) fn measure(repetitions: u32, data: &str, batch: u32, threads: u16) ->
         seed: 1,
         prefetch: 4,
         form: Form::Planes,
+        cache: cache.map(|bytes| Arc::new(ImageCache::new(bytes))),
     };
     let mut loader = Loader::new(dataset, plan, options);
     let begin = Instant::now();

@@ -71,6 +71,9 @@ pub enum Part {
         /// Decoding threads.
         #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
         threads: u16,
+        /// Memory in which decoded images are kept, as in 4GiB; default: none.
+        #[arg(long, value_parser = arcface_proto::memory::size::parse)]
+        cache: Option<u64>,
     },
     /// The 1:1 numbers of a drawn benchmark of IJB-C's size: wall time by phase and peak memory.
     Ijb(ijb::IjbArgs),
@@ -122,7 +125,12 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
         Part::Step(args) => step::measure(repetitions, args)?,
         Part::Table(args) => table::measure(repetitions, args)?,
         Part::Collective(args) => collective::measure(repetitions, args)?,
-        Part::Loader { data, batch, threads } => loader::measure(repetitions, data, *batch, *threads)?,
+        Part::Loader {
+            data,
+            batch,
+            threads,
+            cache,
+        } => loader::measure(repetitions, data, *batch, *threads, *cache)?,
         Part::Ijb(args) => ijb::measure(repetitions, args)?,
         Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
     };
