@@ -6,6 +6,7 @@ use super::{
     buffer::Buffer,
     chunk::{Chunk, Taking, Use, Weights},
     kernel::{
+        gemm::Format,
         isa::Isa,
         rows::{AdamWRow, AdamWStep, MakeUp, RowMap, SgdRow},
     },
@@ -15,11 +16,29 @@ use crate::head::lazy_sgd::History;
 use rayon::prelude::*;
 use std::{ops::Range, sync::Mutex};
 
-/// Rows of a chunk in the pass for embeddings: with the sums of that pass they fill most of a second-level cache of 1 MB.
-/// A multiple of the kernels' 12 rows.
-const EMBEDDING_ROWS: usize = 120;
-/// Rows of a chunk in the update, which has no such sums.
-const UPDATE_ROWS: usize = 48;
+/// Rows of a chunk.
+#[derive(Clone, Copy, Debug)]
+struct ChunkRows {
+    /// In the pass for embeddings.
+    embeddings: usize,
+    /// In the update, which has no sums.
+    update: usize,
+}
+
+impl ChunkRows {
+    /// With the sums of the pass for embeddings they fill most of a second-level cache of 1 MB. A multiple of the kernels' 12 rows.
+    const OF_VECTORS: Self = Self {
+        embeddings: 120,
+        update: 48,
+    };
+    /// A multiple of two tiles' rows. Sums are read and written once a chunk, which costs more beside products that take a fraction of the
+    /// time; and processors with tiles have caches of 2 MB.
+    const OF_TILES: Self = Self {
+        embeddings: 256,
+        update: 64,
+    };
+}
+
 /// Most lanes, and so most threads that help.
 const MOST_LANES: usize = 32;
 /// Elements of all lanes' sums at most, unless that makes too few lanes.
@@ -32,6 +51,7 @@ pub struct Threads {
     lanes: Vec<Lane>,
     isa: Isa,
     geometry: Geometry,
+    rows: ChunkRows,
 }
 
 /// What a lane adds up.
@@ -85,6 +105,10 @@ impl Threads {
             lanes: Vec::new(),
             isa,
             geometry,
+            rows: match isa.has_tiles() && geometry.format == Format::Bf16 {
+                true => ChunkRows::OF_TILES,
+                false => ChunkRows::OF_VECTORS,
+            },
         }
     }
 
@@ -103,8 +127,8 @@ impl Threads {
         sums: &mut [f64],
         embeddings: &mut [f32],
     ) {
-        let (isa, geometry) = (self.isa, self.geometry);
-        let count = lanes(taking.len(), micro.batch * geometry.padded);
+        let (isa, geometry, rows_of_chunk) = (self.isa, self.geometry, self.rows.embeddings);
+        let count = lanes(taking.len(), micro.batch * geometry.padded, rows_of_chunk);
         self.lanes.resize_with(count.max(self.lanes.len()), Lane::default);
         let (lanes, chunks) = (&mut self.lanes[..count], &self.chunks);
         self.pool.install(|| {
@@ -120,7 +144,7 @@ impl Threads {
                     out.fill(0.0);
                     lane.sums.clear();
                     lane.sums.resize(micro.batch, 0.0);
-                    for places in pieces(part(taking.len(), count, index), EMBEDDING_ROWS) {
+                    for places in pieces(part(taking.len(), count, index), rows_of_chunk) {
                         chunk.load(isa, geometry, &weights, taking, places.clone(), Use::Embeddings);
                         chunk.exponentials(isa, geometry, micro, taking, places);
                         for (sum, of_chunk) in lane.sums.iter_mut().zip(&chunk.sums) {
@@ -148,8 +172,8 @@ impl Threads {
 
     /// Largest logit, in base 2, of every sample with the other classes.
     pub fn largest(&mut self, weights: Weights<'_>, taking: Taking<'_>, micro: &Micro, largest: &mut [f32]) {
-        let (isa, geometry) = (self.isa, self.geometry);
-        let count = lanes(taking.len(), micro.batch * geometry.padded);
+        let (isa, geometry, rows_of_chunk) = (self.isa, self.geometry, self.rows.embeddings);
+        let count = lanes(taking.len(), micro.batch * geometry.padded, rows_of_chunk);
         self.lanes.resize_with(count.max(self.lanes.len()), Lane::default);
         let (lanes, chunks) = (&mut self.lanes[..count], &self.chunks);
         self.pool.install(|| {
@@ -161,7 +185,7 @@ impl Threads {
                     let mut chunk = own(chunks);
                     lane.largest.clear();
                     lane.largest.resize(micro.columns, f32::NEG_INFINITY);
-                    for places in pieces(part(taking.len(), count, index), EMBEDDING_ROWS) {
+                    for places in pieces(part(taking.len(), count, index), rows_of_chunk) {
                         chunk.load(isa, geometry, &weights, taking, places.clone(), Use::Cosines);
                         chunk.largest(isa, geometry, micro, taking, places, &mut lane.largest);
                     }
@@ -176,11 +200,12 @@ impl Threads {
     /// Forms the gradient of the rows that took part in any of the micro-batches, and updates them, tile by tile.
     pub fn update(&mut self, weight: &mut [f32], rule: Rule<'_>, taking: Taking<'_>, micros: &[Micro]) {
         let (isa, geometry, chunks) = (self.isa, self.geometry, &self.chunks);
-        let regions = regions(weight, rule, taking, geometry.dim);
+        let rows_of_chunk = self.rows.update;
+        let regions = regions(weight, rule, taking, geometry.dim, rows_of_chunk);
         self.pool.install(|| {
             regions.into_par_iter().with_max_len(1).for_each(|mut region| {
                 let mut chunk = own(chunks);
-                for places in pieces(region.places.clone(), UPDATE_ROWS) {
+                for places in pieces(region.places.clone(), rows_of_chunk) {
                     chunk.load(
                         isa,
                         geometry,
@@ -247,10 +272,10 @@ fn own(chunks: &[Mutex<Chunk>]) -> std::sync::MutexGuard<'_, Chunk> {
         .expect("a pass that panicked ended the process' training")
 }
 
-/// Lanes for so many rows, with sums of so many elements each.
-fn lanes(rows: usize, elements: usize) -> usize {
+/// Lanes for so many rows, with sums of so many elements each, in chunks of so many rows.
+fn lanes(rows: usize, elements: usize, rows_of_chunk: usize) -> usize {
     let by_memory = (LANE_ELEMENTS / elements.max(1)).max(4);
-    rows.div_ceil(2 * EMBEDDING_ROWS)
+    rows.div_ceil(2 * rows_of_chunk)
         .clamp(1, MOST_LANES.min(by_memory))
 }
 
@@ -277,9 +302,15 @@ struct Region<'a> {
     next: usize,
 }
 
-fn regions<'a>(weight: &'a mut [f32], rule: Rule<'a>, taking: Taking<'_>, dim: usize) -> Vec<Region<'a>> {
+fn regions<'a>(
+    weight: &'a mut [f32],
+    rule: Rule<'a>,
+    taking: Taking<'_>,
+    dim: usize,
+    rows_of_chunk: usize,
+) -> Vec<Region<'a>> {
     // More than there are lanes in the other pass: nothing is added up here, and small parts balance better.
-    let count = taking.len().div_ceil(2 * UPDATE_ROWS).clamp(1, 4 * MOST_LANES);
+    let count = taking.len().div_ceil(2 * rows_of_chunk).clamp(1, 4 * MOST_LANES);
     let rows = weight.len() / dim.max(1);
     let mut regions = Vec::with_capacity(count);
     let (mut weight, mut rule, mut first) = (weight, rule, 0);
@@ -433,8 +464,8 @@ mod tests {
             let all: Vec<usize> = pieces(0..len, 7).flatten().collect();
             assert_eq!(all, (0..len).collect::<Vec<_>>());
         }
-        assert_eq!(lanes(0, 0), 1);
-        assert_eq!(lanes(1 << 20, 128 * 512), MOST_LANES);
-        assert_eq!(lanes(1 << 20, 1 << 24), 4);
+        assert_eq!(lanes(0, 0, 120), 1);
+        assert_eq!(lanes(1 << 20, 128 * 512, 120), MOST_LANES);
+        assert_eq!(lanes(1 << 20, 1 << 24, 120), 4);
     }
 }

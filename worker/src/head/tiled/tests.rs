@@ -38,13 +38,22 @@ fn usual(test: impl Fn(Subject<'_>)) {
     test(subject(&with(Isa::best(), Format::F32), false));
 }
 
-/// With products of bf16, where the machine has them.
+/// With products of bf16: by vectors, where the machine has them, and by tiles.
 fn half(test: impl Fn(Subject<'_>)) {
-    let isa = Isa::best();
-    match isa.multiplies_bf16() {
-        true => test(subject(&with(isa, Format::Bf16), true)),
-        false => println!("skipped: this machine multiplies no bf16"),
+    for isa in multiplying_bf16() {
+        let make = with(isa, Format::Bf16);
+        test(Subject {
+            name: isa.name(),
+            ..subject(&make, true)
+        });
     }
+}
+
+fn multiplying_bf16() -> Vec<Isa> {
+    let own = Isa::all().into_iter().filter(|isa| isa.multiplies_bf16());
+    #[cfg(target_arch = "x86_64")]
+    let own = own.chain([Isa::with_tiles()]);
+    own.collect()
 }
 
 proptest! {
@@ -111,10 +120,8 @@ fn not_a_number_is_not_hidden() {
 /// The same bits whatever the number of threads; every instruction set near the same.
 #[test]
 fn threads_do_not_change_a_bit() {
-    for format in [Format::F32, Format::Bf16] {
-        if format == Format::Bf16 && !Isa::best().multiplies_bf16() {
-            continue;
-        }
+    let half = multiplying_bf16().into_iter().map(|isa| (isa, Format::Bf16));
+    for (isa, format) in half.chain([(Isa::best(), Format::F32)]) {
         for sample_rate in [1.0, 0.4] {
             let config = HeadConfig {
                 sample_rate,
@@ -123,7 +130,7 @@ fn threads_do_not_change_a_bit() {
             let labels: Vec<i64> = (0..30).map(|i| i * 101).collect();
             let case = Case::new(config, &labels, &[30]);
             let run = |threads| {
-                let mut head = tiled(&case.config, (0, 1), Isa::best(), format, threads);
+                let mut head = tiled(&case.config, (0, 1), isa, format, threads);
                 train(&mut head, &mut TcpCollective::alone(), &case)
             };
             let one = run(1);

@@ -7,6 +7,8 @@
 //! It needs `unsafe` for vector loads and stores by pointer; [`multiply`] checks all lengths first.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::isa::{Isa, Level};
 
 /// Columns of a panel of the right operand.
@@ -135,6 +137,10 @@ pub fn multiply(
     // An `Isa` of a level exists only where the machine has its instructions.
     unsafe {
         match (format, isa.level()) {
+            #[cfg(target_arch = "x86_64")]
+            (Format::Bf16, level) if isa.has_tiles() => {
+                amx::bf16(&job, matches!(level, Level::Avx512 | Level::Avx512Bf16));
+            }
             (Format::F32, Level::Portable) => drive::<portable::F32, 4, 4>(&job),
             #[cfg(target_arch = "x86_64")]
             (Format::F32, Level::Avx2) => x86::f32_avx2(&job),
@@ -147,18 +153,74 @@ pub fn multiply(
     }
 }
 
-struct Job {
-    shape: Shape,
-    left: *const u32,
-    left_row: usize,
-    left_step: usize,
-    right: *const u32,
-    right_panel: usize,
-    right_step: usize,
-    out: *mut f32,
-    out_row: usize,
-    add: bool,
-    order: Order,
+/// True if a product of whole numbers, which are exact in any order, is what it should be: with rows and words that fill no block, and
+/// the left operand either way round.
+pub(super) fn is_right(isa: Isa, format: Format) -> bool {
+    let shape = Shape {
+        rows: 37,
+        columns: 2 * PANEL,
+        inner: 40,
+    };
+    let Shape { rows, columns, inner } = shape;
+    let elements = inner * format.per_word();
+    let left_at = |m: usize, e: usize| (m * 7 + e * 3) as i64 % 11 - 5;
+    let right_at = |e: usize, n: usize| (e * 5 + n) as i64 % 7 - 3;
+    let word = |element: &dyn Fn(usize) -> i64, k: usize| match format {
+        Format::F32 => (element(k) as f32).to_bits(),
+        Format::Bf16 => {
+            let half = |e: usize| (element(e) as f32).to_bits() >> 16;
+            half(2 * k) | half(2 * k + 1) << 16
+        }
+    };
+    let (mut straight, mut turned) = (vec![0; rows * inner], vec![0; rows * inner]);
+    for (m, k) in (0..rows).flat_map(|m| (0..inner).map(move |k| (m, k))) {
+        let word = word(&|e| left_at(m, e), k);
+        (straight[m * inner + k], turned[k * rows + m]) = (word, word);
+    }
+    let mut panels = vec![0; inner * columns];
+    for (k, n) in (0..inner).flat_map(|k| (0..columns).map(move |n| (k, n))) {
+        panels[n / PANEL * PANEL * inner + k * PANEL + n % PANEL] = word(&|e| right_at(e, n), k);
+    }
+    let right = Right {
+        words: &panels,
+        panel: PANEL * inner,
+        step: PANEL,
+    };
+    let lefts = [
+        (&straight, inner, 1, Order::RowsFirst),
+        (&turned, 1, rows, Order::PanelsFirst),
+    ];
+    lefts.into_iter().all(|(words, row, step, order)| {
+        let mut values = vec![f32::NAN; rows * columns];
+        for add in [false, true] {
+            let out = Out {
+                values: &mut values,
+                row: columns,
+                add,
+            };
+            multiply(isa, format, shape, Left { words, row, step }, right, out, order);
+        }
+        values.iter().enumerate().all(|(at, value)| {
+            let (m, n) = (at / columns, at % columns);
+            let once: i64 = (0..elements).map(|e| left_at(m, e) * right_at(e, n)).sum();
+            *value == (2 * once) as f32
+        })
+    })
+}
+
+/// A product whose lengths were checked.
+pub(super) struct Job {
+    pub shape: Shape,
+    pub left: *const u32,
+    pub left_row: usize,
+    pub left_step: usize,
+    pub right: *const u32,
+    pub right_panel: usize,
+    pub right_step: usize,
+    pub out: *mut f32,
+    pub out_row: usize,
+    pub add: bool,
+    pub order: Order,
 }
 
 /// Arithmetic on vectors of words.
@@ -554,15 +616,71 @@ mod tests {
         (values, packed)
     }
 
-    /// Every kernel against sums in f64, both layouts of the left operand, both orders, rows that fill no block.
+    /// What this machine has, and AMX.
+    fn every() -> Vec<Isa> {
+        let mut all = Isa::all();
+        #[cfg(target_arch = "x86_64")]
+        all.push(Isa::with_tiles());
+        all
+    }
+
+    #[test]
+    fn whole_numbers_are_exact() {
+        for isa in every() {
+            assert!(is_right(isa, Format::F32), "{isa:?}");
+            assert!(!isa.multiplies_bf16() || is_right(isa, Format::Bf16), "{isa:?}");
+        }
+    }
+
+    /// Nothing to add up is 0, or leaves what was there.
+    #[test]
+    fn no_words_along_the_inner_dimension() {
+        for isa in every().into_iter().filter(|isa| isa.multiplies_bf16()) {
+            for (add, expected) in [(false, 0.0), (true, 7.0)] {
+                let mut values = vec![7.0; 3 * PANEL];
+                let out = Out {
+                    values: &mut values,
+                    row: PANEL,
+                    add,
+                };
+                let shape = Shape {
+                    rows: 3,
+                    columns: PANEL,
+                    inner: 0,
+                };
+                let left = Left {
+                    words: &[],
+                    row: 1,
+                    step: 1,
+                };
+                let right = Right {
+                    words: &[],
+                    panel: 0,
+                    step: PANEL,
+                };
+                multiply(isa, Format::Bf16, shape, left, right, out, Order::RowsFirst);
+                assert_eq!(values, vec![expected; 3 * PANEL], "{isa:?}");
+            }
+        }
+    }
+
+    /// Every kernel against sums in f64, both layouts of the left operand, both orders, rows that fill no block, and more words than one
+    /// pass of tiles takes.
     #[test]
     fn kernels_multiply() {
-        for isa in Isa::all() {
+        for isa in every() {
             for format in [Format::F32, Format::Bf16] {
                 if format == Format::Bf16 && !isa.multiplies_bf16() {
                     continue;
                 }
-                for (rows, columns, inner) in [(1, 32, 8), (7, 64, 40), (12, 32, 64), (29, 96, 16)] {
+                for (rows, columns, inner) in [
+                    (1, 32, 8),
+                    (7, 64, 40),
+                    (12, 32, 64),
+                    (29, 96, 16),
+                    (64, 64, 64),
+                    (40, 32, 600),
+                ] {
                     let (a, a_words) = words(format, rows, inner, 1);
                     let (b, b_words) = words(format, columns, inner, 2);
                     let steps = inner / format.per_word();
@@ -638,10 +756,13 @@ mod tests {
                             for n in 0..columns {
                                 let products = (0..inner)
                                     .map(|k| f64::from(a[m * inner + k]) * f64::from(b[n * inner + k]));
-                                let expected = 2.0 * products.sum::<f64>();
+                                let (sum, size) = products.fold((0.0, 0.0), |(sum, size), product| {
+                                    (sum + product, size + product.abs())
+                                });
+                                let expected = 2.0 * sum;
                                 let got = f64::from(out[m * columns + n]);
                                 assert!(
-                                    (got - expected).abs() < 1e-4,
+                                    (got - expected).abs() < 1e-6 * size,
                                     "{isa:?} {format:?} {m} {n}: {got} {expected}"
                                 );
                             }

@@ -5,9 +5,21 @@
 //! has it.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use super::gemm::{self, Format};
+use std::sync::OnceLock;
+use tracing::warn;
+
+/// The variable that names the instructions of the head, as `arcface-worker bench head` prints them; for comparisons, and for trouble.
+const CHOICE: &str = "ARCFACE_HEAD_INSTRUCTIONS";
+
 /// Instructions to compute with. Values exist only for what the machine has ([`Isa::best`], [`Isa::all`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Isa(Level);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa {
+    level: Level,
+    /// Products of bf16 are made by tiles.
+    has_tiles: bool,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Level {
@@ -32,7 +44,7 @@ pub trait Pass {
 impl Isa {
     /// Everything that this machine has, from the slowest on.
     pub fn all() -> Vec<Self> {
-        let mut found = vec![Self(Level::Portable)];
+        let mut levels = vec![Level::Portable];
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -41,27 +53,70 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            found.extend(avx2.then_some(Self(Level::Avx2)));
-            found.extend(avx512.then_some(Self(Level::Avx512)));
+            levels.extend(avx2.then_some(Level::Avx2));
+            levels.extend(avx512.then_some(Level::Avx512));
             let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
-            found.extend(bf16.then_some(Self(Level::Avx512Bf16)));
+            levels.extend(bf16.then_some(Level::Avx512Bf16));
+        }
+        let vectors = levels.into_iter().map(|level| Self {
+            level,
+            has_tiles: false,
+        });
+        let mut found: Vec<Self> = vectors.collect();
+        #[cfg(target_arch = "x86_64")]
+        if let Some(best) = found.last().copied().filter(|_| tiles_are_right()) {
+            found.push(Self {
+                has_tiles: true,
+                ..best
+            });
         }
         found
     }
 
-    /// The fastest that this machine has.
+    /// The fastest with AMX, whose instructions are emulated if this machine has none: slow, and right.
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub fn with_tiles() -> Self {
+        if !super::amx::available() {
+            super::amx::emulator::install();
+        }
+        Self {
+            has_tiles: true,
+            ..Self::best()
+        }
+    }
+
+    /// The fastest that this machine has, or the one that `ARCFACE_HEAD_INSTRUCTIONS` names.
     pub fn best() -> Self {
-        Self::all().pop().unwrap_or(Self(Level::Portable))
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let mut all = Self::all();
+            if let Ok(name) = std::env::var(CHOICE) {
+                match all.iter().find(|isa| isa.name() == name) {
+                    Some(chosen) => return *chosen,
+                    None => {
+                        let names: Vec<&str> = all.iter().map(|isa| isa.name()).collect();
+                        warn!("{CHOICE}={name}: this machine has {}", names.join(", "));
+                    }
+                }
+            }
+            all.pop().expect("every machine has the portable one")
+        })
     }
 
     /// True if products of bf16 pairs are one instruction.
     pub fn multiplies_bf16(self) -> bool {
-        self.name() == "avx512_bf16"
+        self.has_tiles || self.name() == "avx512_bf16"
+    }
+
+    /// True if that instruction multiplies tiles.
+    pub fn has_tiles(self) -> bool {
+        self.has_tiles
     }
 
     /// Its name, for people.
     pub fn name(self) -> &'static str {
-        match self.0 {
+        match self.level {
+            _ if self.has_tiles => "amx_bf16",
             Level::Portable => "portable",
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
@@ -73,12 +128,12 @@ impl Isa {
     }
 
     pub(super) fn level(self) -> Level {
-        self.0
+        self.level
     }
 
     /// Runs the loop with these instructions.
     pub fn run<P: Pass>(self, pass: P) -> P::Output {
-        match self.0 {
+        match self.level {
             Level::Portable => pass.run::<false>(),
             // SAFETY: an `Isa` of this level exists only where `Isa::all` found the features.
             #[cfg(target_arch = "x86_64")]
@@ -100,4 +155,24 @@ fn avx2<P: Pass>(pass: P) -> P::Output {
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
 fn avx512<P: Pass>(pass: P) -> P::Output {
     pass.run::<true>()
+}
+
+/// True if the machine has tiles and they multiply as they should: nobody ran them on every processor that has them, so each proves itself.
+#[cfg(target_arch = "x86_64")]
+fn tiles_are_right() -> bool {
+    static RIGHT: OnceLock<bool> = OnceLock::new();
+    *RIGHT.get_or_init(|| {
+        if !super::amx::available() {
+            return false;
+        }
+        let isa = Isa {
+            level: Level::Portable,
+            has_tiles: true,
+        };
+        let is_right = gemm::is_right(isa, Format::Bf16);
+        if !is_right {
+            warn!("AMX multiplies wrongly on this machine and is not used");
+        }
+        is_right
+    })
 }
