@@ -50,8 +50,8 @@ def all_rows():
     for network in ["r18", "mbf"]:
         rows[f"train-{network}"] = ("backbone", {"network": network, "batch": 64, "train": True})
     rows["infer-r50"] = ("backbone", {"network": "r50", "batch": 32, "train": False})
-    for suffix, rate in [("", 1.0), ("-0.1", 0.1)]:
-        rows[f"step-r18{suffix}"] = ("step", {"network": "r18", "classes": 100_000, "batch": 64, "rate": rate})
+    for network, suffix, rate in [("r18", "", 1.0), ("r18", "-0.1", 0.1), ("mbf", "", 1.0)]:
+        rows[f"step-{network}{suffix}"] = ("step", {"network": network, "classes": 100_000, "batch": 64, "rate": rate})
     return rows
 
 
@@ -125,14 +125,14 @@ def commands(args, folder, part, sizes):
     child = os.path.join(HERE, "reference_side.py")
     sides = {"reference": [sys.executable, "-s", child, "--reference", folder, *threads, *repeat, part, *flags(sizes)]}
     worker = [args.worker, "bench", part, *flags(sizes), *repeat, "--output", "json"]
-    if part == "backbone":  # OMP_NUM_THREADS tells it its threads
-        return {**sides, "ours_fp32": worker}
-    worker += threads
+    if part != "backbone":  # OMP_NUM_THREADS tells it its threads
+        worker += threads
     sides["ours_fp32"] = [*worker, "--precision", "fp32"]
     if args.bf16 == "yes" or args.bf16 == "auto" and "avx512_bf16" in results.machine()["features"]:
         sides["ours_bf16"] = [*worker, "--precision", "bf16"]
-    if not args.no_plain:
-        sides["plain"] = [*worker, "--precision", "fp32", "--implementation", "plain"]
+    if part != "backbone" and not args.no_plain:
+        network = ["--plain-network"] if part == "step" else []
+        sides["plain"] = [*worker, "--precision", "fp32", "--implementation", "plain", *network]
     return sides
 
 

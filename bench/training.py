@@ -26,7 +26,7 @@ QUICK = {
 PAIRS = 5
 HEADS = "Head: one step, D 512, B 128, against the plain head"
 STEPS = "Whole steps: images to updated weights, against the plain trainer in fp32"
-NETWORKS = "Networks alone, fp32"
+NETWORKS = "Networks alone"
 REST = "Input, exchange, checkpoints, evaluation"
 # Where files are written that are measured; in commands it is DIR.
 WORK = os.path.join("target", "bench")
@@ -61,15 +61,25 @@ def all_rows(has_bf16):
         ("r50", 32, True, " --gradient-checkpointing"), ("r50", 1, False, ""), ("r50", 32, False, ""), ("mbf", 32, False, ""),
     ]:
         what = "forward and backward" if train else "inference"
-        rows[f"{'train' if train else 'infer'}-{network}-{batch}{'-checkpointing' if more else ''}"] = (
-            NETWORKS,
-            f"{network}, B {batch}, {what}{', gradient checkpointing' if more else ''}",
-            f"backbone --network {network} --batch {batch}{' --train' if train else ''}{more}",
+        for precision in precisions:
+            rows[f"{'train' if train else 'infer'}-{network}-{batch}{'-checkpointing' if more else ''}-{precision}"] = (
+                NETWORKS,
+                f"{network}, B {batch}, {what}, {precision}{', gradient checkpointing' if more else ''}",
+                f"backbone --network {network} --batch {batch} --precision {precision}{' --train' if train else ''}{more}",
+            )
+    rows["loader-drawn"] = (REST, "drawn images, B 128, 2 threads: wait for a batch", "loader --data synthetic --batch 128 --threads 2")
+    for threads in [1, 2]:
+        rows[f"loader-jpeg-{threads}"] = (
+            REST,
+            f"JPEG of 112x112, B 128, threads: {threads}; wait for a batch",
+            f"loader --data jpeg --batch 128 --threads {threads} --repetitions 200",
         )
-    rows["loader"] = (REST, "drawn images, B 128, 2 threads: wait for a batch", "loader --data synthetic --batch 128 --threads 2")
+    rows["loader-cache"] = (
+        REST, "the same from data.cache, 1 thread", "loader --data jpeg --batch 128 --threads 1 --cache 1GiB --repetitions 200",
+    )
     for ranks in [2, 4]:
         rows[f"collective-{ranks}"] = (REST, f"{ranks} ranks over loopback, 64 MiB", f"collective --ranks {ranks} --mib 64")
-    rows["checkpoint"] = (REST, "part of 100,000 classes", f"checkpoint --classes 100000 --dim 512 --dir {SCRATCH}")
+    rows["checkpoint"] = (REST, "part of 250,000 classes", f"checkpoint --classes 250000 --dim 512 --dir {SCRATCH}")
     rows["ijb"] = (
         REST,
         "IJB-C's size, 1:1, from features on disk",
@@ -106,6 +116,9 @@ def measure(worker, line, quick, folder):
         given = shrunk(given)
     is_pair = "--against" in given
     if quick:
+        if "--repetitions" in given:
+            at = given.index("--repetitions")
+            del given[at : at + 2]
         given += ["--repetitions", "1"] + (["--steps", "1", "--threads", "1"] if is_pair else [])
     elif is_pair:
         given += ["--repetitions", str(PAIRS)]

@@ -45,7 +45,10 @@ impl Disk for Real {
     }
 
     fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<()> {
-        file.write_all(bytes)
+        file.write_all(bytes)?;
+        // The disk begins now, and not when the file is synced.
+        forget(file);
+        Ok(())
     }
 
     fn sync(&self, file: &File) -> io::Result<()> {
@@ -54,10 +57,7 @@ impl Disk for Real {
 
     fn reopen(&self, path: &Path) -> io::Result<File> {
         let file = File::open(path)?;
-        // Only advice: a file system without a cache of its own has nothing to forget.
-        #[cfg(target_os = "linux")]
-        let _kept =
-            nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        forget(&file);
         Ok(file)
     }
 
@@ -76,4 +76,13 @@ impl Disk for Real {
     fn remove_dir_all(&self, dir: &Path) -> io::Result<()> {
         fs::remove_dir_all(dir)
     }
+}
+
+/// Tells the system that the file's bytes need not stay in memory: it begins to write those that are not on the disk, and forgets the
+/// others. Only advice: a file system without a cache of its own has nothing to forget.
+fn forget(file: &File) {
+    #[cfg(target_os = "linux")]
+    let _kept = nix::fcntl::posix_fadvise(file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    #[cfg(not(target_os = "linux"))]
+    let _ = file;
 }

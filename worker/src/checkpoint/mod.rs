@@ -9,6 +9,7 @@
 //!
 //! Knows tensors by name alone: it must not know networks, heads or optimizers, nor decide what is committed.
 
+mod digest;
 mod disk;
 mod error;
 pub mod location;

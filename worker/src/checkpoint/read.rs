@@ -1,13 +1,14 @@
 //! Reading a checkpoint at any world size. Nothing of a part reaches the caller before the part's size and digest
 //! were compared with the manifest.
 //!
-//! Cost: a rank reads the parts that its classes overlap once whole, to hash them (about 2 GB/s and core, from the
-//! disk), and then the bytes it wants again, from the page cache. At the old world size that is its own part; at
-//! another one the parts at both ends of its range as well.
+//! Cost: a part that a rank wants whole, its own at the old world size, is read once, into the memory that its tensors then
+//! have, and hashed meanwhile. Of parts that its classes overlap at another world size, all bytes are read to hash them, and those that it
+//! wants again, from the page cache.
 
-use super::{CHUNK, CheckpointError, NamedTensor, PartKind, TrainState, manifest, reshard};
+use super::{CHUNK, CheckpointError, NamedTensor, PartKind, TrainState, digest, manifest, reshard};
 use crate::data::{Access, MappedFile};
 use crate::export::{self, safetensors::header};
+use crate::slices;
 use arcface_proto::{
     types::ClassRange,
     v1::{CheckpointManifest, CheckpointPart},
@@ -123,7 +124,11 @@ impl Checkpoint {
 
     /// The backbone part's tensors, on the CPU, in the order of the file.
     pub fn backbone(&self) -> Result<Vec<NamedTensor>, CheckpointError> {
-        let part = self.verified(self.backbone_part()?)?;
+        let part = self.backbone_part()?;
+        if let Some(tensors) = self.whole(part)? {
+            return Ok(tensors);
+        }
+        let part = self.verified(part)?;
         part.tensors
             .iter()
             .map(|stored| {
@@ -167,6 +172,23 @@ impl Checkpoint {
     pub fn head_rows(&self, classes: ClassRange) -> Result<Vec<NamedTensor>, CheckpointError> {
         let all = self.head_parts();
         let pieces = self.pieces(classes, &all)?;
+        if let [piece] = &pieces[..]
+            && let (part, held) = all[piece.part]
+            && held == classes
+            && let Some(tensors) = self.whole(part)?
+        {
+            let has_rows = |tensor: &Tensor| {
+                let rows = tensor.size().first().copied();
+                rows.is_none_or(|rows| rows == i64::from(classes.len()))
+            };
+            return match tensors.iter().find(|(_, tensor)| !has_rows(tensor)) {
+                None => Ok(tensors),
+                Some((name, tensor)) => Err(CheckpointError::layout(
+                    &self.dir.join(&part.file),
+                    format!("tensor {name}: {:?} for {} classes", tensor.size(), classes.len()),
+                )),
+            };
+        }
 
         // A rank without classes still gets every tensor, with no rows.
         let first = pieces.first().map_or(0, |piece| piece.part);
@@ -264,6 +286,17 @@ impl Checkpoint {
         Ok((path, file))
     }
 
+    /// All tensors of a part that nobody has looked at yet; `None` of one that is open and proven.
+    fn whole(&self, part: &CheckpointPart) -> Result<Option<Vec<NamedTensor>>, CheckpointError> {
+        let proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
+        if proven.contains_key(&part.file) {
+            return Ok(None);
+        }
+        drop(proven);
+        let (path, file) = self.open_part(part)?;
+        read_whole(&path, file, part).map(Some)
+    }
+
     /// A part that is what was committed.
     fn verified(&self, part: &CheckpointPart) -> Result<Arc<Part>, CheckpointError> {
         // Nothing in here leaves the map half changed.
@@ -287,9 +320,7 @@ impl Checkpoint {
 /// meanwhile changes nothing.
 fn prove_file(path: PathBuf, mut file: File, part: &CheckpointPart) -> Result<Part, CheckpointError> {
     let failed = CheckpointError::io("read", &path, part.bytes);
-    let mut hasher = blake3::Hasher::new();
-    io::copy(&mut file.by_ref().take(part.bytes), &mut hasher).map_err(&failed)?;
-    let got = hasher.finalize().to_hex().to_string();
+    let got = digest::of_all(&mut file.by_ref().take(part.bytes)).map_err(&failed)?;
     if !got.eq_ignore_ascii_case(&part.blake3) {
         return Err(CheckpointError::Digest {
             zeros: zeros_at_end(&mut |bytes, at| file.read_exact_at(bytes, at), part.bytes),
@@ -308,6 +339,51 @@ fn prove_file(path: PathBuf, mut file: File, part: &CheckpointPart) -> Result<Pa
     }
     let tensors = stored(&start, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
     Ok(Part { path, file, tensors })
+}
+
+/// All tensors of a part, which share the memory that it was read into. Nothing of it is looked at before its digest was compared.
+fn read_whole(
+    path: &Path,
+    mut file: File,
+    part: &CheckpointPart,
+) -> Result<Vec<NamedTensor>, CheckpointError> {
+    let failed = CheckpointError::io("read", path, part.bytes);
+    let refuse = |detail: String| CheckpointError::layout(path, detail);
+    let mut memory = Tensor::f_empty([part.bytes as i64], (Kind::Uint8, Device::Cpu))
+        .map_err(|error| refuse(error.to_string()))?;
+    let bytes = slices::bytes_mut(&mut memory);
+    let got = digest::filling(bytes, &mut file).map_err(failed)?;
+    if !got.eq_ignore_ascii_case(&part.blake3) {
+        let mut from_memory = |into: &mut [u8], at: u64| {
+            into.copy_from_slice(&bytes[at as usize..][..into.len()]);
+            Ok(())
+        };
+        return Err(CheckpointError::Digest {
+            zeros: zeros_at_end(&mut from_memory, part.bytes),
+            path: path.to_owned(),
+            expected: part.blake3.clone(),
+            got,
+        });
+    }
+    let tensors = stored(bytes, part.bytes).map_err(refuse)?;
+    let tensors = tensors.into_iter().map(|stored| {
+        let of_torch = |error: tch::TchError| refuse(format!("tensor {}: {error}", stored.name));
+        let rows = memory.f_narrow(0, stored.start as i64, stored.len as i64);
+        // A tensor that begins amid a number's bytes, which no file of ours has, is copied to where it does not.
+        let rows = match stored
+            .start
+            .is_multiple_of(stored.kind.elt_size_in_bytes() as u64)
+        {
+            true => rows,
+            false => rows.map(|rows| rows.copy()),
+        };
+        let numbers = rows
+            .and_then(|rows| rows.f_view_dtype(stored.kind))
+            .map_err(of_torch)?;
+        let tensor = numbers.f_view(&stored.shape[..]).map_err(of_torch)?;
+        Ok((stored.name.clone(), tensor))
+    });
+    tensors.collect()
 }
 
 /// The bytes up to the end of a part that are zero, if they fill a block: read from the end, which `read` fills from an
@@ -392,7 +468,7 @@ struct Part {
 
 impl Part {
     fn allocate(&self, stored: &Stored, shape: &[i64]) -> Result<Tensor, CheckpointError> {
-        Tensor::f_zeros(shape, (stored.kind, Device::Cpu)).map_err(|error| self.refuse(stored, error))
+        Tensor::f_empty(shape, (stored.kind, Device::Cpu)).map_err(|error| self.refuse(stored, error))
     }
 
     fn refuse(&self, stored: &Stored, why: impl std::fmt::Display) -> CheckpointError {

@@ -6,6 +6,7 @@
 
 use super::{
     CHUNK, CheckpointError, NamedTensor, PartKind,
+    digest::{self, Chunk, Ring},
     disk::{Disk, Real},
     manifest,
 };
@@ -121,26 +122,33 @@ impl<'t> Encoding<'t> {
         &self,
         sink: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
     ) -> Result<String, CheckpointError> {
-        let mut hasher = blake3::Hasher::new();
-        let mut put = |chunk: &[u8]| {
-            hasher.update(chunk);
-            sink(chunk)
-        };
-        self.header.chunks(CHUNK).try_for_each(&mut put)?;
-        let mut buffer = Vec::new();
-        for (name, tensor, dtype) in &self.tensors {
-            let refuse = |detail: String| CheckpointError::Tensor {
-                file: self.file.clone(),
-                name: (*name).to_owned(),
-                detail,
+        let (written, digest) = digest::beside(|give| {
+            let mut ring = Ring::default();
+            let mut put = |chunk: Chunk| {
+                give(chunk.clone());
+                sink(chunk.as_ref())
             };
-            copy_out(tensor, *dtype, &mut buffer, &mut put).map_err(|error| match error {
-                CopyError::Sink(error) => error,
-                CopyError::Torch(error) => refuse(error.to_string()),
-                CopyError::NotFinite => refuse("a number in it is not finite".into()),
-            })?;
-        }
-        Ok(hasher.finalize().to_hex().to_string())
+            for header in self.header.chunks(CHUNK) {
+                put(ring.fill(header.len(), |bytes| {
+                    bytes.copy_from_slice(header);
+                    Ok(())
+                })?)?;
+            }
+            for (name, tensor, dtype) in &self.tensors {
+                let refuse = |detail: String| CheckpointError::Tensor {
+                    file: self.file.clone(),
+                    name: (*name).to_owned(),
+                    detail,
+                };
+                copy_out(tensor, *dtype, &mut ring, &mut put).map_err(|error| match error {
+                    CopyError::Sink(error) => error,
+                    CopyError::Torch(error) => refuse(error.to_string()),
+                    CopyError::NotFinite => refuse("a number in it is not finite".into()),
+                })?;
+            }
+            Ok(())
+        });
+        written.map(|()| digest)
     }
 
     /// What the manifest says of it.
@@ -159,12 +167,8 @@ impl<'t> Encoding<'t> {
 /// Compares a part, as the disk gives it back, with what was meant. One that is not the same is removed: it would only
 /// take room.
 fn read_again(disk: &dyn Disk, path: &Path, part: &CheckpointPart) -> Result<(), CheckpointError> {
-    let mut hasher = blake3::Hasher::new();
-    let read = disk
-        .reopen(path)
-        .and_then(|mut file| io::copy(&mut file, &mut hasher));
-    read.map_err(CheckpointError::io("read again", path, part.bytes))?;
-    let got = hasher.finalize().to_hex().to_string();
+    let read = disk.reopen(path).and_then(|mut file| digest::of_all(&mut file));
+    let got = read.map_err(CheckpointError::io("read again", path, part.bytes))?;
     if got == part.blake3 {
         return Ok(());
     }
@@ -279,8 +283,8 @@ enum CopyError {
 fn copy_out(
     tensor: &Tensor,
     dtype: Dtype,
-    buffer: &mut Vec<u8>,
-    put: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ring: &mut Ring,
+    put: &mut dyn FnMut(Chunk) -> Result<(), CheckpointError>,
 ) -> Result<(), CopyError> {
     let size = dtype.bitsize() / 8;
     let flat = tensor
@@ -292,15 +296,17 @@ fn copy_out(
     let step = CHUNK / size;
     for first in (0..total).step_by(step) {
         let count = step.min(total - first);
-        buffer.resize(count * size, 0);
         let part = flat
             .f_narrow(0, first as i64, count as i64)
             .map_err(CopyError::Torch)?;
-        part.f_copy_data_u8(buffer, count).map_err(CopyError::Torch)?;
-        if !is_finite(buffer, dtype) {
-            return Err(CopyError::NotFinite);
-        }
-        put(buffer).map_err(CopyError::Sink)?;
+        let chunk = ring.fill(count * size, |bytes| {
+            part.f_copy_data_u8(bytes, count).map_err(CopyError::Torch)?;
+            match is_finite(bytes, dtype) {
+                true => Ok(()),
+                false => Err(CopyError::NotFinite),
+            }
+        })?;
+        put(chunk).map_err(CopyError::Sink)?;
     }
     Ok(())
 }

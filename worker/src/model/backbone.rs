@@ -11,7 +11,7 @@ use super::{
     graph::{Graph, Trace, address},
     init,
     layers::Network,
-    pass::{DropoutDraw, ForwardMode, Pass, Tap},
+    pass::{Computing, DropoutDraw, ForwardMode, Pass, Tap},
     registry::{self, REGISTRY, Registered},
     state::{Builder, Role, StateEntry},
     training::TrainingPass,
@@ -140,7 +140,7 @@ pub struct Backbone {
     config: BackboneConfig,
     state: Vec<StateEntry>,
     network: Box<dyn Network>,
-    kernels: Option<Kernels>,
+    computing: Computing,
 }
 
 impl Backbone {
@@ -173,7 +173,7 @@ impl Backbone {
             config: config.clone(),
             state,
             network,
-            kernels: None,
+            computing: Computing::Usual,
         })
     }
 
@@ -233,7 +233,21 @@ impl Backbone {
     /// Lets kernels of our own compute, while training, what they do better than libtorch. They are of the device that its
     /// tensors are on.
     pub fn compute_with(&mut self, kernels: Option<Kernels>) {
-        self.kernels = kernels;
+        self.computing = kernels.map_or(Computing::Usual, Computing::Kernels);
+    }
+
+    /// Lets libtorch's operations alone compute, in the layout that images come in, as a trainer in Python does: what others are measured
+    /// against.
+    pub fn compute_plainly(&mut self) {
+        self.computing = Computing::Plain;
+    }
+
+    /// Images as its layers take them.
+    fn laid_out(&self, images: &Tensor) -> Tensor {
+        match self.computing {
+            Computing::Plain => images.contiguous(),
+            Computing::Usual | Computing::Kernels(_) => channels_last(images),
+        }
     }
 
     /// Draws initial weights with the reference's distributions.
@@ -311,7 +325,7 @@ impl Backbone {
     /// # Panics
     /// If the images have another shape.
     pub fn forward(&self, images: &Tensor, mode: &ForwardMode) -> Tensor {
-        self.run(images, &mut Pass::new(mode, None))
+        self.run(images, &mut Pass::new(mode, None).computing(&self.computing))
     }
 
     /// Embeddings on the CPU of images that may lie anywhere, computed where the network is, without a way back to the
@@ -358,14 +372,14 @@ impl Backbone {
         mode: &ForwardMode,
         begins: impl Fn(usize) -> bool,
     ) -> TrainingPass<'a> {
-        let (network, kernels) = (self.network.as_ref(), self.kernels.as_ref());
+        let (network, computing) = (self.network.as_ref(), &self.computing);
         if num_images(images) == 0 {
             return TrainingPass::empty(network, self.forward(images, mode), mode);
         }
-        let images = channels_last(images);
+        let images = self.laid_out(images);
         match self.config.gradient_checkpointing {
-            true => TrainingPass::recomputing(network, &images, mode, kernels),
-            false => TrainingPass::keeping(network, &images, mode, kernels, begins),
+            true => TrainingPass::recomputing(network, &images, mode, computing),
+            false => TrainingPass::keeping(network, &images, mode, computing, begins),
         }
     }
 
@@ -400,7 +414,7 @@ impl Backbone {
         if num_images(images) == 0 {
             return Tensor::zeros([0, self.config.embedding_size], (Kind::Float, images.device()));
         }
-        self.through_all_parts(&channels_last(images), pass)
+        self.through_all_parts(&self.laid_out(images), pass)
     }
 
     fn through_all_parts(&self, images: &Tensor, pass: &mut Pass) -> Tensor {

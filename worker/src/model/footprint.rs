@@ -176,6 +176,10 @@ impl Walk {
         let mut node = Node::new(inputs, output);
         match op {
             Op::Conv { weight, .. } | Op::Linear { weight, .. } => {
+                let kind = match op {
+                    Op::Conv { shape, .. } if !self.on_gpu => shape.kind_on_cpu(kind),
+                    _ => kind,
+                };
                 let weight = weight.numel() as u64;
                 node.saved = vec![read_in(kind)];
                 node.parameters = weight * 4;

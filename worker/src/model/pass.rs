@@ -52,6 +52,18 @@ impl ForwardMode {
     }
 }
 
+/// Who computes what several could.
+#[derive(Clone, Default)]
+pub(super) enum Computing {
+    /// The fastest of libtorch's operations and layouts, and our own functions on the CPU.
+    #[default]
+    Usual,
+    /// libtorch's operations alone, in the layout that images come in: what a trainer in Python does.
+    Plain,
+    /// Kernels of our own what they do better, the rest as usual.
+    Kernels(Kernels),
+}
+
 /// Called with a module's name and its output.
 pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
 
@@ -63,7 +75,7 @@ pub struct Pass<'a> {
     counts_only: bool,
     repeats: bool,
     macs: u64,
-    kernels: Option<&'a Kernels>,
+    computing: &'a Computing,
     trace: Option<&'a mut Trace>,
     walk: Option<&'a mut Walk>,
 }
@@ -83,15 +95,15 @@ impl<'a> Pass<'a> {
             counts_only: false,
             repeats: false,
             macs: 0,
-            kernels: None,
+            computing: &Computing::Usual,
             trace: None,
             walk: None,
         }
     }
 
-    /// The same, in which kernels of our own compute what they do better than libtorch.
-    pub(super) fn with_kernels(self, kernels: Option<&'a Kernels>) -> Self {
-        Self { kernels, ..self }
+    /// The same, computed so.
+    pub(super) fn computing(self, computing: &'a Computing) -> Self {
+        Self { computing, ..self }
     }
 
     /// A pass that computes what an earlier one has computed: the same random masks, and statistics that have already
@@ -186,7 +198,15 @@ impl<'a> Pass<'a> {
 
     /// What starts kernels of our own, where there are any.
     pub fn kernels(&self) -> Option<&'a Kernels> {
-        self.kernels
+        match self.computing {
+            Computing::Kernels(kernels) => Some(kernels),
+            Computing::Usual | Computing::Plain => None,
+        }
+    }
+
+    /// Whether libtorch's operations alone may compute.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.computing, Computing::Plain)
     }
 
     /// Whether running statistics have seen this batch already.

@@ -414,6 +414,33 @@ fn unknown_networks_and_sizes_are_refused() {
     assert!(error("tiny", 0).contains("embedding size 0"));
 }
 
+/// What others are measured against computes the same, in training and in evaluation.
+#[test]
+fn the_plain_form_computes_the_same() {
+    for network in ["tiny", "mbf", "vit_t"] {
+        let computed = |plain: bool| {
+            let mut backbone = Backbone::new(&BackboneConfig::new(network, 32)).unwrap();
+            backbone.init_random(1);
+            if plain {
+                backbone.compute_plainly();
+            }
+            let mode = ForwardMode::training(Precision::Fp32, DropoutDraw::default());
+            let pass = backbone.forward_to_train(&images(4), &mode);
+            let embedding = pass.embedding();
+            pass.backward(&embedding);
+            let evaluation = ForwardMode::evaluation(Precision::Fp32);
+            let evaluated = tch::no_grad(|| backbone.forward(&images(2), &evaluation));
+            [embedding, evaluated, flat(&all_gradients(&backbone))]
+        };
+        let [plain, usual] = [computed(true), computed(false)];
+        // Rounding has grown on the way back.
+        for ((plain, usual), most) in plain.iter().zip(&usual).zip([1e-5, 1e-5, 1e-3]) {
+            let off = distance(plain, usual);
+            assert!(off < most, "{network}: {off}");
+        }
+    }
+}
+
 #[test]
 fn counting_without_computing_counts_the_same() {
     for network in ["tiny", "mbf", "vit_t"] {

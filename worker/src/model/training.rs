@@ -15,14 +15,13 @@ use tch::Tensor;
 use super::{
     layers::{Network, Piece},
     native::differentiate,
-    pass::{ForwardMode, Pass},
+    pass::{Computing, ForwardMode, Pass},
 };
-use crate::kernels::Kernels;
 
 /// Embeddings with the way back to the parameters.
 pub struct TrainingPass<'a> {
     mode: ForwardMode,
-    kernels: Option<&'a Kernels>,
+    computing: &'a Computing,
     embedding_bd: Tensor,
     /// First to last; none of an empty batch.
     graphs: Vec<Graph<'a>>,
@@ -51,7 +50,7 @@ impl<'a> TrainingPass<'a> {
     pub(super) fn empty(network: &'a dyn Network, embedding_bd: Tensor, mode: &ForwardMode) -> Self {
         Self {
             mode: *mode,
-            kernels: None,
+            computing: &Computing::Usual,
             embedding_bd,
             graphs: Vec::new(),
             parts: network.trunk().len() + 2,
@@ -63,10 +62,10 @@ impl<'a> TrainingPass<'a> {
         network: &'a dyn Network,
         images: &Tensor,
         mode: &ForwardMode,
-        kernels: Option<&'a Kernels>,
+        computing: &'a Computing,
         begins: impl Fn(usize) -> bool,
     ) -> Self {
-        let mut pass = Pass::new(mode, None).with_kernels(kernels);
+        let mut pass = Pass::new(mode, None).computing(computing);
         let mut graphs = Vec::new();
         let (mut first, mut input) = (0, None);
         let mut border = |x: Tensor, part: usize| {
@@ -97,7 +96,7 @@ impl<'a> TrainingPass<'a> {
         });
         Self {
             mode: *mode,
-            kernels,
+            computing,
             embedding_bd,
             graphs,
             parts: last + 1,
@@ -109,9 +108,9 @@ impl<'a> TrainingPass<'a> {
         network: &'a dyn Network,
         images: &Tensor,
         mode: &ForwardMode,
-        kernels: Option<&'a Kernels>,
+        computing: &'a Computing,
     ) -> Self {
-        let mut pass = Pass::new(mode, None).with_kernels(kernels);
+        let mut pass = Pass::new(mode, None).computing(computing);
         let stem = network.stem(images, &mut pass);
         let mut x = begin(&stem);
         let mut graphs = vec![Graph {
@@ -136,7 +135,7 @@ impl<'a> TrainingPass<'a> {
         });
         Self {
             mode: *mode,
-            kernels,
+            computing,
             embedding_bd,
             parts: graphs.len(),
             graphs,
@@ -171,7 +170,7 @@ impl<'a> TrainingPass<'a> {
             match way {
                 Way::Kept(output) => differentiate(&output, &grad),
                 Way::Again(piece) => {
-                    let mut pass = Pass::repeating(&self.mode).with_kernels(self.kernels);
+                    let mut pass = Pass::repeating(&self.mode).computing(self.computing);
                     let input = input.as_ref().expect("no piece has the images");
                     differentiate(&piece.forward(input, &mut pass), &grad);
                 }

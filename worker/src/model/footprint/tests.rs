@@ -145,6 +145,7 @@ fn what_is_counted_of_convolutional_networks_is_what_they_take() {
     check("mbf", Precision::Fp32, false, 0.10);
     // oneDNN's workspaces hold f32 copies of maps where the machine has no bf16 of its own.
     check("tiny", Precision::Bf16, false, 0.06);
+    check("mbf", Precision::Bf16, false, 0.20);
 }
 
 /// What a GPU's kernels keep, by their twins, which are given the same tensors.

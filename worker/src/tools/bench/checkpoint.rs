@@ -1,15 +1,21 @@
-//! What a checkpoint costs: the copy that training waits for, and the writing, digests and reading that it does not.
+//! What a checkpoint costs: the copy that training waits for, and the writing, digests and reading that it does not; in turn with what
+//! the disk does by itself with as many bytes.
 
 use super::timing::{median, min, time};
 use crate::checkpoint::{self, Checkpoint, NamedTensor, PartKind, manifest, write};
+use anyhow::Context;
 use arcface_proto::{types::ClassRange, v1::CheckpointManifest};
 use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 /// Seconds between checkpoints that the share of time lost is given for.
 const INTERVAL_S: f64 = 60.0;
+/// Bytes that the disk by itself is given at once.
+const CHUNK: usize = 4 << 20;
 
 /// One part of weights and momentum.
 pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> anyhow::Result<Value> {
@@ -27,47 +33,139 @@ pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> a
     })?;
 
     let scratch = dir.join(format!(".bench-checkpoint-{}", std::process::id()));
-    let remove = Scratch(scratch.clone());
+    let _remove = Scratch(scratch.clone());
     let mut part = checkpoint::write_part(&scratch, PartKind::Head(range), &copy)?;
-    let writing = time(repetitions, |_| {
+    let (ours, raw) = (scratch.join(&part.file), scratch.join("raw"));
+    let mut contents = fs::read(&ours)?;
+    let mut times: [Vec<f64>; 5] = Default::default();
+    // The first round does not count.
+    for repetition in 0..=repetitions {
+        let mut put = |which: usize, milliseconds| {
+            if repetition > 0 {
+                times[which].push(milliseconds);
+            }
+        };
+        let begin = Instant::now();
         part = checkpoint::write_part(&scratch, PartKind::Head(range), &copy)?;
-        Ok(())
-    })?;
+        put(WRITE, since(begin));
+        let begin = Instant::now();
+        write_raw(&raw, &contents)?;
+        put(RAW_WRITE, since(begin));
+        read_cold(&raw, &mut contents)?;
+        put(RAW_WRITE_AND_READ, since(begin));
+
+        let manifest = manifest_of(&scratch, &part, classes)?;
+        forget(&ours)?;
+        let begin = Instant::now();
+        Checkpoint::open(&scratch, manifest)?.head_rows(range)?;
+        put(READ, since(begin));
+        forget(&raw)?;
+        let begin = Instant::now();
+        read_cold(&raw, &mut contents)?;
+        put(RAW_READ, since(begin));
+    }
     let bytes = part.bytes;
-    let file = std::fs::read(scratch.join(&part.file))?;
     let hashing = time(repetitions, |_| {
-        std::hint::black_box(blake3::hash(&file));
+        std::hint::black_box(blake3::hash(&contents));
         Ok(())
     })?;
-    drop(file);
-    let parts = vec![checkpoint::write_part(&scratch, PartKind::Backbone, &[])?, part];
-    let manifest = CheckpointManifest {
-        format: manifest::FORMAT,
-        num_classes: classes,
-        parts,
-        ..Default::default()
-    };
+    drop(contents);
+    let manifest = manifest_of(&scratch, &part, classes)?;
     let verifying = time(repetitions, |_| {
         Ok(Checkpoint::open(&scratch, manifest.clone())?.verify()?)
     })?;
-    let reading = time(repetitions, |_| {
+    let from_memory = time(repetitions, |_| {
         Checkpoint::open(&scratch, manifest.clone())?.head_rows(range)?;
         Ok(())
     })?;
-    drop(remove);
     let per_second = |milliseconds: f64| bytes as f64 / (milliseconds / 1e3);
+    let [writing, raw_writing, raw_both, reading, raw_reading] = &times;
     Ok(json!({
         "bench": "checkpoint", "classes": classes, "dim": dim, "bytes": bytes,
         "copy_first_ms": first_copy_ms,
         "copy_median_ms": median(&copying), "copy_min_ms": min(&copying),
         "stall_share_at_one_a_minute": median(&copying) / 1e3 / INTERVAL_S,
         "copy_gb_per_s": per_second(median(&copying)) / 1e9,
-        "write_median_ms": median(&writing), "write_min_ms": min(&writing),
-        "write_mb_per_s": per_second(median(&writing)) / 1e6,
+        // Until it is durable and was read again from the disk.
+        "write_median_ms": median(writing), "write_min_ms": min(writing),
+        "write_mb_per_s": per_second(median(writing)) / 1e6,
+        "raw_write_median_ms": median(raw_writing), "raw_write_min_ms": min(raw_writing),
+        "raw_write_mb_per_s": per_second(median(raw_writing)) / 1e6,
+        "raw_write_and_read_median_ms": median(raw_both), "raw_write_and_read_min_ms": min(raw_both),
+        "write_against_raw_write_and_read": median(&ratios(raw_both, writing)),
+        // From the disk.
+        "read_median_ms": median(reading), "read_min_ms": min(reading),
+        "read_mb_per_s": per_second(median(reading)) / 1e6,
+        "raw_read_median_ms": median(raw_reading), "raw_read_min_ms": min(raw_reading),
+        "raw_read_mb_per_s": per_second(median(raw_reading)) / 1e6,
+        "read_against_raw_read": median(&ratios(raw_reading, reading)),
+        // From the system's memory.
         "digest_gb_per_s": per_second(median(&hashing)) / 1e9,
         "verify_median_ms": median(&verifying), "verify_min_ms": min(&verifying),
-        "read_median_ms": median(&reading), "read_min_ms": min(&reading),
+        "read_from_memory_median_ms": median(&from_memory), "read_from_memory_min_ms": min(&from_memory),
     }))
+}
+
+/// Places in the list of times.
+const WRITE: usize = 0;
+const RAW_WRITE: usize = 1;
+const RAW_WRITE_AND_READ: usize = 2;
+const READ: usize = 3;
+const RAW_READ: usize = 4;
+
+fn since(begin: Instant) -> f64 {
+    begin.elapsed().as_secs_f64() * 1e3
+}
+
+/// How many times as fast as alone, repetition by repetition.
+fn ratios(raw: &[f64], ours: &[f64]) -> Vec<f64> {
+    raw.iter().zip(ours).map(|(raw, ours)| raw / ours).collect()
+}
+
+/// A checkpoint of this part, and of no backbone to speak of.
+fn manifest_of(
+    dir: &Path,
+    part: &arcface_proto::v1::CheckpointPart,
+    classes: u32,
+) -> anyhow::Result<CheckpointManifest> {
+    Ok(CheckpointManifest {
+        format: manifest::FORMAT,
+        num_classes: classes,
+        parts: vec![
+            checkpoint::write_part(dir, PartKind::Backbone, &[])?,
+            part.clone(),
+        ],
+        ..Default::default()
+    })
+}
+
+/// Writes a file until it is durable.
+fn write_raw(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
+    let mut file = File::create(path)?;
+    for chunk in contents.chunks(CHUNK) {
+        file.write_all(chunk)?;
+    }
+    Ok(file.sync_all()?)
+}
+
+/// Reads a file, from the disk, into memory that is there.
+fn read_cold(path: &Path, contents: &mut [u8]) -> anyhow::Result<()> {
+    forget(path)?;
+    let mut file = File::open(path)?;
+    for chunk in contents.chunks_mut(CHUNK) {
+        file.read_exact(chunk)?;
+    }
+    Ok(())
+}
+
+/// Makes the system forget what it has of a durable file.
+fn forget(path: &Path) -> anyhow::Result<()> {
+    let file = File::open(path)?;
+    #[cfg(target_os = "linux")]
+    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+        .context("make the system forget a file")?;
+    drop(file);
+    Ok(())
 }
 
 /// A directory that goes when the benchmark does, also after an error.
@@ -76,6 +174,6 @@ struct Scratch(PathBuf);
 impl Drop for Scratch {
     fn drop(&mut self) {
         // What cannot be removed stays in sight of the user, who chose the place.
-        drop(std::fs::remove_dir_all(&self.0));
+        drop(fs::remove_dir_all(&self.0));
     }
 }

@@ -2,12 +2,21 @@
 
 use super::timing::{median, min, time};
 use crate::data::{
-    self, Dataset, Epochs, Form, ImageCache, Loader, LoaderOptions, synthetic::SyntheticFaces,
+    self, DataError, Dataset, Epochs, Form, Image, ImageCache, Loader, LoaderOptions, OtherSize, Record,
+    decode::{PIXEL_BYTES, SIDE},
+    recode::{self, JPEG_QUALITY},
+    synthetic::{self, SyntheticFaces},
 };
 use anyhow::Context;
 use arcface_proto::spec::Augment;
+use image::RgbImage;
 use serde_json::{Value, json};
-use std::{sync::Arc, time::Instant};
+use std::{borrow::Cow, sync::Arc, time::Instant};
+
+/// The name of drawn images as files of training sets have them.
+const JPEG: &str = "jpeg";
+/// How many of them there are.
+const JPEGS: u64 = 1000;
 
 /// Batches as training would wait for them.
 pub(super) fn measure(
@@ -19,7 +28,8 @@ pub(super) fn measure(
 ) -> anyhow::Result<Value> {
     let steps = u64::from(repetitions) + 1;
     let dataset: Arc<dyn Dataset> = match data {
-        data::synthetic::NAME => Arc::new(SyntheticFaces::new(1, 1000, steps * u64::from(batch))),
+        synthetic::NAME => Arc::new(SyntheticFaces::new(1, 1000, steps * u64::from(batch))),
+        JPEG => Arc::new(DrawnJpegs::draw()?),
         path => data::open_path(path.as_ref(), None)?,
     };
     let description = dataset.describe();
@@ -40,10 +50,57 @@ pub(super) fn measure(
         Ok(())
     })?;
     let all = begin.elapsed().as_secs_f64();
+    let loaded = loader.loaded();
     Ok(json!({
         "bench": "loader", "data": description, "batch": batch, "threads": threads,
+        "bytes_an_image": loaded.bytes.checked_div(loaded.samples - loaded.cached),
+        "cached_share": loaded.cached as f64 / loaded.samples as f64,
         "median_ms": median(&times), "min_ms": min(&times),
         // Of all batches and the whole time: single waits say little while others are being prepared.
         "images_per_second": steps as f64 * f64::from(batch) / all,
     }))
+}
+
+/// Drawn images, encoded, in memory: what a machine decodes without any disk.
+struct DrawnJpegs(Vec<Vec<u8>>);
+
+impl DrawnJpegs {
+    fn draw() -> anyhow::Result<Self> {
+        let mut pixels = [0; PIXEL_BYTES];
+        let files = (0..JPEGS).map(|index| {
+            synthetic::draw(1, index, 0, &mut pixels);
+            let image = RgbImage::from_raw(SIDE as u32, SIDE as u32, pixels.to_vec());
+            let image = image.context("as many bytes as pixels")?;
+            recode::encode(&image, JPEG_QUALITY).map_err(|refused| anyhow::anyhow!(refused.message))
+        });
+        Ok(Self(files.collect::<anyhow::Result<_>>()?))
+    }
+}
+
+impl Dataset for DrawnJpegs {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn num_classes(&self) -> u32 {
+        1
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "{} drawn faces as JPEG of quality {JPEG_QUALITY}, in memory",
+            self.0.len()
+        )
+    }
+
+    fn name(&self, index: u64) -> String {
+        format!("drawn JPEG {index}")
+    }
+
+    fn record(&self, index: u64) -> Result<Record<'_>, DataError> {
+        Ok(Record {
+            label: 0,
+            image: Image::Encoded(Cow::Borrowed(&self.0[index as usize]), OtherSize::Refuse),
+        })
+    }
 }

@@ -62,7 +62,7 @@ pub enum Part {
     Collective(collective::CollectiveArgs),
     /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
     Loader {
-        /// Training data: .rec, image folder, or "synthetic".
+        /// Training data: .rec, image folder, "synthetic" (drawn when asked for), or "jpeg" (drawn before, as JPEG of quality 95).
         #[arg(long, default_value = "synthetic")]
         data: String,
         /// Images of a batch.

@@ -1,5 +1,6 @@
 //! How fast a whole training step of one rank is, from a batch of images to updated weights, and how much memory it
-//! takes: alone, or against the plain trainer (fp32, with a head that materialises the logits).
+//! takes: alone, or against the plain trainer (fp32, a network of libtorch's operations as a trainer in Python runs it, a head that
+//! materialises the logits).
 
 use super::{
     Share, choice, comparison, memory,
@@ -51,6 +52,9 @@ pub struct StepArgs {
     /// Which head: tiled or plain.
     #[arg(long, default_value = "tiled", value_parser = choice::<HeadImplementation>)]
     implementation: HeadImplementation,
+    /// libtorch's operations alone for the network, in the layout that images come in: as a trainer in Python computes.
+    #[arg(long)]
+    plain_network: bool,
     /// Update rule: sgd or adamw.
     #[arg(long, default_value = "sgd", value_parser = choice::<Optimizer>)]
     optimizer: Optimizer,
@@ -90,7 +94,8 @@ pub(super) fn measure(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value
         None => alone(repetitions, args),
         Some(plain) => {
             let ours = arguments(args, args.precision, args.implementation);
-            let other = arguments(args, Precision::Fp32, HeadImplementation::Plain);
+            let mut other = arguments(args, Precision::Fp32, HeadImplementation::Plain);
+            other.push("--plain-network".to_owned());
             let mut result = comparison::compare(repetitions, &ours, &other, &args.malloc)?;
             result["against"] = plain.as_str().into();
             Ok(result)
@@ -187,9 +192,12 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
     let placement = args.place.open(args.precision)?;
     let prepared = Prepared::open(spec, &[], placement)
         .map_err(|failure| Failure::new(ExitCode::Usage, failure.message).hint(failure.hint))?;
-    let (trainer, _) = prepared.into_trainer(Box::new(Share {
+    let (mut trainer, _) = prepared.into_trainer(Box::new(Share {
         world_size: args.world,
     }))?;
+    if args.plain_network {
+        trainer.backbone.compute_plainly();
+    }
     Ok(trainer)
 }
 

@@ -56,10 +56,9 @@ extern "C" fn refused(_signal: i32, _info: *mut libc::siginfo_t, context: *mut l
     registers[libc::REG_RIP as usize] += length as greg_t;
 }
 
-/// What cannot go on.
+/// What cannot go on: a handler that panics ends the process.
 fn end(why: &str) -> ! {
-    eprintln!("an instruction that is not emulated, or not allowed: {why}");
-    std::process::abort()
+    panic!("an instruction that is not emulated, or not allowed: {why}")
 }
 
 /// The registers by their number in an instruction.
