@@ -20,7 +20,7 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tch::{Device, Kind, Tensor};
 
@@ -32,8 +32,17 @@ const BLOCK: u64 = 4096;
 pub struct Checkpoint {
     dir: PathBuf,
     manifest: CheckpointManifest,
-    /// Parts that were found to be what was committed, by file, and are still open.
-    proven: Mutex<HashMap<String, Arc<Part>>>,
+    /// Parts that were found to be what was committed, by file.
+    proven: Mutex<HashMap<String, Proven>>,
+}
+
+/// A part that was found to be what was committed. A file that is replaced meanwhile changes nothing.
+#[derive(Debug)]
+enum Proven {
+    /// It is still open, to be read from.
+    Open(Arc<Part>),
+    /// All of it was read; for the first who asks.
+    Read(Vec<NamedTensor>),
 }
 
 impl Checkpoint {
@@ -70,7 +79,7 @@ impl Checkpoint {
         for part in checkpoint.needed(classes)? {
             let file = fetch(part)?;
             let found = prove_file(dir.join(&part.file), file, part).map_err(CheckpointError::of_scratch)?;
-            proven.insert(part.file.clone(), Arc::new(found));
+            proven.insert(part.file.clone(), Proven::Open(Arc::new(found)));
         }
         Ok(Self {
             proven: Mutex::new(proven),
@@ -101,11 +110,34 @@ impl Checkpoint {
             .try_for_each(|part| self.prove(part).map(drop))
     }
 
-    /// Checks size and digest of what a rank with these classes will read. The parts stay open and are not hashed again:
-    /// a file that is replaced meanwhile changes nothing.
+    /// Checks size and digest of what a rank with these classes will read. What it will read whole it has read then; the other parts stay
+    /// open and are not hashed again.
     pub fn verify_for(&self, classes: ClassRange) -> Result<(), CheckpointError> {
-        let mut needed = self.needed(classes)?.into_iter();
-        needed.try_for_each(|part| self.verified(part).map(drop))
+        let head = self.whole_head(classes)?.map(|part| &part.file);
+        let backbone = &self.backbone_part()?.file;
+        for part in self.needed(classes)? {
+            if part.file != *backbone && Some(&part.file) != head {
+                self.verified(part)?;
+            } else if let Some(tensors) = self.whole(part)? {
+                self.proven().insert(part.file.clone(), Proven::Read(tensors));
+            }
+        }
+        Ok(())
+    }
+
+    /// The part of the head that has these classes and no others.
+    fn whole_head(&self, classes: ClassRange) -> Result<Option<&CheckpointPart>, CheckpointError> {
+        let all = self.head_parts();
+        Ok(match &self.pieces(classes, &all)?[..] {
+            [piece] => Some(all[piece.part]).filter(|(_, held)| *held == classes),
+            _ => None,
+        }
+        .map(|(part, _)| part))
+    }
+
+    fn proven(&self) -> MutexGuard<'_, HashMap<String, Proven>> {
+        // Nothing that is done with it leaves it half changed.
+        self.proven.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The parts that a rank with these classes reads.
@@ -170,11 +202,7 @@ impl Checkpoint {
     /// Rows `classes` of every tensor of the head, on the CPU, whatever the old shards were; tensors without a
     /// dimension as they are in every part. Reads only the bytes of those rows, after the digests were checked.
     pub fn head_rows(&self, classes: ClassRange) -> Result<Vec<NamedTensor>, CheckpointError> {
-        let all = self.head_parts();
-        let pieces = self.pieces(classes, &all)?;
-        if let [piece] = &pieces[..]
-            && let (part, held) = all[piece.part]
-            && held == classes
+        if let Some(part) = self.whole_head(classes)?
             && let Some(tensors) = self.whole(part)?
         {
             let has_rows = |tensor: &Tensor| {
@@ -190,6 +218,8 @@ impl Checkpoint {
             };
         }
 
+        let all = self.head_parts();
+        let pieces = self.pieces(classes, &all)?;
         // A rank without classes still gets every tensor, with no rows.
         let first = pieces.first().map_or(0, |piece| piece.part);
         let Some((first, _)) = all.get(first) else {
@@ -286,26 +316,29 @@ impl Checkpoint {
         Ok((path, file))
     }
 
-    /// All tensors of a part that nobody has looked at yet; `None` of one that is open and proven.
+    /// All tensors of a part; `None` of one that is open.
     fn whole(&self, part: &CheckpointPart) -> Result<Option<Vec<NamedTensor>>, CheckpointError> {
-        let proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
-        if proven.contains_key(&part.file) {
-            return Ok(None);
+        let mut proven = self.proven();
+        match proven.remove(&part.file) {
+            Some(Proven::Read(tensors)) => return Ok(Some(tensors)),
+            Some(open @ Proven::Open(_)) => {
+                proven.insert(part.file.clone(), open);
+                return Ok(None);
+            }
+            None => drop(proven),
         }
-        drop(proven);
         let (path, file) = self.open_part(part)?;
         read_whole(&path, file, part).map(Some)
     }
 
-    /// A part that is what was committed.
+    /// A part that is what was committed, open.
     fn verified(&self, part: &CheckpointPart) -> Result<Arc<Part>, CheckpointError> {
-        // Nothing in here leaves the map half changed.
-        let mut proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(part) = proven.get(&part.file) {
+        if let Some(Proven::Open(part)) = self.proven().get(&part.file) {
             return Ok(part.clone());
         }
         let found = Arc::new(self.prove(part)?);
-        proven.insert(part.file.clone(), found.clone());
+        let proven = Proven::Open(found.clone());
+        self.proven().insert(part.file.clone(), proven);
         Ok(found)
     }
 

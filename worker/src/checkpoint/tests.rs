@@ -261,6 +261,42 @@ fn every_mutation_of_a_part_is_noticed_before_use() {
     read_all(dir.path(), &manifest).expect("whole again");
 }
 
+/// What a rank will read is read when it is verified: once, and whatever becomes of the files.
+#[test]
+fn what_was_verified_needs_no_files_any_more() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let classes = ClassRange { lo: 0, hi: 5 };
+    let backbone = vec![("w".to_owned(), Tensor::from_slice(&[1f32, -2.5]))];
+    let manifest = CheckpointManifest {
+        format: manifest::FORMAT,
+        num_classes: 5,
+        parts: vec![
+            write_part(dir.path(), PartKind::Backbone, &backbone).expect("written"),
+            write_part(dir.path(), PartKind::Head(classes), &head(classes)).expect("written"),
+        ],
+        ..Default::default()
+    };
+    let checkpoint = Checkpoint::open(dir.path(), manifest).expect("opened");
+    checkpoint.verify_for(classes).expect("whole");
+    fs::remove_dir_all(dir.path()).expect("removed");
+    for (read, written) in [
+        (checkpoint.backbone().expect("read"), backbone),
+        (checkpoint.head_rows(classes).expect("read"), head(classes)),
+    ] {
+        assert_eq!(read.len(), written.len());
+        for (name, tensor) in written {
+            let found = read.iter().find(|(found, _)| *found == name).expect("its name");
+            assert_eq!(
+                (found.1.kind(), found.1.size()),
+                (tensor.kind(), tensor.size()),
+                "{name}"
+            );
+            assert!(found.1.equal(&tensor), "{name}");
+        }
+    }
+    assert!(checkpoint.head_rows(classes).is_err(), "it was given away");
+}
+
 #[test]
 fn a_tail_of_zeros_is_shown_and_a_folder_that_is_not_here_is_no_damage() {
     let dir = tempfile::tempdir().expect("scratch");

@@ -124,6 +124,22 @@ impl GradientSum {
         Ok(())
     }
 
+    /// What travels, if it is not what the ranks have. Alone, nobody is sent anything.
+    fn kind_sent(&self, world_size: u32) -> Option<Kind> {
+        self.compressed.filter(|_| world_size > 1)
+    }
+
+    /// A row as it travels: one that is rounded is divided by the number of ranks before, so that the sum is no larger than its terms.
+    fn packed(&self, mut flat: Tensor, world_size: u32) -> Tensor {
+        match self.kind_sent(world_size) {
+            Some(kind) => {
+                flat /= f64::from(world_size);
+                flat.to_kind(kind)
+            }
+            None => flat,
+        }
+    }
+
     /// All gradients are complete. What the rank `says` travels as a few more elements.
     ///
     /// # Errors
@@ -136,9 +152,9 @@ impl GradientSum {
         scale: f64,
     ) -> Result<Summed, RankFailure> {
         let world_size = comm.world_size();
-        let divisor = match self.is_packed(world_size) {
-            true => scale,
-            false => f64::from(world_size) * scale,
+        let divisor = match self.kind_sent(world_size) {
+            Some(_) => scale,
+            None => f64::from(world_size) * scale,
         };
         self.begin(0, params, comm)?;
         let _no_grad = tch::no_grad_guard();
@@ -159,7 +175,7 @@ impl GradientSum {
             .to_device(Device::Cpu);
         let mut flats = std::mem::take(&mut self.begun);
         flats.push(last.narrow(0, 0, elements));
-        let mut flats: Vec<Tensor> = flats.iter().map(|flat| flat.to_kind(Kind::Float)).collect();
+        let mut flats: Vec<Tensor> = flats.into_iter().map(|flat| flat.to_kind(Kind::Float)).collect();
         let mut grads: Vec<Option<Tensor>> = params.iter().map(|_| None).collect();
         for (bucket, flat) in self.buckets.0.iter().zip(&mut flats) {
             if divisor != 1.0 {
@@ -178,24 +194,6 @@ impl GradientSum {
             flats,
             said: Says::from_elements(|which| heard.double_value(&[which])),
         })
-    }
-}
-
-/// What travels, if it is not what the ranks have: rounded, and divided by the number of ranks before, so that a sum is no larger than
-/// what it is of. Alone, nobody is sent anything.
-impl GradientSum {
-    fn is_packed(&self, world_size: u32) -> bool {
-        world_size > 1 && self.compressed.is_some()
-    }
-
-    fn packed(&self, mut flat: Tensor, world_size: u32) -> Tensor {
-        match self.compressed.filter(|_| world_size > 1) {
-            Some(kind) => {
-                flat /= f64::from(world_size);
-                flat.to_kind(kind)
-            }
-            None => flat,
-        }
     }
 }
 
