@@ -406,7 +406,7 @@ def data():
         ], "s", links=["data_wait"]),
         graph("Images loaded", "A second, all ranks, ahead of training; and those of them that data.cache had.", [
             (f"sum by (job_id) (rate(arcface_data_samples_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}"),
-            (f"sum by (job_id) (rate(arcface_data_cached_samples_total{{{SOME}}}[$__rate_interval])) > 0", "{{job_id}}: cached"),
+            (f"sum by (job_id) (rate(arcface_data_cached_samples_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}: cached"),
         ], size=(8, 7)),
         graph("Bytes read", "A second, all ranks, as images lie in the data set.",
               [(f"sum by (job_id) (rate(arcface_data_bytes_total{{{SOME}}}[$__rate_interval]))", "{{job_id}}")], "Bps", size=(8, 7)),
