@@ -13,6 +13,7 @@ use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -176,10 +177,13 @@ async fn supervise(
 ) {
     let stderr = child.stderr.take();
     let mut output = tokio::spawn(forward(stderr, pid, key.clone(), log_path));
+    let signalled = AtomicBool::new(false);
     let status = tokio::select! {
+        biased;
         status = child.wait() => Some(status),
-        () = kill_when_wanted(pid, kill_wanted) => None,
+        () = kill_when_wanted(pid, kill_wanted, &signalled) => None,
     };
+    let by_itself = !signalled.into_inner();
     let status = match status {
         Some(status) => status,
         None => child.wait().await,
@@ -197,24 +201,27 @@ async fn supervise(
             exit_code: status.code(),
             signal: status.signal(),
             last_error,
+            by_itself,
         },
         Err(error) => ExitFacts {
             pid,
             exit_code: None,
             signal: None,
             last_error: format!("cannot wait for process {pid}: {error}"),
+            by_itself,
         },
     };
     // The receiver is gone only when the agent itself ends.
     let _agent_ended = exits.send((key, facts)).await;
 }
 
-/// Sends the signals that [`RankProcess::kill`] asks for; returns after SIGKILL.
-async fn kill_when_wanted(pid: u32, mut wanted: watch::Receiver<Option<Duration>>) {
+/// Sends the signals that [`RankProcess::kill`] asks for, which it notes first; returns after SIGKILL.
+async fn kill_when_wanted(pid: u32, mut wanted: watch::Receiver<Option<Duration>>, signalled: &AtomicBool) {
     let group = Pid::from_raw(pid as i32);
     let Some(mut grace) = next_wish(&mut wanted).await else {
         return std::future::pending().await;
     };
+    signalled.store(true, Ordering::Relaxed);
     if !grace.is_zero() {
         send(group, Signal::SIGTERM);
     }

@@ -64,6 +64,8 @@ pub struct ExitFacts {
     pub signal: Option<i32>,
     /// Last line of its standard error.
     pub last_error: String,
+    /// It ended before anybody sent it a signal from here, though one may have been asked for since.
+    pub by_itself: bool,
 }
 
 #[derive(Debug)]
@@ -201,6 +203,7 @@ impl Table {
             Some(State::Exited(_)) => return Vec::new(),
             _ => None,
         };
+        let stop = stop.filter(|_| !facts.by_itself);
         let mut effects = vec![Effect::Report(self.record(key.clone(), facts, stop))];
         effects.extend(self.start_waiting());
         effects
@@ -424,6 +427,31 @@ mod tests {
         assert_eq!(exit.last_error, "the worker was stopped");
         assert!(!exit.requested);
         assert_eq!(exit.signal, Some(15));
+    }
+
+    /// The coordinator, which heard of it from a peer and wants the generation dead, would else take the peer's word for it.
+    #[test]
+    fn a_rank_that_ended_before_its_kill_ended_by_itself() {
+        for (by_itself, requested) in [(true, false), (false, true)] {
+            let mut table = Table::new(1);
+            table.launch(assignment(1, 0));
+            table.spawned(&key(1, 0), 9);
+            assert_eq!(
+                show(&table.kill(&key(1, 0).job, key(1, 0).generation, Duration::ZERO)),
+                "K1.0"
+            );
+            let facts = ExitFacts {
+                pid: 9,
+                signal: Some(9),
+                by_itself,
+                ..Default::default()
+            };
+            let effects = table.exited(&key(1, 0), facts);
+            let [Effect::Report(exit)] = &effects[..] else {
+                panic!("{effects:?}")
+            };
+            assert_eq!(exit.requested, requested);
+        }
     }
 
     #[test]
