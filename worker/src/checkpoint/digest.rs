@@ -38,7 +38,7 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// The next buffer, once `fill` has made it `length` bytes long contents.
+    /// The next buffer, `length` bytes long when `fill` gets it, once that has filled it.
     pub fn fill<E>(
         &mut self,
         length: usize,

@@ -80,7 +80,7 @@ impl Disk for Real {
 
 /// Tells the system that the file's bytes need not stay in memory: it begins to write those that are not on the disk, and forgets the
 /// others. Only advice: a file system without a cache of its own has nothing to forget.
-fn forget(file: &File) {
+pub fn forget(file: &File) {
     #[cfg(target_os = "linux")]
     let _kept = nix::fcntl::posix_fadvise(file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     #[cfg(not(target_os = "linux"))]

@@ -19,6 +19,7 @@ pub mod read;
 pub mod reshard;
 pub mod write;
 
+pub(crate) use disk::forget;
 pub use error::CheckpointError;
 pub use location::Location;
 pub use part::PartKind;

@@ -3,7 +3,6 @@
 
 use super::timing::{median, min, time};
 use crate::checkpoint::{self, Checkpoint, NamedTensor, PartKind, manifest, write};
-use anyhow::Context;
 use arcface_proto::{types::ClassRange, v1::CheckpointManifest};
 use serde_json::{Value, json};
 use std::fs::{self, File};
@@ -51,7 +50,8 @@ pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> a
         let begin = Instant::now();
         write_raw(&raw, &contents)?;
         put(RAW_WRITE, since(begin));
-        read_cold(&raw, &mut contents)?;
+        forget(&raw)?;
+        read_raw(&raw, &mut contents)?;
         put(RAW_WRITE_AND_READ, since(begin));
 
         let manifest = manifest_of(&scratch, &part, classes)?;
@@ -61,7 +61,7 @@ pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> a
         put(READ, since(begin));
         forget(&raw)?;
         let begin = Instant::now();
-        read_cold(&raw, &mut contents)?;
+        read_raw(&raw, &mut contents)?;
         put(RAW_READ, since(begin));
     }
     let bytes = part.bytes;
@@ -148,9 +148,8 @@ fn write_raw(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
     Ok(file.sync_all()?)
 }
 
-/// Reads a file, from the disk, into memory that is there.
-fn read_cold(path: &Path, contents: &mut [u8]) -> anyhow::Result<()> {
-    forget(path)?;
+/// Reads a file into memory that is there.
+fn read_raw(path: &Path, contents: &mut [u8]) -> anyhow::Result<()> {
     let mut file = File::open(path)?;
     for chunk in contents.chunks_mut(CHUNK) {
         file.read_exact(chunk)?;
@@ -158,13 +157,9 @@ fn read_cold(path: &Path, contents: &mut [u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the system forget what it has of a durable file.
+/// Makes the system forget what it has of a durable file, so that it is read from the disk.
 fn forget(path: &Path) -> anyhow::Result<()> {
-    let file = File::open(path)?;
-    #[cfg(target_os = "linux")]
-    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED)
-        .context("make the system forget a file")?;
-    drop(file);
+    checkpoint::forget(&File::open(path)?);
     Ok(())
 }
 

@@ -160,7 +160,7 @@ unsafe fn execute(at: *const u8, registers: &[greg_t; 23]) -> usize {
         }
         // tilezero
         (0x49, 3, 3) => {
-            configured(&tiles[tile]).bytes = [[0; ROW]; ROWS];
+            configured(&tiles[tile]);
             tiles[tile].bytes = [[0; ROW]; ROWS];
             5
         }

@@ -132,32 +132,14 @@ fn kernels_multiply() {
                         columns,
                         inner: steps,
                     };
-                    multiply(
-                        isa,
-                        format,
-                        shape,
-                        left,
-                        right,
-                        Out {
+                    for add in [false, true] {
+                        let out = Out {
                             values: &mut out,
                             row: columns,
-                            add: false,
-                        },
-                        order,
-                    );
-                    multiply(
-                        isa,
-                        format,
-                        shape,
-                        left,
-                        right,
-                        Out {
-                            values: &mut out,
-                            row: columns,
-                            add: true,
-                        },
-                        order,
-                    );
+                            add,
+                        };
+                        multiply(isa, format, shape, left, right, out, order);
+                    }
                     for m in 0..rows {
                         for n in 0..columns {
                             let products =
