@@ -4,8 +4,9 @@
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    const NATIVE: [&str; 7] = [
+    const NATIVE: [&str; 8] = [
         "src/device/gpu.cpp",
+        "src/device/graph.cpp",
         "src/model/native/allocations.cpp",
         "src/model/native/backward.cpp",
         "src/model/native/layout.cpp",

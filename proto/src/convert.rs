@@ -465,6 +465,7 @@ fn train_spec(c: &mut Checker, train: v1::TrainSection) -> TrainSpec {
             &train.gradient_compression,
             crate::spec::GradientCompression::Off,
         ),
+        cuda_graph: train.cuda_graph.unwrap_or(false),
     }
 }
 
@@ -528,6 +529,7 @@ pub fn job_spec_to_wire(spec: &JobSpec) -> v1::JobSpec {
             on_nonfinite: Some(spec.train.on_nonfinite.as_str().into()),
             tensorboard: Some(spec.train.tensorboard),
             gradient_compression: Some(spec.train.gradient_compression.as_str().into()),
+            cuda_graph: Some(spec.train.cuda_graph),
         }),
         eval: Some(eval::to_wire(&spec.eval)),
         checkpoint: Some(v1::CheckpointSection {

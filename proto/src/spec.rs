@@ -175,6 +175,8 @@ pub struct TrainSpec {
     pub tensorboard: bool,
     /// What the backbone's gradients are sent as.
     pub gradient_compression: GradientCompression,
+    /// On a GPU the backbone runs as CUDA graphs.
+    pub cuda_graph: bool,
 }
 
 /// `[eval]`

@@ -260,11 +260,15 @@ def training(accept):
         "sampled": {"rate": 0.3},
         "accumulated": {"more": "gradient_acc = 2"},
         "adamw": {"more": adamw},
+        # From the third step on.
+        "graphs": {"more": "cuda_graph = true"},
+        "accumulated_graphs": {"more": "gradient_acc = 2\ncuda_graph = true"},
     }
     figures, failed = {}, []
     for name, case in cases.items():
         expected = accept.train(accept.job(f"{name}_cpu", **case), "cpu")
-        for precision in ["fp32"] if accept.quick or case else ["fp32", "bf16"]:
+        both = name in ("whole", "graphs") and not accept.quick
+        for precision in ["fp32", "bf16"] if both else ["fp32"]:
             job = accept.job(f"{name}_{accept.device}_{precision}", precision, **case)
             ours = accept.train(job, accept.device)
             figures[f"{name} {precision}"] = differences(ours, expected)
@@ -305,7 +309,8 @@ lr = 0.05
 [eval]
 val_targets = ["synth"]
 """)
-    accept.train(job, accept.device, timeout=420)
+    # Finds the GPU by itself.
+    accept.train(job, "auto" if accept.device == "cuda" else "cpu", timeout=420)
     records = [json.loads(line) for line in (accept.folder / "learning/metrics.jsonl").read_text().splitlines()]
     accuracy = [record["accuracy"] for record in records if record["kind"] == "evaluation"][-1]
     speeds = [record["samples_per_second"] for record in records if record["kind"] == "metrics"]
@@ -395,7 +400,7 @@ def nccl(accept):
 
 
 def sanitizer(accept):
-    """The head's kernels under compute-sanitizer: no access out of bounds."""
+    """Our kernels under compute-sanitizer: no access out of bounds."""
     if accept.device != "cuda":
         return {"not on a CPU": True}
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -409,6 +414,13 @@ def sanitizer(accept):
             "--dim", 96, "--batch", 33, "--rate", rate, "--repetitions", 2,
         )  # fmt: skip
         figures[f"{name}, seconds"] = time.monotonic() - begin
+    # Batch norms in a network; the convolutions are not ours.
+    begin = time.monotonic()
+    accept.run(
+        tool, "--error-exitcode", 9, "--kernel-regex", "kns=norm_", accept.worker, "bench", "step", "--device", "cuda",
+        "--network", "tiny", "--batch", 9, "--classes", 300, "--precision", "bf16", "--repetitions", 2,
+    )  # fmt: skip
+    figures["batch norms, seconds"] = time.monotonic() - begin
     return figures
 
 
@@ -426,12 +438,13 @@ def speed(accept):
         keys = ("ratio", "ours_ms", "plain_ms", "ours_peak_bytes", "plain_peak_bytes")
         figures[name] = {key: pair[key] for key in keys}
     for network, batch in [("tiny", 8)] if small else [("r50", 128), ("r100", 128)]:
-        step = accept.bench(
-            "step", *device, "--network", network, "--batch", batch, "--classes", 10_000, "--precision", "bf16",
-            "--repetitions", 2 if small else 30,
-        )  # fmt: skip
-        keys = ("median_ms", "min_ms", "variation", "samples_per_second", "peak_bytes")
-        figures[f"step {network} b{batch} bf16"] = {key: step[key] for key in keys}
+        for way, more in [("", []), (" as graphs", ["--cuda-graph"])]:
+            step = accept.bench(
+                "step", *device, "--network", network, "--batch", batch, "--classes", 10_000, "--precision", "bf16",
+                "--repetitions", 2 if small else 30, *more,
+            )  # fmt: skip
+            keys = ("median_ms", "min_ms", "variation", "samples_per_second", "peak_bytes")
+            figures[f"step {network} b{batch} bf16{way}"] = {key: step[key] for key in keys}
     table = ["table", *device, "--repetitions", 1 if small else 10]
     figures["table"] = accept.bench(*table, *(["--scale", 0.001, "--tiny"] if small else []), timeout=400)
     return figures

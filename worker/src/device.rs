@@ -5,11 +5,13 @@
 
 mod cuda;
 pub mod gpus;
+mod graph;
 mod launcher;
 mod libraries;
 mod placement;
 pub mod streams;
 
+pub use graph::{CudaGraph, CudaGraphError, Recorder};
 pub use placement::{GpuMemory, Placement, pinned};
 
 pub use launcher::{GpuLauncher, GpuLauncherError};

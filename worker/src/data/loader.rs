@@ -22,9 +22,9 @@ use crate::{device, slices, timings::Timings};
 
 use super::{
     DataError, Dataset, ImageCache, MicroBatch,
-    augment::{change, flips, mirror, normalise},
+    augment::{change, flips, mirror},
     decode::{PIXEL_BYTES, Pixels, SIDE},
-    read_counted,
+    planes, read_counted,
 };
 
 /// How to load.
@@ -50,7 +50,7 @@ pub enum Form {
     /// `[b, 3, 112, 112]` f32, normalised: what the network takes.
     Planes,
     /// `[b, 112, 112, 3]` u8 in pinned memory, a quarter of the bytes: for a GPU, which makes planes of it
-    /// ([`planes`](super::augment::planes)).
+    /// ([`planes::of_pixels`](super::planes::of_pixels)).
     Pixels,
 }
 
@@ -379,7 +379,7 @@ impl Images {
         match self.form {
             Form::Planes => {
                 let images = slices::floats_mut(&mut self.tensor);
-                normalise(pixels, flip, &mut images.as_chunks_mut().0[row]);
+                planes::normalise(pixels, flip, &mut images.as_chunks_mut().0[row]);
             }
             Form::Pixels => {
                 if flip {

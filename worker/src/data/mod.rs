@@ -18,6 +18,7 @@ pub mod loader;
 mod mmap;
 pub mod pair_list;
 pub mod pickle;
+pub mod planes;
 pub mod recode;
 pub mod record_index;
 pub mod record_set;

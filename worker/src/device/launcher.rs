@@ -15,7 +15,7 @@ use cudarc::driver::sys as driver;
 use driver::{CUdevice_attribute as Attribute, CUresult};
 use std::{
     collections::HashMap,
-    ffi::{CString, c_int},
+    ffi::{CString, c_int, c_void},
     ptr,
 };
 
@@ -45,8 +45,13 @@ pub enum GpuLauncherError {
     Kernels(#[from] NvrtcError),
 }
 
+unsafe extern "C" {
+    fn arcface_current_stream(gpu: c_int) -> *mut c_void;
+}
+
 /// Starts kernels on one GPU. Modules stay loaded for as long as the process lives, as the context does.
 pub struct GpuLauncher {
+    ordinal: c_int,
     context: driver::CUcontext,
     functions: HashMap<&'static str, driver::CUfunction>,
     arch: Arch,
@@ -131,6 +136,7 @@ impl GpuLauncher {
             }
         }
         Ok(Self {
+            ordinal: number,
             context,
             functions,
             arch,
@@ -156,7 +162,8 @@ impl Launcher for GpuLauncher {
             return Err(refused(format!("cuCtxSetCurrent: {status:?}")));
         }
         let mut pointers = arguments.pointers();
-        // The null stream, which is libtorch's current one unless somebody changes that.
+        // SAFETY: libtorch has opened this GPU, which its tensors among the arguments are on.
+        let stream = unsafe { arcface_current_stream(self.ordinal) };
         // SAFETY: the function is of a loaded module, and the arguments are its own by the caller's word; the driver copies
         // them before it returns.
         let status = unsafe {
@@ -169,7 +176,7 @@ impl Launcher for GpuLauncher {
                 1,
                 1,
                 0,
-                ptr::null_mut(),
+                stream.cast(),
                 pointers.as_mut_ptr(),
                 ptr::null_mut(),
             )

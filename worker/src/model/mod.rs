@@ -24,7 +24,7 @@ pub mod transformer;
 pub mod vit;
 
 pub use backbone::{Backbone, BackboneConfig, ModelError};
-pub use native::{allocations, let_go_of_gradient};
+pub use native::{allocations, let_go_of_gradient, take_gradient};
 pub use pass::{DropoutDraw, ForwardMode, Pass};
 pub use state::{Builder, Init, Role, StateEntry};
 pub use training::TrainingPass;

@@ -1,5 +1,7 @@
 //! One forward pass: its mode, and what it reports on the way (taps, multiply-accumulates, operations).
 
+use std::cell::Cell;
+
 use arcface_proto::spec::Precision;
 use tch::{Kind, Tensor};
 
@@ -78,6 +80,7 @@ pub struct Pass<'a> {
     computing: &'a Computing,
     trace: Option<&'a mut Trace>,
     walk: Option<&'a mut Walk>,
+    draws: Cell<bool>,
 }
 
 impl<'a> Pass<'a> {
@@ -98,6 +101,7 @@ impl<'a> Pass<'a> {
             computing: &Computing::Usual,
             trace: None,
             walk: None,
+            draws: Cell::new(false),
         }
     }
 
@@ -214,6 +218,11 @@ impl<'a> Pass<'a> {
         self.repeats
     }
 
+    /// Whether a random mask was drawn so far.
+    pub fn draws(&self) -> bool {
+        self.draws.get()
+    }
+
     /// Whether the network trains.
     pub fn train(&self) -> bool {
         self.mode.train
@@ -265,6 +274,7 @@ impl<'a> Pass<'a> {
         if !self.mode.train || p <= 0.0 {
             return x;
         }
+        self.draws.set(true);
         let DropoutDraw {
             seed,
             step,
@@ -289,6 +299,7 @@ impl<'a> Pass<'a> {
         if !self.mode.train || p <= 0.0 {
             return x;
         }
+        self.draws.set(true);
         let DropoutDraw {
             seed,
             step,
@@ -309,6 +320,7 @@ impl<'a> Pass<'a> {
     /// Of `tokens` tokens of each of `rows` samples, `kept` that are drawn without replacement, in ascending order:
     /// \[rows, kept\] i64. Every call of a pass gives the same.
     pub fn drawn_tokens(&self, rows: i64, tokens: usize, kept: usize) -> Tensor {
+        self.draws.set(true);
         let DropoutDraw {
             seed,
             step,
@@ -347,7 +359,12 @@ mod tests {
             first_sample,
         };
         let mode = ForwardMode::training(Precision::Fp32, draw);
-        Pass::new(&mode, None).dropout(Tensor::ones([rows, 1000], (Kind::Float, Device::Cpu)), 0.4)
+        let pass = Pass::new(&mode, None);
+        let ones = || Tensor::ones([rows, 1000], (Kind::Float, Device::Cpu));
+        assert!(pass.dropout(ones(), 0.0) == ones() && !pass.draws());
+        let dropped = pass.dropout(ones(), 0.4);
+        assert!(pass.draws());
+        dropped
     }
 
     #[test]

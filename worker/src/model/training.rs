@@ -27,6 +27,7 @@ pub struct TrainingPass<'a> {
     graphs: Vec<Graph<'a>>,
     /// Parts of the network.
     parts: usize,
+    draws: bool,
 }
 
 /// Some parts of the network that have run.
@@ -54,6 +55,7 @@ impl<'a> TrainingPass<'a> {
             embedding_bd,
             graphs: Vec::new(),
             parts: network.trunk().len() + 2,
+            draws: false,
         }
     }
 
@@ -100,6 +102,7 @@ impl<'a> TrainingPass<'a> {
             embedding_bd,
             graphs,
             parts: last + 1,
+            draws: pass.draws(),
         }
     }
 
@@ -139,12 +142,18 @@ impl<'a> TrainingPass<'a> {
             embedding_bd,
             parts: graphs.len(),
             graphs,
+            draws: pass.draws(),
         }
     }
 
     /// \[N, D\] f32, outside autograd.
     pub fn embedding(&self) -> Tensor {
         self.embedding_bd.detach()
+    }
+
+    /// True if it drew random masks: the next pass over these images is another one.
+    pub fn draws(&self) -> bool {
+        self.draws
     }
 
     /// Adds the parameters' gradients to their `grad()`, for a gradient of the embeddings \[N, D\]. An empty batch adds
@@ -163,25 +172,57 @@ impl<'a> TrainingPass<'a> {
         grad_bd: &Tensor,
         mut finished: impl FnMut(usize) -> Result<(), E>,
     ) -> Result<(), E> {
-        drop(self.embedding_bd);
         let mut end = self.parts;
         let mut grad = grad_bd.shallow_clone();
-        for Graph { first, input, way } in self.graphs.into_iter().rev() {
-            match way {
-                Way::Kept(output) => differentiate(&output, &grad),
-                Way::Again(piece) => {
-                    let mut pass = Pass::repeating(&self.mode).computing(self.computing);
-                    let input = input.as_ref().expect("no piece has the images");
-                    differentiate(&piece.forward(input, &mut pass), &grad);
-                }
-            }
+        for segment in self.into_segments() {
+            let first = segment.first_part();
+            let before = segment.differentiate(&grad);
             (first..end).rev().try_for_each(&mut finished)?;
             end = first;
-            if let Some(input) = input {
-                grad = input.grad();
-            }
+            grad = before.unwrap_or(grad);
         }
         (0..end).rev().try_for_each(finished)
+    }
+
+    /// The way back in pieces, in the order in which they are differentiated: the last parts of the network first. None of an empty
+    /// batch.
+    pub fn into_segments(self) -> impl Iterator<Item = Segment<'a>> {
+        let (mode, computing) = (self.mode, self.computing);
+        let graphs = self.graphs.into_iter().rev();
+        graphs.map(move |graph| Segment {
+            graph,
+            mode,
+            computing,
+        })
+    }
+}
+
+/// A piece of the way back.
+pub struct Segment<'a> {
+    graph: Graph<'a>,
+    mode: ForwardMode,
+    computing: &'a Computing,
+}
+
+impl Segment<'_> {
+    /// The first part of the network that it goes back through.
+    pub fn first_part(&self) -> usize {
+        self.graph.first
+    }
+
+    /// Adds the gradients of its parameters to their `grad()`, for the gradient of where it ends: of the embeddings, or what the
+    /// segment before it on the way back gave. Gives the gradient of where it begins; none at the images.
+    pub fn differentiate(self, grad: &Tensor) -> Option<Tensor> {
+        let input = self.graph.input;
+        match self.graph.way {
+            Way::Kept(output) => differentiate(&output, grad),
+            Way::Again(piece) => {
+                let mut pass = Pass::repeating(&self.mode).computing(self.computing);
+                let input = input.as_ref().expect("no piece has the images");
+                differentiate(&piece.forward(input, &mut pass), grad);
+            }
+        }
+        input.map(|input| input.grad())
     }
 }
 

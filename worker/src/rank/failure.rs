@@ -3,6 +3,7 @@
 use crate::checkpoint::CheckpointError;
 use crate::collective::CollectiveError;
 use crate::data::DataError;
+use crate::device::CudaGraphError;
 use crate::eval::{EvalError, ijb::IjbError};
 use crate::head::HeadError;
 use crate::model::ModelError;
@@ -158,6 +159,12 @@ impl From<HeadError> for RankFailure {
             HeadError::Collective(error) => error.into(),
             other => Self::permanent(other.to_string()),
         }
+    }
+}
+
+impl From<CudaGraphError> for RankFailure {
+    fn from(error: CudaGraphError) -> Self {
+        Self::transient(error.to_string()).hint("train.cuda_graph = false runs the network launch by launch")
     }
 }
 

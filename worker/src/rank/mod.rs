@@ -1,9 +1,10 @@
 //! One training process. The agent starts it with an assignment on standard input (`tools/rank.rs`); it meets its
 //! peers, trains, reports, and ends.
 //!
-//! `run` is its life, `setup` what it opens, `train` the loop, `step` the recipe, `nonfinite` what follows a loss that is
+//! `run` is its life, `setup` what it opens, `train` the loop, `step` the recipe, `captured` how a GPU repeats it, `nonfinite` what follows a loss that is
 //! none, `report` its only gRPC, `watched` what its agent sees of it. It imports everything below it and nothing imports it.
 
+pub mod captured;
 pub mod checkpoints;
 pub mod copies;
 pub mod evaluate;

@@ -1,6 +1,7 @@
 //! Everything that a job needs before its first step, opened and checked in the order in which mistakes are cheap to
 //! find: settings, data, verification sets, network; then the peers.
 
+use super::captured::CapturedSteps;
 use super::evaluate::targets::Target;
 use super::failure::RankFailure;
 use super::figures::Sight;
@@ -144,6 +145,7 @@ impl Prepared {
             sum: GradientSum::new(Buckets::new(&elements, &parts), compression),
             phases: Phases::default(),
             sight: Sight::default(),
+            captured: CapturedSteps::new(job.spec.train.cuda_graph),
             backbone,
             params,
             comm,

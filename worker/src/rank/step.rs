@@ -12,16 +12,17 @@
 //! Batch-norm statistics stay local to each rank, as in the reference (its DDP does not broadcast buffers); those of
 //! rank 0 are the model's.
 
+use super::captured::{CapturedSteps, normalised};
 use super::failure::RankFailure;
 use super::figures::Sight;
 use super::gradients::{GradientSum, Summed};
 use super::nonfinite::{Guard, Samples, Site, Verdict};
 use super::phases::Phases;
 use crate::collective::Collective;
-use crate::data::{Batch, DataError, Epochs, augment};
-use crate::device::Placement;
+use crate::data::{Batch, DataError, Epochs};
+use crate::device::{CudaGraphError, Placement};
 use crate::head::Head;
-use crate::model::{Backbone, DropoutDraw, ForwardMode, Role, let_go_of_gradient};
+use crate::model::{Backbone, DropoutDraw, ForwardMode, Role, TrainingPass, let_go_of_gradient};
 use crate::optim::{GradScaler, Optimizer, clip::clip_grad_norm, schedule::PolyWarmup};
 use arcface_proto::spec::{Accumulation, Precision};
 use tch::{Device, Kind, Tensor};
@@ -181,6 +182,15 @@ pub struct Trainer {
     pub phases: Phases,
     /// What the head saw.
     pub sight: Sight,
+    /// The network's way there and back where a GPU repeats it by itself.
+    pub captured: CapturedSteps,
+}
+
+/// The way there that a micro-batch went, for the way back.
+enum Way<'a> {
+    Launched(TrainingPass<'a>),
+    /// As CUDA graphs; its embeddings.
+    Captured(Tensor),
 }
 
 impl Trainer {
@@ -251,19 +261,28 @@ impl Trainer {
                 first_sample: batch.micro.first_position % self.settings.global_batch,
             },
         );
-        let forward = self.phases.time("forward", || {
+        let way = self.phases.time("forward", || {
             let images = self.placement.take(&batch.images);
-            let images = match images.kind() {
-                Kind::Uint8 => augment::planes(&images),
-                _ => images,
-            };
             let parts = self.sum.parts(self.comm.world_size());
-            self.backbone.forward_to_train_for(&images, &mode, &parts)
-        });
+            let (backbone, params) = (&self.backbone, &mut self.params);
+            let ready = self.captured.are_ready(backbone, params, &images, &mode, &parts);
+            match self.captured.graphs() {
+                Some(graphs) if ready => Ok(Way::Captured(graphs.forward(&images)?)),
+                _ => {
+                    let pass = backbone.forward_to_train_for(&normalised(&images), &mode, &parts);
+                    self.captured.ran(&images.size(), pass.draws());
+                    Ok::<_, CudaGraphError>(Way::Launched(pass))
+                }
+            }
+        })?;
+        let embedding = match &way {
+            Way::Launched(pass) => pass.embedding(),
+            Way::Captured(embedding) => embedding.shallow_clone(),
+        };
         let output = self.phases.time("head", || {
             self.head.forward_backward(
                 self.comm.as_mut(),
-                &forward.embedding(),
+                &embedding,
                 &self.placement.take(&batch.labels),
                 rows,
                 step,
@@ -271,7 +290,7 @@ impl Trainer {
             )
         })?;
         if !output.loss.is_finite() {
-            drop(forward);
+            drop(way);
             let names = self
                 .samples
                 .names(step, micro, self.comm.world_size(), &output.not_finite);
@@ -286,15 +305,20 @@ impl Trainer {
         let scale = self.scaler.map_or(1.0, |scaler| scaler.scale());
         let grad = output.grad_embedding * scale;
         let ends = self.ends_update(step) && micro + 1 == self.settings.rows.len();
-        let (params, comm) = (&self.params, self.comm.as_mut());
+        let alone = self.settings.gradient_acc == 1 && self.settings.rows.len() == 1;
+        let (params, comm) = (&mut self.params, self.comm.as_mut());
         let sum = &mut self.sum;
-        self.phases.time("backward", || match ends {
-            // The last of the window's gradients: the sum over the ranks begins on the way.
-            true => forward.backward_by_part(&grad, |part| sum.finished(part, params, comm)),
-            false => {
-                forward.backward(&grad);
-                Ok(())
-            }
+        // With the last of the window's gradients the sum over the ranks begins on the way.
+        let mut finished = |part, params: &[Tensor]| match ends {
+            true => sum.finished(part, params, comm),
+            false => Ok(()),
+        };
+        self.phases.time("backward", || match way {
+            Way::Launched(pass) => pass.backward_by_part(&grad, |part| finished(part, params)),
+            Way::Captured(_) => match self.captured.graphs() {
+                Some(graphs) => graphs.backward_by_part(&grad, params, alone, finished),
+                None => Ok(()),
+            },
         })?;
         Ok(output.loss * share)
     }

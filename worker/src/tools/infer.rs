@@ -20,7 +20,7 @@ use super::place::PlaceArgs;
 use crate::{
     data::{
         align::{self, Similarity},
-        augment,
+        planes,
         decode::{self, OtherSize, PIXEL_BYTES},
         image_folder::read_image_file,
         landmarks,
@@ -341,7 +341,7 @@ fn load(files: &[Picture]) -> anyhow::Result<Tensor> {
             made.map_err(|what| {
                 Failure::new(ExitCode::Failed, format!("{}: {what}", picture.path.display()))
             })?;
-            augment::normalise(&pixels, false, planes);
+            planes::normalise(&pixels, false, planes);
             Ok(())
         })?;
     Ok(Tensor::from_slice(&values).view([files.len() as i64, 3, IMAGE_SIZE, IMAGE_SIZE]))

@@ -1,5 +1,8 @@
 //! Stand-ins for NVIDIA's libraries: compiled where a test needs them, and found by processes that are told to look there.
 
+// Not every test has all of them.
+#![allow(dead_code)]
+
 use std::{fs, path::Path, process::Command};
 
 /// True where NVIDIA's driver is installed: processes would find that one.
@@ -26,4 +29,17 @@ pub fn compile(source: &str, folder: &Path, library: &str) {
         .args([&folder.join(library), &text])
         .status();
     assert!(made.expect("a C compiler").success(), "{library}");
+}
+
+/// The same of a source in C++ that fits into libtorch.
+pub fn compile_for_libtorch(source: &str, folder: &Path, library: &str) {
+    let libtorch = std::env::var("LIBTORCH").expect("LIBTORCH is set: . scripts/env.sh");
+    let made = Command::new("c++")
+        .args(["-shared", "-fPIC", "-O1", "-std=c++17", "-Wall", "-o"])
+        .arg(folder.join(library))
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_stubs").join(source))
+        .arg("-isystem")
+        .arg(Path::new(&libtorch).join("include"))
+        .status();
+    assert!(made.expect("a C++ compiler").success(), "{library}");
 }

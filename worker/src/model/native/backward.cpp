@@ -21,3 +21,8 @@ extern "C" int arcface_differentiate(const void* y, const void* grad, char* erro
 extern "C" void arcface_let_go_of_gradient(const void* leaf) {
     const_cast<at::Tensor*>(static_cast<const at::Tensor*>(leaf))->mutable_grad().reset();
 }
+
+// Makes `grad` the leaf's gradient, without a copy.
+extern "C" void arcface_take_gradient(const void* leaf, const void* grad) {
+    const_cast<at::Tensor*>(static_cast<const at::Tensor*>(leaf))->mutable_grad() = *static_cast<const at::Tensor*>(grad);
+}

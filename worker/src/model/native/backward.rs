@@ -14,12 +14,20 @@ unsafe extern "C" {
         length: usize,
     ) -> c_int;
     fn arcface_let_go_of_gradient(leaf: *const c_void);
+    fn arcface_take_gradient(leaf: *const c_void, grad: *const c_void);
 }
 
 /// Makes a leaf one that has no gradient yet; its memory goes back.
 pub fn let_go_of_gradient(leaf: &mut Tensor) {
     // SAFETY: the pointer is to a tensor that outlives the call, which nobody else changes.
     unsafe { arcface_let_go_of_gradient(leaf.as_ptr().cast()) }
+}
+
+/// Makes `grad` the gradient of a leaf of its shape and kind, without a copy: one changes with the other.
+pub fn take_gradient(leaf: &mut Tensor, grad: &Tensor) {
+    assert_eq!((leaf.size(), leaf.kind()), (grad.size(), grad.kind()));
+    // SAFETY: both pointers are to tensors that outlive the call, of which nobody else changes the first.
+    unsafe { arcface_take_gradient(leaf.as_ptr().cast(), grad.as_ptr().cast()) }
 }
 
 /// Adds to the `grad()` of everything that `y` was made of, for the gradient of `y`, which has its shape and kind. What
@@ -72,6 +80,17 @@ mod tests {
         assert!(!x.grad().defined());
         differentiate(&(&x * 5.0), &grad);
         assert_eq!(Vec::<f32>::try_from(x.grad()).expect("f32"), [5.0, 5.0]);
+    }
+
+    #[test]
+    fn a_gradient_is_taken_without_a_copy() {
+        let mut x = Tensor::from_slice(&[1f32, -2.0]).set_requires_grad(true);
+        let mut grad = Tensor::from_slice(&[3f32, 4.0]);
+        take_gradient(&mut x, &grad);
+        assert_eq!(x.grad().data_ptr(), grad.data_ptr());
+        grad += 1.0;
+        differentiate(&(&x * 1.0), &Tensor::from_slice(&[1f32, 1.0]));
+        assert_eq!(Vec::<f32>::try_from(x.grad()).expect("f32"), [5.0, 6.0]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ pub mod allocations;
 mod backward;
 mod layout;
 
-pub use backward::{differentiate, let_go_of_gradient};
+pub use backward::{differentiate, let_go_of_gradient, take_gradient};
 pub use layout::channels_last;
 
 use std::ffi::{CStr, c_char, c_void};

@@ -12,6 +12,7 @@ use crate::{
     device,
     model::allocations::Allocations,
     rank::{
+        captured::STEPS_BEFORE,
         setup::Prepared,
         step::{Says, Trainer},
     },
@@ -55,6 +56,9 @@ pub struct StepArgs {
     /// libtorch's operations alone for the network, in the layout that images come in: as a trainer in Python computes.
     #[arg(long)]
     plain_network: bool,
+    /// On a GPU, run the network as CUDA graphs instead of launch by launch (train.cuda_graph).
+    #[arg(long)]
+    cuda_graph: bool,
     /// Update rule: sgd or adamw.
     #[arg(long, default_value = "sgd", value_parser = choice::<Optimizer>)]
     optimizer: Optimizer,
@@ -95,6 +99,7 @@ pub(super) fn measure(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value
         Some(plain) => {
             let ours = arguments(args, args.precision, args.implementation);
             let mut other = arguments(args, Precision::Fp32, HeadImplementation::Plain);
+            other.retain(|argument| argument != "--cuda-graph");
             other.push("--plain-network".to_owned());
             let mut result = comparison::compare(repetitions, &ours, &other, &args.malloc)?;
             result["against"] = plain.as_str().into();
@@ -112,24 +117,34 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
     let mut trainer = trainer(repetitions, args)?;
     let rows = i64::from(args.batch);
     tch::manual_seed(1);
-    let images = Tensor::rand([rows, 3, 112, 112], (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
+    // As the loader gives them.
+    let images = match trainer.placement.gpu() {
+        None => Tensor::rand([rows, 3, 112, 112], (Kind::Float, Device::Cpu)) * 2.0 - 1.0,
+        Some(_) => device::pinned(Tensor::randint(256, [rows, 112, 112, 3], (Kind::Uint8, Device::Cpu))),
+    };
     let labels = Tensor::randint(i64::from(args.classes), [rows], (Kind::Int64, Device::Cpu));
-    let times = time(repetitions, |step| {
+    let mut stepped = 0;
+    let mut step = |trainer: &mut Trainer| {
         let batch = Batch {
             images: images.shallow_clone(),
             labels: labels.shallow_clone(),
             micro: MicroBatch {
                 epoch: 0,
-                step: step.into(),
+                step: stepped,
                 micro: 0,
                 first_position: 0,
                 indices: (0..u64::from(args.batch)).collect(),
             },
         };
-        trainer.step(step.into(), &mut std::iter::once(Ok(batch)), Says::default())?;
+        trainer.step(stepped, &mut std::iter::once(Ok(batch)), Says::default())?;
         trainer.placement.wait();
-        Ok(())
-    })?;
+        stepped += 1;
+        Ok::<(), anyhow::Error>(())
+    };
+    for _ in 0..warm_up(args) {
+        step(&mut trainer)?;
+    }
+    let times = time(repetitions, |_| step(&mut trainer))?;
     let process_peak = memory::peak();
     // A GPU's memory where it computes there.
     let peak = match trainer.placement.memory() {
@@ -148,6 +163,14 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
         "world": args.world, "median_ms": median(&times), "min_ms": min(&times), "variation": variation(&times),
         "samples_per_second": f64::from(args.batch) * 1e3 / median(&times),
     }))
+}
+
+/// Steps before the one that does not count: on a GPU the first ones are unlike the others (`rank/captured.rs`).
+fn warm_up(args: &StepArgs) -> u32 {
+    match args.place.name() {
+        "cpu" => 0,
+        _ => STEPS_BEFORE,
+    }
 }
 
 /// The trainer of a job with these sizes, as a rank has it.
@@ -171,13 +194,14 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
         }),
         data: Some(v1::DataSection {
             rec: Some("synthetic".into()),
-            num_image: Some(u64::from(args.batch) * u64::from(args.world) * (u64::from(repetitions) + 1)),
+            num_image: Some(u64::from(args.batch) * u64::from(args.world) * u64::from(repetitions + 1 + warm_up(args))),
             ..Default::default()
         }),
         train: Some(v1::TrainSection {
             batch_size: Some(args.batch),
             num_epoch: Some(1),
             precision: Some(args.precision.as_str().into()),
+            cuda_graph: Some(args.cuda_graph),
             optimizer: Some(args.optimizer.as_str().into()),
             // Random images teach nothing; a step that diverges would be measured as one that is left out.
             lr: Some(1e-6),
@@ -231,6 +255,9 @@ fn arguments(args: &StepArgs, precision: Precision, implementation: HeadImplemen
     set("--device", args.place.name().to_owned());
     if let Some(threads) = args.threads {
         set("--threads", threads.to_string());
+    }
+    if args.cuda_graph {
+        arguments.push("--cuda-graph".to_owned());
     }
     if args.gradient_checkpointing {
         arguments.push("--gradient-checkpointing".to_owned());

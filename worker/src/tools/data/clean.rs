@@ -26,7 +26,7 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     data::{
-        self, Dataset, Image, augment,
+        self, Dataset, Image, planes,
         decode::PIXEL_BYTES,
         record_set::RecordSet,
         recordio_write::{RecordHeader, RecordWriter, write_atomically},
@@ -184,7 +184,7 @@ fn load(set: &RecordSet, first: u64, end: u64) -> anyhow::Result<(Tensor, Vec<u3
         .map(|(&index, planes)| {
             let mut pixels = [0; PIXEL_BYTES];
             let label = data::read_pixels(set, index, &mut pixels).map_err(explain)?;
-            augment::normalise(&pixels, false, planes);
+            planes::normalise(&pixels, false, planes);
             Ok(label)
         })
         .collect::<anyhow::Result<Vec<u32>>>()?;

@@ -1,0 +1,261 @@
+//! The network's way there and back as CUDA graphs: recorded once, launched in every step from then on. What is between them, the
+//! head and the gradients' sum over the ranks, stays as it is: there is a graph for each piece of the way back, so a bucket's sum
+//! still runs beside the next one.
+//!
+//! A graph is of one batch size, and of a network that does the same in every step. The first steps run launch by launch in any
+//! case: libtorch looks for the fastest convolutions then, which cannot be recorded.
+
+use super::failure::RankFailure;
+use crate::data::planes;
+use crate::device::{CudaGraph, CudaGraphError, Recorder};
+use crate::model::{Backbone, ForwardMode, let_go_of_gradient, take_gradient};
+use tch::{Device, Kind, Tensor};
+use tracing::{info, warn};
+
+/// Steps that run launch by launch before a recording.
+pub const STEPS_BEFORE: u32 = 2;
+
+/// A training pass as graphs, with the memory that they read and write.
+pub struct Captured {
+    images: Tensor,
+    grad_bd: Tensor,
+    embedding_bd: Tensor,
+    forward: CudaGraph,
+    /// The way back, the last parts first.
+    backward: Vec<Segment>,
+}
+
+struct Segment {
+    graph: CudaGraph,
+    first_part: usize,
+    /// By parameter.
+    gradients: Vec<(usize, Tensor)>,
+}
+
+impl Captured {
+    /// Records a pass over images of this form, with a piece of the way back for each of these parts
+    /// ([`Backbone::forward_to_train_for`]). Nothing is computed. `params` are the backbone's, on the GPU of this number, and have no gradient, before and
+    /// after.
+    fn record(
+        backbone: &Backbone,
+        params: &mut [Tensor],
+        images: &Tensor,
+        mode: &ForwardMode,
+        parts: &[usize],
+        gpu: usize,
+    ) -> Result<Self, CudaGraphError> {
+        let images = images.zeros_like();
+        let mut recorder = Recorder::new(gpu)?;
+        let (forward, pass) = recorder.record(|| backbone.forward_to_train_for(&normalised(&images), mode, parts))?;
+        let embedding_bd = pass.embedding();
+        let grad_bd = embedding_bd.zeros_like();
+        let mut grad = grad_bd.shallow_clone();
+        let mut backward: Vec<Segment> = Vec::new();
+        let mut found = vec![false; params.len()];
+        for segment in pass.into_segments() {
+            let first_part = segment.first_part();
+            let (graph, before) = recorder.record(|| segment.differentiate(&grad))?;
+            let gradients = params.iter().enumerate().filter_map(|(index, param)| {
+                let grad = param.grad();
+                (!found[index] && grad.defined()).then_some((index, grad))
+            });
+            let gradients: Vec<(usize, Tensor)> = gradients.collect();
+            for (index, _) in &gradients {
+                found[*index] = true;
+            }
+            backward.push(Segment {
+                graph,
+                first_part,
+                gradients,
+            });
+            grad = before.unwrap_or(grad);
+        }
+        Ok(Self {
+            images,
+            grad_bd,
+            embedding_bd,
+            forward,
+            backward,
+        })
+    }
+
+    /// The way there; embeddings \[N, D\] f32, outside autograd, good until the next one.
+    ///
+    /// # Errors
+    /// What CUDA says.
+    pub fn forward(&mut self, images: &Tensor) -> Result<Tensor, CudaGraphError> {
+        self.images.copy_(images);
+        self.forward.launch()?;
+        Ok(self.embedding_bd.shallow_clone())
+    }
+
+    /// The way back, as [`TrainingPass::backward_by_part`](crate::model::TrainingPass::backward_by_part). `alone`: no other gradient
+    /// is added to these before they are used, and none need be kept beyond the next way back.
+    ///
+    /// # Errors
+    /// What CUDA or `finished` says.
+    pub fn backward_by_part(
+        &mut self,
+        grad_bd: &Tensor,
+        params: &mut [Tensor],
+        alone: bool,
+        mut finished: impl FnMut(usize, &[Tensor]) -> Result<(), RankFailure>,
+    ) -> Result<(), RankFailure> {
+        self.grad_bd.copy_(grad_bd);
+        let mut end = usize::MAX;
+        for segment in &self.backward {
+            segment.graph.launch()?;
+            for (index, gradient) in &segment.gradients {
+                add_gradient(&mut params[*index], gradient, alone);
+            }
+            // Who hears a part's number takes all after it for complete.
+            if segment.first_part < end {
+                end = segment.first_part;
+                finished(end, params)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Images as a network takes them, of what a loader gave.
+pub fn normalised(images: &Tensor) -> Tensor {
+    match images.kind() {
+        Kind::Uint8 => planes::of_pixels(images),
+        _ => images.shallow_clone(),
+    }
+}
+
+/// Adds to a leaf's gradient what stands in memory that the next way back writes to.
+fn add_gradient(leaf: &mut Tensor, gradient: &Tensor, alone: bool) {
+    let before = leaf.grad();
+    if before.defined() {
+        let _ = tch::no_grad(|| before.shallow_clone().g_add_(gradient));
+    } else if alone {
+        take_gradient(leaf, gradient);
+    } else {
+        take_gradient(leaf, &gradient.copy());
+    }
+}
+
+/// Whether steps run as graphs, and those that do.
+#[derive(Default)]
+pub struct CapturedSteps {
+    /// The job wants them.
+    wanted: bool,
+    /// Form of the images of the last steps, and how many had it.
+    seen: (Vec<i64>, u32),
+    captured: Option<Captured>,
+}
+
+impl CapturedSteps {
+    /// `wanted`: on a GPU, where the network allows it.
+    pub fn new(wanted: bool) -> Self {
+        Self {
+            wanted,
+            ..Self::default()
+        }
+    }
+
+    /// True if images of this form have graphs, which are recorded when their time has come. Without them the step runs launch by launch,
+    /// and is to be told to [`ran`](Self::ran).
+    pub fn are_ready(
+        &mut self,
+        backbone: &Backbone,
+        params: &mut [Tensor],
+        images: &Tensor,
+        mode: &ForwardMode,
+        parts: &[usize],
+    ) -> bool {
+        let Device::Cuda(gpu) = images.device() else {
+            return false;
+        };
+        let form = images.size();
+        // Not while gradients of earlier micro-batches wait.
+        if self.is_time(&form) && params.iter().all(|param| !param.grad().defined()) {
+            match Captured::record(backbone, params, images, mode, parts, gpu) {
+                Ok(captured) => {
+                    info!(images = form[0], "the network runs as CUDA graphs from now on");
+                    self.captured = Some(captured);
+                }
+                Err(error) => {
+                    warn!("the network goes on without CUDA graphs (train.cuda_graph): {error}");
+                    self.wanted = false;
+                }
+            }
+            params.iter_mut().for_each(let_go_of_gradient);
+        }
+        self.captured
+            .as_ref()
+            .is_some_and(|captured| captured.images.size() == form)
+    }
+
+    /// The graphs, if there are any.
+    pub fn graphs(&mut self) -> Option<&mut Captured> {
+        self.captured.as_mut()
+    }
+
+    /// A step over images of this form ran launch by launch; `draws`: with random masks, which are other ones in every step.
+    pub fn ran(&mut self, form: &[i64], draws: bool) {
+        self.wanted &= !draws;
+        match self.seen.0 == form {
+            true => self.seen.1 += 1,
+            false => self.seen = (form.to_vec(), 1),
+        }
+    }
+
+    /// One form has graphs, the first that lasts: a second one would need memory of its own.
+    fn is_time(&self, form: &[i64]) -> bool {
+        self.wanted && self.captured.is_none() && self.seen.0 == form && self.seen.1 >= STEPS_BEFORE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_form_that_lasts_is_recorded_and_random_masks_never_are() {
+        let mut steps = CapturedSteps::new(true);
+        let (one, other) = ([4, 3, 112, 112], [2, 3, 112, 112]);
+        assert!(!steps.is_time(&one));
+        steps.ran(&one, false);
+        steps.ran(&other, false);
+        steps.ran(&one, false);
+        assert!(!steps.is_time(&one), "it did not last");
+        steps.ran(&one, false);
+        assert!(steps.is_time(&one) && !steps.is_time(&other));
+        steps.ran(&one, true);
+        assert!(!steps.is_time(&one));
+        let mut steps = CapturedSteps::new(false);
+        steps.ran(&one, false);
+        steps.ran(&one, false);
+        assert!(!steps.is_time(&one), "nobody wants it");
+    }
+
+    #[test]
+    fn gradients_of_later_micro_batches_are_added_to_a_copy() {
+        let mut leaf = Tensor::from_slice(&[0f32, 0.0]).set_requires_grad(true);
+        let mut memory = Tensor::from_slice(&[1f32, 2.0]);
+        add_gradient(&mut leaf, &memory, false);
+        memory *= 10.0;
+        add_gradient(&mut leaf, &memory, false);
+        assert_eq!(Vec::<f32>::try_from(leaf.grad()).expect("f32"), [11.0, 22.0]);
+        let_go_of_gradient(&mut leaf);
+        add_gradient(&mut leaf, &memory, true);
+        assert_eq!(leaf.grad().data_ptr(), memory.data_ptr());
+    }
+
+    #[test]
+    fn on_the_cpu_there_are_none() {
+        let config = crate::model::BackboneConfig::new("tiny", 16);
+        let backbone = Backbone::new(&config).expect("known");
+        let images = Tensor::zeros([2, 3, 112, 112], (Kind::Float, Device::Cpu));
+        let mode = ForwardMode::training(arcface_proto::spec::Precision::Fp32, Default::default());
+        let mut steps = CapturedSteps::new(true);
+        for _ in 0..2 * STEPS_BEFORE {
+            assert!(!steps.are_ready(&backbone, &mut [], &images, &mode, &[]));
+            steps.ran(&images.size(), false);
+        }
+    }
+}
