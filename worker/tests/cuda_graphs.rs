@@ -23,7 +23,9 @@ impl StandIn {
     fn said(&self) -> Vec<String> {
         // SAFETY: the type is that of the source; the text lives until the next call.
         let text = unsafe {
-            let said = self.0.get::<unsafe extern "C" fn() -> *const c_char>("stand_in_said");
+            let said = self
+                .0
+                .get::<unsafe extern "C" fn() -> *const c_char>("stand_in_said");
             CStr::from_ptr(said.expect("it is there")())
         };
         text.to_string_lossy().lines().map(str::to_owned).collect()
@@ -82,16 +84,25 @@ fn graphs_are_recorded_beside_and_launched_where_work_goes_on() {
     stand_in.say("head");
     there.launch().expect("it runs");
     back.launch().expect("it runs");
-    assert_eq!(stand_in.said(), ["head on 0", "graph 1 runs on 0", "graph 2 runs on 0"]);
+    assert_eq!(
+        stand_in.said(),
+        ["head on 0", "graph 1 runs on 0", "graph 2 runs on 0"]
+    );
 
     // What cannot be recorded is said, and work goes on where it was. libtorch still knows the graph: it is not freed.
     stand_in.fail(true);
     let looked = recorder.record(|| stand_in.say("a look"));
     let error = looked.err().expect("it fails").to_string();
-    assert_eq!(error, "CUDA graph: operation not permitted when stream is capturing");
+    assert_eq!(
+        error,
+        "CUDA graph: operation not permitted when stream is capturing"
+    );
     stand_in.fail(false);
     let panicked = recorder.record(|| panic!("{}\nand where", "no memory"));
-    assert_eq!(panicked.err().expect("it fails").to_string(), "CUDA graph: no memory");
+    assert_eq!(
+        panicked.err().expect("it fails").to_string(),
+        "CUDA graph: no memory"
+    );
     stand_in.say("head");
     let said = stand_in.said();
     assert_eq!(said.last().map(String::as_str), Some("head on 0"));

@@ -50,7 +50,7 @@ pub enum Form {
     /// `[b, 3, 112, 112]` f32, normalised: what the network takes.
     Planes,
     /// `[b, 112, 112, 3]` u8 in pinned memory, a quarter of the bytes: for a GPU, which makes planes of it
-    /// ([`planes::of_pixels`](super::planes::of_pixels)).
+    /// ([`planes::of_pixels`]).
     Pixels,
 }
 

@@ -18,7 +18,8 @@ unsafe extern "C" {
     fn arcface_recorder(gpu: c_int, error: *mut c_char, length: usize) -> *mut c_void;
     fn arcface_recorder_free(recorder: *mut c_void);
     fn arcface_record(recorder: *mut c_void, error: *mut c_char, length: usize) -> *mut c_void;
-    fn arcface_recorded(recorder: *mut c_void, graph: *mut c_void, error: *mut c_char, length: usize) -> bool;
+    fn arcface_recorded(recorder: *mut c_void, graph: *mut c_void, error: *mut c_char, length: usize)
+    -> bool;
     fn arcface_graph_launch(graph: *mut c_void, error: *mut c_char, length: usize) -> bool;
     fn arcface_graph_free(graph: *mut c_void);
 }

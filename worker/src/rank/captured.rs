@@ -46,7 +46,8 @@ impl Captured {
     ) -> Result<Self, CudaGraphError> {
         let images = images.zeros_like();
         let mut recorder = Recorder::new(gpu)?;
-        let (forward, pass) = recorder.record(|| backbone.forward_to_train_for(&normalised(&images), mode, parts))?;
+        let (forward, pass) =
+            recorder.record(|| backbone.forward_to_train_for(&normalised(&images), mode, parts))?;
         let embedding_bd = pass.embedding();
         let grad_bd = embedding_bd.zeros_like();
         let mut grad = grad_bd.shallow_clone();

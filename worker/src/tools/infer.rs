@@ -20,10 +20,9 @@ use super::place::PlaceArgs;
 use crate::{
     data::{
         align::{self, Similarity},
-        planes,
         decode::{self, OtherSize, PIXEL_BYTES},
         image_folder::read_image_file,
-        landmarks,
+        landmarks, planes,
     },
     export::{npy, safetensors},
     model::{Backbone, ForwardMode, IMAGE_SIZE},

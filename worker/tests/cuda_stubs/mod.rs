@@ -37,7 +37,11 @@ pub fn compile_for_libtorch(source: &str, folder: &Path, library: &str) {
     let made = Command::new("c++")
         .args(["-shared", "-fPIC", "-O1", "-std=c++17", "-Wall", "-o"])
         .arg(folder.join(library))
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_stubs").join(source))
+        .arg(
+            Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("tests/cuda_stubs")
+                .join(source),
+        )
         .arg("-isystem")
         .arg(Path::new(&libtorch).join("include"))
         .status();

@@ -120,7 +120,11 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
     // As the loader gives them.
     let images = match trainer.placement.gpu() {
         None => Tensor::rand([rows, 3, 112, 112], (Kind::Float, Device::Cpu)) * 2.0 - 1.0,
-        Some(_) => device::pinned(Tensor::randint(256, [rows, 112, 112, 3], (Kind::Uint8, Device::Cpu))),
+        Some(_) => device::pinned(Tensor::randint(
+            256,
+            [rows, 112, 112, 3],
+            (Kind::Uint8, Device::Cpu),
+        )),
     };
     let labels = Tensor::randint(i64::from(args.classes), [rows], (Kind::Int64, Device::Cpu));
     let mut stepped = 0;
@@ -194,7 +198,9 @@ fn trainer(repetitions: u32, args: &StepArgs) -> anyhow::Result<Trainer> {
         }),
         data: Some(v1::DataSection {
             rec: Some("synthetic".into()),
-            num_image: Some(u64::from(args.batch) * u64::from(args.world) * u64::from(repetitions + 1 + warm_up(args))),
+            num_image: Some(
+                u64::from(args.batch) * u64::from(args.world) * u64::from(repetitions + 1 + warm_up(args)),
+            ),
             ..Default::default()
         }),
         train: Some(v1::TrainSection {

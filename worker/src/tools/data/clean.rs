@@ -26,8 +26,9 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     data::{
-        self, Dataset, Image, planes,
+        self, Dataset, Image,
         decode::PIXEL_BYTES,
+        planes,
         record_set::RecordSet,
         recordio_write::{RecordHeader, RecordWriter, write_atomically},
     },
