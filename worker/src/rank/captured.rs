@@ -34,11 +34,11 @@ struct Segment {
 
 impl Captured {
     /// Records a pass over images of this form, with a piece of the way back for each of these parts
-    /// ([`Backbone::forward_to_train_for`]). Nothing is computed. `params` are the backbone's, on the GPU of this number, and have no gradient, before and
-    /// after.
+    /// ([`Backbone::forward_to_train_for`]), on the GPU of this number. Nothing is computed. `params` are the backbone's, without
+    /// gradients; the recording leaves them some that hold nothing.
     fn record(
         backbone: &Backbone,
-        params: &mut [Tensor],
+        params: &[Tensor],
         images: &Tensor,
         mode: &ForwardMode,
         parts: &[usize],
@@ -103,17 +103,13 @@ impl Captured {
         mut finished: impl FnMut(usize, &[Tensor]) -> Result<(), RankFailure>,
     ) -> Result<(), RankFailure> {
         self.grad_bd.copy_(grad_bd);
-        let mut end = usize::MAX;
         for segment in &self.backward {
             segment.graph.launch()?;
             for (index, gradient) in &segment.gradients {
                 add_gradient(&mut params[*index], gradient, alone);
             }
             // Who hears a part's number takes all after it for complete.
-            if segment.first_part < end {
-                end = segment.first_part;
-                finished(end, params)?;
-            }
+            finished(segment.first_part, params)?;
         }
         Ok(())
     }

@@ -315,10 +315,10 @@ impl Trainer {
         };
         self.phases.time("backward", || match way {
             Way::Launched(pass) => pass.backward_by_part(&grad, |part| finished(part, params)),
-            Way::Captured(_) => match self.captured.graphs() {
-                Some(graphs) => graphs.backward_by_part(&grad, params, alone, finished),
-                None => Ok(()),
-            },
+            Way::Captured(_) => {
+                let graphs = self.captured.graphs().expect("they have gone the way there");
+                graphs.backward_by_part(&grad, params, alone, finished)
+            }
         })?;
         Ok(output.loss * share)
     }

@@ -1,0 +1,240 @@
+"""Runs whole jobs with `arcface-coordinator run` and says what came of them:
+
+    python3 bench/jobs.py [--bin DIR] [--output FILE.json] [--again] [ROW]...
+
+accuracy-N trains the job of `make demo` with seed N in bf16 with the tiled head, and in fp32 with the plain one: the fast way has to
+learn as well as the plain one. scaling-* trains one rank with two threads and two ranks with one thread each, in turn, in one
+global batch: a second rank is to cost nothing. Each row is written to FILE.json as soon as it is there, and the table of all of
+them to FILE.md; a row of this very program on this machine is not measured again (--again). With BENCH_QUICK=1 sizes are tiny:
+that shows that all of it works. ROW may have wildcards. Exit code 2 if a program is missing, 1 if a row could not be measured, 130
+if it was stopped.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import results
+from results import Failed, Interrupted, Unusable
+
+QUICK = os.environ.get("BENCH_QUICK", "") not in ("", "0")
+WORK = os.path.join("target", "bench", "quick" if QUICK else "", "jobs")
+SIDES = {"fast": ("bf16", "tiled"), "plain": ("fp32", "plain")}
+RANKS = [1, 2]
+PAIRS = 1 if QUICK else 3
+# Of configs/demo_cpu.toml; of a quick run less.
+DATA = {"--identities": 4 if QUICK else 500, "--images-per-identity": 8 if QUICK else 40, "--pairs": 20 if QUICK else 1000}
+
+
+def all_rows():
+    """By name: what it is, and what measures it."""
+    rows = {f"accuracy-{seed}": (f"accuracy, seed {seed}", lambda job, seed=seed: accuracy(job, seed)) for seed in (1, 2, 3)}
+    for network, precision, steps in [("tiny", "fp32", 60), ("mbf", "bf16", 40)]:
+        what = f"samples/s, {network}, {precision}, B 64"
+        rows[f"scaling-{network}-{precision}"] = (what, lambda job, of=(network, precision, steps): scaling(job, *of))
+    return rows
+
+
+class Jobs:
+    """Starts one job after the other."""
+
+    def __init__(self, folder):
+        self.worker = os.path.join(folder, "arcface-worker")
+        self.coordinator = os.path.join(folder, "arcface-coordinator")
+        self.of = results.program(self.worker)
+        if not os.access(self.coordinator, os.X_OK):
+            raise Unusable(f"there is no program {self.coordinator} (make build; --bin names another folder)")
+
+    def data(self):
+        """The folder of the demonstration's data, drawn when it is not there."""
+        folder = os.path.join(WORK, "data")
+        if not os.path.exists(os.path.join(folder, "whole")):
+            self.run([self.worker, "data", "synth", *(str(part) for pair in DATA.items() for part in pair), "--output", folder])
+            results.write(os.path.join(folder, "whole"), "")
+        return folder
+
+    def train(self, name, ranks, text):
+        """Trains a job on this machine; its records."""
+        output = os.path.join(WORK, name)
+        subprocess.run(["rm", "-rf", output], check=True)
+        results.write(os.path.join(WORK, f"{name}.toml"), f'output = "{output}"\n{text}')
+        self.run([self.coordinator, "run", os.path.join(WORK, f"{name}.toml"), "--nodes", "1", "--slots", str(ranks), "--device", "cpu"])
+        with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def run(self, command):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode != 0:
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+            raise Failed(f"{os.path.basename(command[0])} {command[1]}: exit code {done.returncode}: {said[-1]}")
+
+
+def accuracy(jobs, seed):
+    """Both accuracies at the end."""
+    found = {}
+    for side, (precision, implementation) in SIDES.items():
+        text = f"""[job]
+seed = {seed}
+world_size = 2
+[model]
+network = "tiny"
+embedding_size = 512
+[head]
+margin_list = [1.0, 0.3, 0.0]
+scale = 32.0
+implementation = "{implementation}"
+[data]
+rec = "{jobs.data()}"
+num_workers = 1
+cache = "1GiB"
+[train]
+batch_size = {4 if QUICK else 32}
+num_epoch = {1 if QUICK else 2}
+lr = 0.05
+frequent = 10
+precision = "{precision}"
+[eval]
+verbose = 0
+val_targets = ["synth"]
+[checkpoint]
+every_steps = 0
+"""
+        records = jobs.train(f"accuracy_{side}_{seed}", 2, text)
+        found[side] = [record["accuracy"] for record in records if record["kind"] == "evaluation"][-1]
+    return {**found, "difference": abs(found["fast"] - found["plain"])}
+
+
+def scaling(jobs, network, precision, steps):
+    """Medians over the log's intervals after the first one, by number of ranks."""
+    speeds = {ranks: [] for ranks in RANKS}
+    steps = 4 if QUICK else steps
+    every = 2 if QUICK else 5
+    for pair in range(PAIRS):
+        for ranks in RANKS if pair % 2 == 0 else reversed(RANKS):
+            text = f"""[job]
+world_size = {ranks}
+[model]
+network = "{network}"
+[head]
+num_classes = 1000
+[data]
+rec = "synthetic"
+num_image = {64 * steps}
+num_workers = 1
+[train]
+batch_size = {64 // ranks}
+num_epoch = 1
+frequent = {every}
+lr = 0.01
+precision = "{precision}"
+[eval]
+verbose = 0
+[checkpoint]
+every_steps = 0
+"""
+            records = jobs.train(f"scaling_{network}_{precision}_{ranks}", ranks, text)
+            of_intervals = [record["samples_per_second"] for record in records if record["kind"] == "metrics"]
+            speeds[ranks].append(statistics.median(of_intervals[1:]))
+    ratios = [two / one for one, two in zip(speeds[1], speeds[2])]
+    return {"one": statistics.median(speeds[1]), "two": statistics.median(speeds[2]), "ratios": ratios}
+
+
+def document(machine, rows):
+    """The tables, in Markdown."""
+    newest = max(rows.values(), key=lambda row: row["at"])
+    text = (
+        "# Whole jobs, measured\n\n"
+        + ("**Tiny sizes: these figures say nothing.**\n\n" if newest["quick"] else "")
+        + f"{results.machine_line(machine)}. Written by `python3 bench/jobs.py`, of a program of commit {newest['worker']['commit']}, "
+        f"{newest['date']}; `python3 bench/jobs.py --again ROW` measures a row anew.\n"
+    )
+    known = {name: (rows[name]["what"], rows[name]["result"]) for name in all_rows() if name in rows}
+    lines = [
+        [f"`{name}`", f"{result['fast']:.4f}", f"{result['plain']:.4f}", f"{result['difference']:.4f}"]
+        for name, (_, result) in known.items()
+        if "fast" in result
+    ]
+    if lines:
+        text += (
+            "\n## Accuracy\n\nThe job of `make demo` (`tiny`, two ranks, two epochs), verification on 1,000 pairs of identities that were never "
+            "trained on. Bar: the difference is at most 0.005.\n\n"
+        ) + results.table(["", "bf16, tiled head", "fp32, plain head", "difference"], lines)
+    lines = [
+        [f"`{name}`: {what}", results.number(result["one"]), results.number(result["two"]), ratios(result["ratios"])]
+        for name, (what, result) in known.items()
+        if "one" in result
+    ]
+    if lines:
+        text += (
+            f"\n## A second rank\n\nOne global batch on two cores, {PAIRS} pairs of jobs in turn, with drawn images. Bar: two ranks are within 10 % of "
+            "one.\n\n"
+        ) + results.table(["", "one rank, two threads", "two ranks, a thread each", "ratio, median (of each pair)"], lines)
+    return text
+
+
+def ratios(each):
+    return f"{statistics.median(each):.2f} ({', '.join(f'{ratio:.2f}' for ratio in each)})"
+
+
+def say(line):
+    print(f"jobs: {line}", file=sys.stderr, flush=True)
+
+
+def run(args):
+    """The exit code."""
+    rows = all_rows()
+    for pattern in args.rows:
+        if not fnmatch.filter(rows, pattern):
+            raise Unusable(f"there is no row {pattern}; there are {', '.join(rows)}")
+    wanted = [name for name in rows if not args.rows or any(fnmatch.fnmatch(name, pattern) for pattern in args.rows)]
+    jobs = Jobs(args.bin)
+    saved = results.Results(args.output, document)
+    if results.is_noisy():
+        say(f"something else computes here (load {os.getloadavg()[0]:.1f}): speeds will say more about that")
+    code = 0
+    for place, name in enumerate(wanted, 1):
+        what, measure = rows[name]
+        old = saved.rows.get(name)
+        if not args.again and old and old["quick"] == QUICK and old["worker"]["sha256"] == jobs.of["sha256"]:
+            say(f"{name} ({place} of {len(wanted)}): measured already")
+            continue
+        begin = time.monotonic()
+        try:
+            result = measure(jobs)
+        except (Failed, OSError, ValueError, LookupError, statistics.StatisticsError) as error:
+            say(f"{name} ({place} of {len(wanted)}): {error}")
+            code = 1
+            continue
+        row = {"what": what, "quick": QUICK, "worker": jobs.of, "date": results.today(), "at": time.time(), "result": result}
+        saved.put(name, row)
+        say(f"{name} ({place} of {len(wanted)}, {time.monotonic() - begin:.0f} s): {json.dumps(result)}")
+    return code
+
+
+def main():
+    about, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = os.path.join(WORK, "jobs.json") if QUICK else os.path.join("docs", "benchmarks", "jobs.json")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="what to measure; default: every row")
+    parser.add_argument("--bin", metavar="DIR", default="target/release", help="folder of the programs")
+    parser.add_argument("--output", metavar="FILE.json", default=usual, help=f"where results go (default {usual})")
+    parser.add_argument("--again", action="store_true", help="measure rows that FILE.json has")
+    args = parser.parse_args()
+    results.until_interrupted()
+    try:
+        return run(args)
+    except Unusable as error:
+        say(error)
+        return 2
+    except Interrupted:
+        say("stopped; what was measured stays, and the next run goes on from there")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
