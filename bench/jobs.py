@@ -46,9 +46,9 @@ class Jobs:
     def __init__(self, folder):
         self.worker = os.path.join(folder, "arcface-worker")
         self.coordinator = os.path.join(folder, "arcface-coordinator")
-        self.of = results.program(self.worker)
+        self.of = results.program(self.worker, "--bin")
         if not os.access(self.coordinator, os.X_OK):
-            raise Unusable(f"there is no program {self.coordinator} (make build; --bin names another folder)")
+            raise Unusable(f"there is no program {self.coordinator} (make build; --bin names another one)")
 
     def data(self):
         """The folder of the demonstration's data, drawn when it is not there."""
@@ -68,10 +68,18 @@ class Jobs:
             return [json.loads(line) for line in file]
 
     def run(self, command):
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode != 0:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-            raise Failed(f"{os.path.basename(command[0])} {command[1]}: exit code {done.returncode}: {said[-1]}")
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate()
+        except Interrupted:
+            # It ends its agents and ranks.
+            process.terminate()
+            process.communicate()
+            raise
+        if process.returncode != 0:
+            said = [line for line in errors.splitlines() if line.strip() and not line.startswith("hint:")]
+            what = said[-1] if said else "it said nothing"
+            raise Failed(f"{os.path.basename(command[0])} {command[1]}: exit code {process.returncode}: {what}")
 
 
 def accuracy(jobs, seed):
@@ -153,10 +161,17 @@ def document(machine, rows):
         + f"{results.machine_line(machine)}. Written by `python3 bench/jobs.py`, of a program of commit {newest['worker']['commit']}, "
         f"{newest['date']}; `python3 bench/jobs.py --again ROW` measures a row anew.\n"
     )
-    known = {name: (rows[name]["what"], rows[name]["result"]) for name in all_rows() if name in rows}
+    def label(name):
+        """Rows of an older program say so."""
+        of = rows[name]["worker"]
+        older = "" if of["sha256"] == newest["worker"]["sha256"] else f" (commit {of['commit']})"
+        what = "" if "fast" in rows[name]["result"] else f": {rows[name]['what']}"
+        return f"`{name}`{what}{older}"
+
+    known = {name: rows[name]["result"] for name in all_rows() if name in rows}
     lines = [
-        [f"`{name}`", f"{result['fast']:.4f}", f"{result['plain']:.4f}", f"{result['difference']:.4f}"]
-        for name, (_, result) in known.items()
+        [label(name), f"{result['fast']:.4f}", f"{result['plain']:.4f}", f"{result['difference']:.4f}"]
+        for name, result in known.items()
         if "fast" in result
     ]
     if lines:
@@ -165,8 +180,8 @@ def document(machine, rows):
             "trained on. Bar: the difference is at most 0.005.\n\n"
         ) + results.table(["", "bf16, tiled head", "fp32, plain head", "difference"], lines)
     lines = [
-        [f"`{name}`: {what}", results.number(result["one"]), results.number(result["two"]), ratios(result["ratios"])]
-        for name, (what, result) in known.items()
+        [label(name), results.number(result["one"]), results.number(result["two"]), ratios(result["ratios"])]
+        for name, result in known.items()
         if "one" in result
     ]
     if lines:

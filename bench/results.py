@@ -90,11 +90,11 @@ def is_noisy():
     return os.getloadavg()[0] > 0.5 * cores()
 
 
-def program(path):
+def program(path, option="--worker"):
     """Which program is measured: its version, the commit of the checkout that it lies in, and its digest, by which a
     row is known to be of this very program."""
     if not (os.path.isfile(path) and os.access(path, os.X_OK)):
-        raise Unusable(f"there is no program {path} (make build; --worker names another one)")
+        raise Unusable(f"there is no program {path} (make build; {option} names another one)")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):

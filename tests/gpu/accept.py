@@ -163,7 +163,7 @@ class Accept:
     def bench(self, *arguments, timeout=300):
         return json.loads(self.run(self.worker, "bench", *arguments, "--output", "json", timeout=timeout))
 
-    def job(self, name, precision="fp32", *, steps=20, rate=1.0, more=""):
+    def job(self, name, precision="fp32", *, steps=20, rate=1.0, model="", more=""):
         """A job file that is the same for every device but for its output."""
         text = f"""output = "{name}"
 [job]
@@ -172,6 +172,7 @@ world_size = 1
 [model]
 network = "tiny"
 embedding_size = 128
+{model}
 [head]
 num_classes = 200
 sample_rate = {rate}
@@ -191,9 +192,13 @@ precision = "{precision}"
         path.write_text(text)
         return path
 
-    def train(self, job, device, timeout=300):
-        """Trains a job alone on this machine; its losses by step."""
+    def train(self, job, device, timeout=300, says=()):
+        """Trains a job alone on this machine; its losses by step. Its rank has to log all that it `says`."""
         self.run(self.coordinator, "run", job, "--nodes", 1, "--slots", 1, "--device", device, timeout=timeout)
+        log = (self.folder / job.stem / "rank-0.log").read_text()
+        for words in says:
+            if words not in log:
+                raise Failed(f"{job.stem}: its rank does not say {words!r}")
         return losses(self.folder / job.stem)
 
 
@@ -255,25 +260,30 @@ def embeddings(accept):
 def training(accept):
     """Losses of a short training, head and optimizer with it, against the CPU's."""
     adamw = 'optimizer = "adamw"\nweight_decay = 0.05'
+    # By name: what the job has, whose losses on the CPU are its own, and precisions.
     cases = {
-        "whole": {},
-        "sampled": {"rate": 0.3},
-        "accumulated": {"more": "gradient_acc = 2"},
-        "adamw": {"more": adamw},
-        # From the third step on.
-        "graphs": {"more": "cuda_graph = true"},
-        "accumulated_graphs": {"more": "gradient_acc = 2\ncuda_graph = true"},
-    }
-    figures, failed = {}, []
-    for name, case in cases.items():
-        expected = accept.train(accept.job(f"{name}_cpu", **case), "cpu")
-        both = name in ("whole", "graphs") and not accept.quick
-        for precision in ["fp32", "bf16"] if both else ["fp32"]:
+        "whole": ({}, "whole", ["fp32", "bf16"]),
+        "sampled": ({"rate": 0.3}, "sampled", ["fp32"]),
+        "accumulated": ({"more": "gradient_acc = 2"}, "accumulated", ["fp32"]),
+        "adamw": ({"more": adamw}, "adamw", ["fp32"]),
+        "graphs": ({"more": "cuda_graph = true"}, "whole", ["fp32", "bf16"]),
+        "accumulated_graphs": ({"more": "gradient_acc = 2\ncuda_graph = true"}, "accumulated", ["fp32"]),
+        "recomputed_graphs": (
+            {"more": "cuda_graph = true", "model": "gradient_checkpointing = true"}, "whole", ["fp32"],
+        ),
+    }  # fmt: skip
+    figures, failed, on_cpu = {}, [], {}
+    for name, (case, same, precisions) in cases.items():
+        if same not in on_cpu:
+            on_cpu[same] = accept.train(accept.job(f"{same}_cpu", **case), "cpu")
+        # What cannot be recorded runs all the same.
+        graphs = "graphs" in name and accept.device == "cuda"
+        for precision in precisions[:1] if accept.quick else precisions:
             job = accept.job(f"{name}_{accept.device}_{precision}", precision, **case)
-            ours = accept.train(job, accept.device)
-            figures[f"{name} {precision}"] = differences(ours, expected)
+            ours = accept.train(job, accept.device, says=["runs as CUDA graphs"] if graphs else [])
+            figures[f"{name} {precision}"] = differences(ours, on_cpu[same])
             try:
-                compare_losses(ours, expected, precision)
+                compare_losses(ours, on_cpu[same], precision)
             except Failed as problem:
                 failed.append(f"{name}: {problem}")
         if accept.quick:
@@ -309,8 +319,11 @@ lr = 0.05
 [eval]
 val_targets = ["synth"]
 """)
-    # Finds the GPU by itself.
-    accept.train(job, "auto" if accept.device == "cuda" else "cpu", timeout=420)
+    if accept.device == "cuda":
+        # It finds the GPU by itself.
+        accept.train(job, "auto", timeout=420, says=["computes on "])
+    else:
+        accept.train(job, "cpu", timeout=420)
     records = [json.loads(line) for line in (accept.folder / "learning/metrics.jsonl").read_text().splitlines()]
     accuracy = [record["accuracy"] for record in records if record["kind"] == "evaluation"][-1]
     speeds = [record["samples_per_second"] for record in records if record["kind"] == "metrics"]
@@ -437,14 +450,20 @@ def speed(accept):
         )
         keys = ("ratio", "ours_ms", "plain_ms", "ours_peak_bytes", "plain_peak_bytes")
         figures[name] = {key: pair[key] for key in keys}
-    for network, batch in [("tiny", 8)] if small else [("r50", 128), ("r100", 128)]:
-        for way, more in [("", []), (" as graphs", ["--cuda-graph"])]:
-            step = accept.bench(
-                "step", *device, "--network", network, "--batch", batch, "--classes", 10_000, "--precision", "bf16",
-                "--repetitions", 2 if small else 30, *more,
-            )  # fmt: skip
-            keys = ("median_ms", "min_ms", "variation", "samples_per_second", "peak_bytes")
-            figures[f"step {network} b{batch} bf16{way}"] = {key: step[key] for key in keys}
+    steps = {"tiny b8": []} if small else {"r50 b128": [], "r50 b128 as graphs": ["--cuda-graph"], "r100 b128": []}
+    if not small:
+        # Pieces of the way back, as a rank of several has them.
+        steps["r50 b128 of 8 as graphs"] = ["--cuda-graph", "--world", 8]
+    for name, more in steps.items():
+        network, batch = name.split()[:2]
+        step = accept.bench(
+            "step", *device, "--network", network, "--batch", batch.removeprefix("b"), "--classes", 10_000,
+            "--precision", "bf16", "--repetitions", 2 if small else 30, *more,
+        )  # fmt: skip
+        if step["cuda_graph"] != ("--cuda-graph" in more):
+            raise Failed(f"step {name}: cuda_graph is {step['cuda_graph']}")
+        keys = ("median_ms", "min_ms", "variation", "samples_per_second", "peak_bytes")
+        figures[f"step {name} bf16"] = {key: step[key] for key in keys}
     table = ["table", *device, "--repetitions", 1 if small else 10]
     figures["table"] = accept.bench(*table, *(["--scale", 0.001, "--tiny"] if small else []), timeout=400)
     return figures

@@ -15,6 +15,10 @@ pub fn normalise(pixels: &Pixels, flip: bool, out: &mut [f32; PIXEL_BYTES]) {
         unsafe { normalise_by_vectors(pixels, flip, out) };
         return;
     }
+    normalise_by_table(pixels, flip, out);
+}
+
+fn normalise_by_table(pixels: &Pixels, flip: bool, out: &mut [f32; PIXEL_BYTES]) {
     let table = normalised_levels();
     planes_of(pixels, flip, out, |level| table[usize::from(level)]);
 }
@@ -27,6 +31,7 @@ fn normalise_by_vectors(pixels: &Pixels, flip: bool, out: &mut [f32; PIXEL_BYTES
 }
 
 /// [`normalised_levels`] without a division: a product with the rounded reciprocal, and what it is off by.
+#[cfg(any(target_arch = "x86_64", test))]
 #[inline]
 fn normalised_level(level: u8) -> f32 {
     const RECIPROCAL: f32 = 1.0 / 255.0;
@@ -53,6 +58,14 @@ fn planes_of(pixels: &Pixels, flip: bool, out: &mut [f32; PIXEL_BYTES], value: i
                 *value_of = value(level);
             }
         }
+    }
+}
+
+/// Images as a network takes them, of what a loader gave: pixels become planes, and planes stay.
+pub fn normalised(images: &Tensor) -> Tensor {
+    match images.kind() {
+        Kind::Uint8 => of_pixels(images),
+        _ => images.shallow_clone(),
     }
 }
 
@@ -100,6 +113,9 @@ mod tests {
         for flip in [false, true] {
             let mut expected = [0.0; PIXEL_BYTES];
             normalise(&pixels, flip, &mut expected);
+            let mut by_table = [0.0; PIXEL_BYTES];
+            normalise_by_table(&pixels, flip, &mut by_table);
+            assert_eq!(by_table, expected);
             let mut turned = pixels;
             if flip {
                 mirror(&mut turned);

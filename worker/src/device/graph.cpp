@@ -28,6 +28,7 @@ struct Functions {
     void (*capture_begin)(void*, c10::MempoolId_t, int mode);
     void (*capture_end)(void*);
     void (*replay)(void*);
+    void (*reset)(void*);
     c10::MempoolId_t (*pool)(void*);
 };
 
@@ -45,6 +46,7 @@ const Functions& functions() {
         find(all.capture_begin, "_ZN2at4cuda9CUDAGraph13capture_beginESt4pairIyyE21cudaStreamCaptureMode");
         find(all.capture_end, "_ZN2at4cuda9CUDAGraph11capture_endEv");
         find(all.replay, "_ZN2at4cuda9CUDAGraph6replayEv");
+        find(all.reset, "_ZN2at4cuda9CUDAGraph5resetEv");
         find(all.pool, "_ZN2at4cuda9CUDAGraph4poolEv");
         return all;
     }();
@@ -82,11 +84,17 @@ void go_back(Recorder& recorder) {
 
 } // namespace
 
-// The stream of the driver's that libtorch gives work of the calling thread to, on this GPU.
-extern "C" void* arcface_current_stream(int gpu) {
-    const VirtualGuardImpl guard(c10::DeviceType::CUDA);
-    const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(gpu));
-    return guard.getStreamNativeHandle(guard.getStream(device));
+// The stream of the driver's that libtorch gives work of the calling thread to, on this GPU. False with the reason.
+extern "C" bool arcface_current_stream(int gpu, void** stream, char* error, size_t length) {
+    try {
+        const VirtualGuardImpl guard(c10::DeviceType::CUDA);
+        const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(gpu));
+        *stream = guard.getStreamNativeHandle(guard.getStream(device));
+        return true;
+    } catch (const std::exception& exception) {
+        std::snprintf(error, length, "%s", exception.what());
+        return false;
+    }
 }
 
 // Null with the reason in `error`, as the functions below. What libtorch holds and nobody uses is given back first: graphs have
@@ -110,7 +118,7 @@ extern "C" void* arcface_record(void* recorder, char* error, size_t length) {
     return guarded<Graph>(error, length, [](void* given) {
         Recorder& recorder = *static_cast<Recorder*>(given);
         recorder.before = VirtualGuardImpl(c10::DeviceType::CUDA).exchangeStream(recorder.beside);
-        // A graph that did not come to its end is never freed: libtorch's allocator still asks it.
+        // A recording that does not come to its end is never freed: libtorch's allocator still asks it.
         auto* graph = new Graph;
         try {
             functions().construct(graph->object, false);
@@ -123,7 +131,7 @@ extern "C" void* arcface_record(void* recorder, char* error, size_t length) {
     }, recorder);
 }
 
-// The recording's end. False with the reason: it is no good.
+// The recording's end. False with the reason: the driver broke it off, and libtorch's allocator does not hear of that.
 extern "C" bool arcface_recorded(void* recorder, void* graph, char* error, size_t length) {
     Recorder& its = *static_cast<Recorder*>(recorder);
     try {
@@ -151,9 +159,12 @@ extern "C" bool arcface_graph_launch(void* graph, char* error, size_t length) {
 
 extern "C" void arcface_graph_free(void* graph) {
     try {
-        functions().destroy(static_cast<Graph*>(graph)->object);
+        // Which the destructor would do, where nothing can be caught.
+        functions().reset(static_cast<Graph*>(graph)->object);
     } catch (const std::exception&) {
         // A GPU that failed answers nothing any more, and then there is nothing to give back.
+        return;
     }
+    functions().destroy(static_cast<Graph*>(graph)->object);
     delete static_cast<Graph*>(graph);
 }

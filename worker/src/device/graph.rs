@@ -26,15 +26,22 @@ unsafe extern "C" {
 
 /// Why there is no graph, or why it does not run: what libtorch says, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("CUDA graph: {0}")]
-pub struct CudaGraphError(String);
+pub enum CudaGraphError {
+    /// None was recorded, or it does not run.
+    #[error("CUDA graph: {0}")]
+    Refused(String),
+    /// The driver broke a recording off. libtorch's allocator takes it for one that still goes on, and gives nothing back any more: the
+    /// process is not to train on.
+    #[error("CUDA graph: the recording was broken off: {0}")]
+    BrokenOff(String),
+}
 
 /// Calls a function that writes its reason to a buffer of so many bytes where it fails.
 fn asked<T>(call: impl FnOnce(*mut c_char, usize) -> Option<T>) -> Result<T, CudaGraphError> {
     let mut reason = [0u8; REASON];
     call(reason.as_mut_ptr().cast(), reason.len()).ok_or_else(|| {
         let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
-        CudaGraphError(first_line(&reason.to_string_lossy()))
+        CudaGraphError::Refused(first_line(&reason.to_string_lossy()))
     })
 }
 
@@ -62,21 +69,28 @@ impl Recorder {
     /// launched. It must not look at values on the GPU, nor copy there what it forgets afterwards.
     ///
     /// # Errors
-    /// If it does, or panics, or there is no memory. What it has allocated is then no good.
+    /// If it does, or panics, as tch does where there is no memory.
     pub fn record<T>(&mut self, work: impl FnOnce() -> T) -> Result<(CudaGraph, T), CudaGraphError> {
         let recorder = self.0.as_ptr();
         // SAFETY: the recorder lives; as above.
-        let graph = asked(|error, length| NonNull::new(unsafe { arcface_record(recorder, error, length) }))?;
+        let raw = asked(|error, length| NonNull::new(unsafe { arcface_record(recorder, error, length) }))?;
         // tch panics with what libtorch throws, and the recording must end in any case.
         let made = catch_unwind(AssertUnwindSafe(work));
         let ended = asked(|error, length| {
             // SAFETY: both live, and this is the recording that was just begun; as above.
-            unsafe { arcface_recorded(recorder, graph.as_ptr(), error, length) }.then_some(())
+            unsafe { arcface_recorded(recorder, raw.as_ptr(), error, length) }.then_some(())
         });
-        match (made, ended) {
-            (Ok(made), Ok(())) => Ok((CudaGraph(graph), made)),
-            (Err(panic), _) => Err(CudaGraphError(first_line(&said(&*panic)))),
-            (Ok(_), Err(error)) => Err(error),
+        // One that has ended gives its memory back when it is dropped, whatever became of the work.
+        let graph = match ended {
+            Ok(()) => CudaGraph(raw),
+            Err(CudaGraphError::Refused(reason) | CudaGraphError::BrokenOff(reason)) => {
+                let reason = made.err().map_or(reason, |panic| first_line(&said(&*panic)));
+                return Err(CudaGraphError::BrokenOff(reason));
+            }
+        };
+        match made {
+            Ok(made) => Ok((graph, made)),
+            Err(panic) => Err(CudaGraphError::Refused(first_line(&said(&*panic)))),
         }
     }
 }

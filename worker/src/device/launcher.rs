@@ -15,7 +15,7 @@ use cudarc::driver::sys as driver;
 use driver::{CUdevice_attribute as Attribute, CUresult};
 use std::{
     collections::HashMap,
-    ffi::{CString, c_int, c_void},
+    ffi::{CStr, CString, c_char, c_int, c_void},
     ptr,
 };
 
@@ -45,8 +45,16 @@ pub enum GpuLauncherError {
     Kernels(#[from] NvrtcError),
 }
 
+/// Longest reason of libtorch's, in bytes.
+const REASON: usize = 1024;
+
 unsafe extern "C" {
-    fn arcface_current_stream(gpu: c_int) -> *mut c_void;
+    fn arcface_current_stream(
+        gpu: c_int,
+        stream: *mut *mut c_void,
+        error: *mut c_char,
+        length: usize,
+    ) -> bool;
 }
 
 /// Starts kernels on one GPU. Modules stay loaded for as long as the process lives, as the context does.
@@ -162,8 +170,15 @@ impl Launcher for GpuLauncher {
             return Err(refused(format!("cuCtxSetCurrent: {status:?}")));
         }
         let mut pointers = arguments.pointers();
-        // SAFETY: libtorch has opened this GPU, which its tensors among the arguments are on.
-        let stream = unsafe { arcface_current_stream(self.ordinal) };
+        let mut stream = ptr::null_mut();
+        let mut reason = [0u8; REASON];
+        // SAFETY: writes a handle, or a reason to a buffer as long as we say; C++ exceptions end inside.
+        let known =
+            unsafe { arcface_current_stream(self.ordinal, &mut stream, reason.as_mut_ptr().cast(), REASON) };
+        if !known {
+            let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
+            return Err(refused(reason.to_string_lossy().into_owned()));
+        }
         // SAFETY: the function is of a loaded module, and the arguments are its own by the caller's word; the driver copies
         // them before it returns.
         let status = unsafe {

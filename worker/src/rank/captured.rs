@@ -2,18 +2,18 @@
 //! head and the gradients' sum over the ranks, stays as it is: there is a graph for each piece of the way back, so a bucket's sum
 //! still runs beside the next one.
 //!
-//! A graph is of one batch size, and of a network that does the same in every step. The first steps run launch by launch in any
+//! A graph is of one batch size, and of a network that does the same in every step. The first passes run launch by launch in any
 //! case: libtorch looks for the fastest convolutions then, which cannot be recorded.
 
 use super::failure::RankFailure;
 use crate::data::planes;
 use crate::device::{CudaGraph, CudaGraphError, Recorder};
 use crate::model::{Backbone, ForwardMode, let_go_of_gradient, take_gradient};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use tracing::{info, warn};
 
-/// Steps that run launch by launch before a recording.
-pub const STEPS_BEFORE: u32 = 2;
+/// Passes that run launch by launch before a recording.
+pub const PASSES_BEFORE: u32 = 2;
 
 /// A training pass as graphs, with the memory that they read and write.
 pub struct Captured {
@@ -36,7 +36,10 @@ impl Captured {
     /// Records a pass over images of this form, with a piece of the way back for each of these parts
     /// ([`Backbone::forward_to_train_for`]), on the GPU of this number. Nothing is computed. `params` are the backbone's, without
     /// gradients; the recording leaves them some that hold nothing.
-    fn record(
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn record(
         backbone: &Backbone,
         params: &[Tensor],
         images: &Tensor,
@@ -47,7 +50,7 @@ impl Captured {
         let images = images.zeros_like();
         let mut recorder = Recorder::new(gpu)?;
         let (forward, pass) =
-            recorder.record(|| backbone.forward_to_train_for(&normalised(&images), mode, parts))?;
+            recorder.record(|| backbone.forward_to_train_for(&planes::normalised(&images), mode, parts))?;
         let embedding_bd = pass.embedding();
         let grad_bd = embedding_bd.zeros_like();
         let mut grad = grad_bd.shallow_clone();
@@ -115,14 +118,6 @@ impl Captured {
     }
 }
 
-/// Images as a network takes them, of what a loader gave.
-pub fn normalised(images: &Tensor) -> Tensor {
-    match images.kind() {
-        Kind::Uint8 => planes::of_pixels(images),
-        _ => images.shallow_clone(),
-    }
-}
-
 /// Adds to a leaf's gradient what stands in memory that the next way back writes to.
 fn add_gradient(leaf: &mut Tensor, gradient: &Tensor, alone: bool) {
     let before = leaf.grad();
@@ -135,13 +130,13 @@ fn add_gradient(leaf: &mut Tensor, gradient: &Tensor, alone: bool) {
     }
 }
 
-/// Whether steps run as graphs, and those that do.
+/// Whether the network runs as graphs, and those that it runs as.
 #[derive(Default)]
 pub struct CapturedSteps {
     /// The job wants them.
     wanted: bool,
-    /// Form of the images of the last steps, and how many had it.
-    seen: (Vec<i64>, u32),
+    /// By form of the images, passes that ran launch by launch.
+    ran: Vec<(Vec<i64>, u32)>,
     captured: Option<Captured>,
 }
 
@@ -154,56 +149,69 @@ impl CapturedSteps {
         }
     }
 
-    /// True if images of this form have graphs, which are recorded when their time has come. Without them the step runs launch by launch,
-    /// and is to be told to [`ran`](Self::ran).
-    pub fn are_ready(
+    /// The graphs, if there are any.
+    pub fn graphs(&mut self) -> Option<&mut Captured> {
+        self.captured.as_mut()
+    }
+
+    /// The graphs for images of this form, recorded when their time has come. Without them the pass runs launch by launch, and is to be
+    /// told to [`ran`](Self::ran).
+    ///
+    /// # Errors
+    /// If a recording was broken off. One that is refused costs a warning.
+    pub fn graphs_for(
         &mut self,
         backbone: &Backbone,
         params: &mut [Tensor],
         images: &Tensor,
         mode: &ForwardMode,
         parts: &[usize],
-    ) -> bool {
+    ) -> Result<Option<&mut Captured>, CudaGraphError> {
         let Device::Cuda(gpu) = images.device() else {
-            return false;
+            return Ok(None);
         };
         let form = images.size();
         // Not while gradients of earlier micro-batches wait.
         if self.is_time(&form) && params.iter().all(|param| !param.grad().defined()) {
-            match Captured::record(backbone, params, images, mode, parts, gpu) {
+            let recorded = Captured::record(backbone, params, images, mode, parts, gpu);
+            params.iter_mut().for_each(let_go_of_gradient);
+            match recorded {
                 Ok(captured) => {
                     info!(images = form[0], "the network runs as CUDA graphs from now on");
                     self.captured = Some(captured);
                 }
+                Err(broken @ CudaGraphError::BrokenOff(_)) => return Err(broken),
                 Err(error) => {
                     warn!("the network goes on without CUDA graphs (train.cuda_graph): {error}");
                     self.wanted = false;
                 }
             }
-            params.iter_mut().for_each(let_go_of_gradient);
         }
-        self.captured
-            .as_ref()
-            .is_some_and(|captured| captured.images.size() == form)
+        Ok(self
+            .captured
+            .as_mut()
+            .filter(|captured| captured.images.size() == form))
     }
 
-    /// The graphs, if there are any.
-    pub fn graphs(&mut self) -> Option<&mut Captured> {
-        self.captured.as_mut()
-    }
-
-    /// A step over images of this form ran launch by launch; `draws`: with random masks, which are other ones in every step.
+    /// A pass over images of this form ran launch by launch; `draws`: with random masks, which are other ones every time.
     pub fn ran(&mut self, form: &[i64], draws: bool) {
+        if draws && self.wanted {
+            info!("the network draws random masks, and so does not run as CUDA graphs");
+        }
         self.wanted &= !draws;
-        match self.seen.0 == form {
-            true => self.seen.1 += 1,
-            false => self.seen = (form.to_vec(), 1),
+        if !self.wanted || form[0] == 0 {
+            return;
+        }
+        match self.ran.iter_mut().find(|(known, _)| known == form) {
+            Some((_, passes)) => *passes += 1,
+            None => self.ran.push((form.to_vec(), 1)),
         }
     }
 
-    /// One form has graphs, the first that lasts: a second one would need memory of its own.
+    /// One form has graphs, the first that comes often enough: a second one would need memory of its own.
     fn is_time(&self, form: &[i64]) -> bool {
-        self.wanted && self.captured.is_none() && self.seen.0 == form && self.seen.1 >= STEPS_BEFORE
+        let often = |(known, passes): &(Vec<i64>, u32)| known == form && *passes >= PASSES_BEFORE;
+        self.wanted && self.captured.is_none() && self.ran.iter().any(often)
     }
 }
 
@@ -212,14 +220,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_form_that_lasts_is_recorded_and_random_masks_never_are() {
+    fn a_form_that_comes_again_is_recorded_and_random_masks_never_are() {
         let mut steps = CapturedSteps::new(true);
-        let (one, other) = ([4, 3, 112, 112], [2, 3, 112, 112]);
+        let (one, other, none) = ([4, 3, 112, 112], [2, 3, 112, 112], [0, 3, 112, 112]);
         assert!(!steps.is_time(&one));
+        for _ in 0..3 {
+            steps.ran(&none, false);
+        }
+        assert!(!steps.is_time(&none), "there is nothing to compute");
         steps.ran(&one, false);
         steps.ran(&other, false);
-        steps.ran(&one, false);
-        assert!(!steps.is_time(&one), "it did not last");
+        assert!(!steps.is_time(&one) && !steps.is_time(&other));
+        // Uneven micro-batches take turns.
         steps.ran(&one, false);
         assert!(steps.is_time(&one) && !steps.is_time(&other));
         steps.ran(&one, true);
@@ -241,18 +253,5 @@ mod tests {
         let_go_of_gradient(&mut leaf);
         add_gradient(&mut leaf, &memory, true);
         assert_eq!(leaf.grad().data_ptr(), memory.data_ptr());
-    }
-
-    #[test]
-    fn on_the_cpu_there_are_none() {
-        let config = crate::model::BackboneConfig::new("tiny", 16);
-        let backbone = Backbone::new(&config).expect("known");
-        let images = Tensor::zeros([2, 3, 112, 112], (Kind::Float, Device::Cpu));
-        let mode = ForwardMode::training(arcface_proto::spec::Precision::Fp32, Default::default());
-        let mut steps = CapturedSteps::new(true);
-        for _ in 0..2 * STEPS_BEFORE {
-            assert!(!steps.are_ready(&backbone, &mut [], &images, &mode, &[]));
-            steps.ran(&images.size(), false);
-        }
     }
 }

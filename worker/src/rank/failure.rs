@@ -164,7 +164,12 @@ impl From<HeadError> for RankFailure {
 
 impl From<CudaGraphError> for RankFailure {
     fn from(error: CudaGraphError) -> Self {
-        Self::transient(error.to_string()).hint("train.cuda_graph = false runs the network launch by launch")
+        let failure = Self {
+            // The next try would record it again.
+            permanent: matches!(error, CudaGraphError::BrokenOff(_)),
+            ..Self::transient(error.to_string())
+        };
+        failure.hint("train.cuda_graph = false runs the network launch by launch")
     }
 }
 

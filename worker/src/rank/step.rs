@@ -12,14 +12,14 @@
 //! Batch-norm statistics stay local to each rank, as in the reference (its DDP does not broadcast buffers); those of
 //! rank 0 are the model's.
 
-use super::captured::{CapturedSteps, normalised};
+use super::captured::CapturedSteps;
 use super::failure::RankFailure;
 use super::figures::Sight;
 use super::gradients::{GradientSum, Summed};
 use super::nonfinite::{Guard, Samples, Site, Verdict};
 use super::phases::Phases;
 use crate::collective::Collective;
-use crate::data::{Batch, DataError, Epochs};
+use crate::data::{Batch, DataError, Epochs, planes::normalised};
 use crate::device::{CudaGraphError, Placement};
 use crate::head::Head;
 use crate::model::{Backbone, DropoutDraw, ForwardMode, Role, TrainingPass, let_go_of_gradient};
@@ -265,10 +265,12 @@ impl Trainer {
             let images = self.placement.take(&batch.images);
             let parts = self.sum.parts(self.comm.world_size());
             let (backbone, params) = (&self.backbone, &mut self.params);
-            let ready = self.captured.are_ready(backbone, params, &images, &mode, &parts);
-            match self.captured.graphs() {
-                Some(graphs) if ready => Ok(Way::Captured(graphs.forward(&images)?)),
-                _ => {
+            match self
+                .captured
+                .graphs_for(backbone, params, &images, &mode, &parts)?
+            {
+                Some(graphs) => Ok(Way::Captured(graphs.forward(&images)?)),
+                None => {
                     let pass = backbone.forward_to_train_for(&normalised(&images), &mode, &parts);
                     self.captured.ran(&images.size(), pass.draws());
                     Ok::<_, CudaGraphError>(Way::Launched(pass))

@@ -11,7 +11,7 @@
 namespace {
 
 std::string said;
-bool end_fails = false;
+bool end_fails = false, reset_fails = false;
 int graphs = 0;
 
 thread_local c10::StreamId current = 0;
@@ -72,6 +72,7 @@ struct CUDAGraph {
     void capture_begin(std::pair<unsigned long long, unsigned long long> pool, cudaStreamCaptureMode mode);
     void capture_end();
     void replay();
+    void reset();
     std::pair<unsigned long long, unsigned long long> pool();
 
     std::string name;
@@ -83,6 +84,12 @@ CUDAGraph::CUDAGraph(bool keep_graph) : name("graph " + std::to_string(++graphs)
 }
 
 CUDAGraph::~CUDAGraph() { say(name + " freed"); }
+
+void CUDAGraph::reset() {
+    if (reset_fails) {
+        throw std::runtime_error("unspecified launch failure");
+    }
+}
 
 void CUDAGraph::capture_begin(std::pair<unsigned long long, unsigned long long> pool, cudaStreamCaptureMode mode) {
     say(name + " begins in pool " + std::to_string(pool.first) + "," + std::to_string(pool.second) + " mode " +
@@ -111,4 +118,7 @@ extern "C" const char* stand_in_said() {
 
 extern "C" void stand_in_says(const char* what) { say(what); }
 
-extern "C" void stand_in_fails(bool fails) { end_fails = fails; }
+extern "C" void stand_in_fails(bool end, bool reset) {
+    end_fails = end;
+    reset_fails = reset;
+}

@@ -12,7 +12,7 @@ use crate::{
     device,
     model::allocations::Allocations,
     rank::{
-        captured::STEPS_BEFORE,
+        captured::PASSES_BEFORE,
         setup::Prepared,
         step::{Says, Trainer},
     },
@@ -164,7 +164,7 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
         "sample_rate": args.rate, "threads": threads, "state_bytes": state_bytes(&mut trainer), "peak_bytes": peak,
         "process_peak_bytes": process_peak, "tensor_peak_bytes": tensor_peak,
         "optimizer": args.optimizer.as_str(), "gradient_checkpointing": trainer.backbone.config().gradient_checkpointing,
-        "world": args.world, "median_ms": median(&times), "min_ms": min(&times), "variation": variation(&times),
+        "world": args.world, "cuda_graph": trainer.captured.graphs().is_some(), "median_ms": median(&times), "min_ms": min(&times), "variation": variation(&times),
         "samples_per_second": f64::from(args.batch) * 1e3 / median(&times),
     }))
 }
@@ -173,7 +173,7 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
 fn warm_up(args: &StepArgs) -> u32 {
     match args.place.name() {
         "cpu" => 0,
-        _ => STEPS_BEFORE,
+        _ => PASSES_BEFORE,
     }
 }
 
