@@ -15,7 +15,6 @@ stopped.
 """
 
 import argparse
-import fnmatch
 import importlib.util
 import os
 import statistics
@@ -96,15 +95,6 @@ def reference_folder(given):
         if not os.path.isfile(os.path.join(folder, module)):
             raise Unusable(f"no reference in {given}: it has no {module} (recognition/arcface_torch of InsightFace has)")
     return os.path.abspath(folder)
-
-
-def chosen(patterns):
-    rows = all_rows()
-    for pattern in patterns:
-        if not fnmatch.filter(rows, pattern):
-            raise Unusable(f"there is no row {pattern} (--list names them)")
-    wanted = [name for name in rows if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    return {name: rows[name] for name in wanted}
 
 
 def flags(sizes):
@@ -330,7 +320,8 @@ def say(line):
 
 def compare(args):
     """The exit code."""
-    wanted = chosen(args.rows)
+    rows = all_rows()
+    wanted = {name: rows[name] for name in results.chosen(rows, args.rows)}
     if args.list:
         for name, (part, sizes) in wanted.items():
             print(label(name, {"part": part, "sizes": sizes}).replace("`", ""))
@@ -374,14 +365,7 @@ def compare(args):
 
 def main():
     args = arguments()
-    results.until_interrupted()
-    try:
-        return compare(args)
-    except Unusable as error:
-        say(error)
-        return 2
-    except Interrupted:
-        return 130
+    return results.exit_code(lambda: compare(args), say)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs whole jobs with `arcface-coordinator run` and says what came of them:
 
-    python3 bench/jobs.py [--bin DIR] [--output FILE.json] [--again] [ROW]...
+    python3 bench/jobs.py [--bin DIR] [--output FILE.json] [--again] [--list] [ROW]...
 
 accuracy-N trains the job of `make demo` with seed N in bf16 with the tiled head, and in fp32 with the plain one: the fast way has to
 learn as well as the plain one. scaling-* trains one rank with two threads and two ranks with one thread each, in turn, in one
@@ -11,23 +11,24 @@ if it was stopped.
 """
 
 import argparse
-import fnmatch
 import json
 import os
+import shutil
 import statistics
-import subprocess
 import sys
 import time
 
 import results
-from results import Failed, Interrupted, Unusable
+from results import Failed, Unusable
 
 QUICK = os.environ.get("BENCH_QUICK", "") not in ("", "0")
 WORK = os.path.join("target", "bench", "quick" if QUICK else "", "jobs")
+# The job of `make demo`, of which rows change what they are about.
+DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs", "demo_cpu.toml")
 SIDES = {"fast": ("bf16", "tiled"), "plain": ("fp32", "plain")}
 RANKS = [1, 2]
 PAIRS = 1 if QUICK else 3
-# Of configs/demo_cpu.toml; of a quick run less.
+# As scripts/demo.sh draws it; of a quick run less.
 DATA = {"--identities": 4 if QUICK else 500, "--images-per-identity": 8 if QUICK else 40, "--pairs": 20 if QUICK else 1000}
 
 
@@ -54,65 +55,35 @@ class Jobs:
         """The folder of the demonstration's data, drawn when it is not there."""
         folder = os.path.join(WORK, "data")
         if not os.path.exists(os.path.join(folder, "whole")):
-            self.run([self.worker, "data", "synth", *(str(part) for pair in DATA.items() for part in pair), "--output", folder])
+            sizes = [str(part) for pair in DATA.items() for part in pair]
+            results.output([self.worker, "data", "synth", *sizes, "--output", folder])
             results.write(os.path.join(folder, "whole"), "")
         return folder
 
-    def train(self, name, ranks, text):
-        """Trains a job on this machine; its records."""
-        output = os.path.join(WORK, name)
-        subprocess.run(["rm", "-rf", output], check=True)
-        results.write(os.path.join(WORK, f"{name}.toml"), f'output = "{output}"\n{text}')
-        self.run([self.coordinator, "run", os.path.join(WORK, f"{name}.toml"), "--nodes", "1", "--slots", str(ranks), "--device", "cpu"])
-        with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as file:
+    def train(self, name, nodes, slots, changes):
+        """Trains the demonstration's job with these keys changed, on this machine; its records."""
+        folder = os.path.join(WORK, name)
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [self.coordinator, "run", DEMO, "--nodes", str(nodes), "--slots", str(slots), "--device", "cpu"]
+        # JSON's values are TOML's.
+        for key, value in {"output": folder, **changes}.items():
+            command += ["--set", f"{key}={json.dumps(value)}"]
+        results.output(command)
+        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
             return [json.loads(line) for line in file]
-
-    def run(self, command):
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            _, errors = process.communicate()
-        except Interrupted:
-            # It ends its agents and ranks.
-            process.terminate()
-            process.communicate()
-            raise
-        if process.returncode != 0:
-            said = [line for line in errors.splitlines() if line.strip() and not line.startswith("hint:")]
-            what = said[-1] if said else "it said nothing"
-            raise Failed(f"{os.path.basename(command[0])} {command[1]}: exit code {process.returncode}: {what}")
 
 
 def accuracy(jobs, seed):
     """Both accuracies at the end."""
     found = {}
     for side, (precision, implementation) in SIDES.items():
-        text = f"""[job]
-seed = {seed}
-world_size = 2
-[model]
-network = "tiny"
-embedding_size = 512
-[head]
-margin_list = [1.0, 0.3, 0.0]
-scale = 32.0
-implementation = "{implementation}"
-[data]
-rec = "{jobs.data()}"
-num_workers = 1
-cache = "1GiB"
-[train]
-batch_size = {4 if QUICK else 32}
-num_epoch = {1 if QUICK else 2}
-lr = 0.05
-frequent = 10
-precision = "{precision}"
-[eval]
-verbose = 0
-val_targets = ["synth"]
-[checkpoint]
-every_steps = 0
-"""
-        records = jobs.train(f"accuracy_{side}_{seed}", 2, text)
+        changes = {
+            "job.seed": seed, "train.precision": precision, "head.implementation": implementation, "data.rec": jobs.data(),
+            "data.cache": "1GiB",
+        }  # fmt: skip
+        if QUICK:
+            changes.update({"train.batch_size": 4, "train.num_epoch": 1})
+        records = jobs.train(f"accuracy_{side}_{seed}", 2, 1, changes)
         found[side] = [record["accuracy"] for record in records if record["kind"] == "evaluation"][-1]
     return {**found, "difference": abs(found["fast"] - found["plain"])}
 
@@ -121,31 +92,15 @@ def scaling(jobs, network, precision, steps):
     """Medians over the log's intervals after the first one, by number of ranks."""
     speeds = {ranks: [] for ranks in RANKS}
     steps = 4 if QUICK else steps
-    every = 2 if QUICK else 5
     for pair in range(PAIRS):
         for ranks in RANKS if pair % 2 == 0 else reversed(RANKS):
-            text = f"""[job]
-world_size = {ranks}
-[model]
-network = "{network}"
-[head]
-num_classes = 1000
-[data]
-rec = "synthetic"
-num_image = {64 * steps}
-num_workers = 1
-[train]
-batch_size = {64 // ranks}
-num_epoch = 1
-frequent = {every}
-lr = 0.01
-precision = "{precision}"
-[eval]
-verbose = 0
-[checkpoint]
-every_steps = 0
-"""
-            records = jobs.train(f"scaling_{network}_{precision}_{ranks}", ranks, text)
+            changes = {
+                "job.world_size": ranks, "model.network": network, "head.num_classes": 1000, "data.rec": "synthetic",
+                "data.num_image": 64 * steps, "train.batch_size": 64 // ranks, "train.num_epoch": 1, "train.lr": 0.01,
+                "train.frequent": 2 if QUICK else 5, "train.precision": precision, "eval.val_targets": [],
+                "checkpoint.every_steps": 0,
+            }  # fmt: skip
+            records = jobs.train(f"scaling_{network}_{precision}_{ranks}", 1, ranks, changes)
             of_intervals = [record["samples_per_second"] for record in records if record["kind"] == "metrics"]
             speeds[ranks].append(statistics.median(of_intervals[1:]))
     ratios = [two / one for one, two in zip(speeds[1], speeds[2])]
@@ -203,10 +158,11 @@ def say(line):
 def run(args):
     """The exit code."""
     rows = all_rows()
-    for pattern in args.rows:
-        if not fnmatch.filter(rows, pattern):
-            raise Unusable(f"there is no row {pattern}; there are {', '.join(rows)}")
-    wanted = [name for name in rows if not args.rows or any(fnmatch.fnmatch(name, pattern) for pattern in args.rows)]
+    wanted = results.chosen(rows, args.rows)
+    if args.list:
+        for name in wanted:
+            print(f"{name:24} {rows[name][0]}")
+        return 0
     jobs = Jobs(args.bin)
     saved = results.Results(args.output, document)
     if results.is_noisy():
@@ -239,16 +195,9 @@ def main():
     parser.add_argument("--bin", metavar="DIR", default="target/release", help="folder of the programs")
     parser.add_argument("--output", metavar="FILE.json", default=usual, help=f"where results go (default {usual})")
     parser.add_argument("--again", action="store_true", help="measure rows that FILE.json has")
+    parser.add_argument("--list", action="store_true", help="name the rows and end")
     args = parser.parse_args()
-    results.until_interrupted()
-    try:
-        return run(args)
-    except Unusable as error:
-        say(error)
-        return 2
-    except Interrupted:
-        say("stopped; what was measured stays, and the next run goes on from there")
-        return 130
+    return results.exit_code(lambda: run(args), say)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 whole at any moment. Knows nothing of what is measured."""
 
 import datetime
+import fnmatch
 import hashlib
 import json
 import os
@@ -36,6 +37,27 @@ def until_interrupted():
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+
+
+def exit_code(work, say):
+    """Of `work`, which gives its own; what ends it before is told with `say`."""
+    until_interrupted()
+    try:
+        return work()
+    except Unusable as error:
+        say(error)
+        return 2
+    except Interrupted:
+        say("stopped; what was measured stays, and the next run goes on from there")
+        return 130
+
+
+def chosen(rows, patterns):
+    """Names of the rows that any of the patterns fits, in their order; of all without patterns."""
+    for pattern in patterns:
+        if not fnmatch.filter(rows, pattern):
+            raise Unusable(f"there is no row {pattern} here (--list names them)")
+    return [name for name in rows if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 def read(path):
@@ -133,15 +155,29 @@ def today():
 
 def run(command, environment=None):
     """The JSON that a command prints."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("hint:")]
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise Failed(f"{how}: {said[-1].strip() if said else 'it said nothing'}")
+    printed = output(command, environment)
     try:
-        return json.loads(done.stdout)
+        return json.loads(printed)
     except ValueError:
-        raise Failed(f"it printed no JSON: {done.stdout[:80]!r}") from None
+        raise Failed(f"it printed no JSON: {printed[:80]!r}") from None
+
+
+def output(command, environment=None):
+    """What a command prints."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **streams, text=True, env=environment) as process:
+        try:
+            printed, errors = process.communicate()
+        except Interrupted:
+            # It may have started others, which it ends then.
+            process.terminate()
+            process.communicate()
+            raise
+    if process.returncode != 0:
+        said = [line for line in errors.splitlines() if line.strip() and not line.startswith("hint:")]
+        how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+        raise Failed(f"{how}: {said[-1].strip() if said else 'it said nothing'}")
+    return printed
 
 
 class Results:

@@ -9,14 +9,13 @@ Exit code 2 if the program is missing, 1 if a row could not be measured, 130 if 
 """
 
 import argparse
-import fnmatch
 import os
 import sys
 import tempfile
 import time
 
 import results
-from results import Failed, Interrupted, Unusable, megabytes, number
+from results import Failed, megabytes, number
 
 # Sizes of a quick run, by option.
 QUICK = {
@@ -212,10 +211,7 @@ def say(line):
 def run(args):
     """The exit code."""
     rows = all_rows(args.quick or "avx512_bf16" in results.machine()["features"])
-    for pattern in args.rows:
-        if not fnmatch.filter(rows, pattern):
-            raise Unusable(f"there is no row {pattern} on this machine (--list names them)")
-    wanted = [name for name in rows if not args.rows or any(fnmatch.fnmatch(name, pattern) for pattern in args.rows)]
+    wanted = results.chosen(rows, args.rows)
     if args.list:
         for name in wanted:
             print(f"{name:28} {rows[name][2]}")
@@ -253,15 +249,7 @@ def run(args):
 
 def main():
     args = arguments()
-    results.until_interrupted()
-    try:
-        return run(args)
-    except Unusable as error:
-        say(error)
-        return 2
-    except Interrupted:
-        say("stopped; what was measured stays, and the next run goes on from there")
-        return 130
+    return results.exit_code(lambda: run(args), say)
 
 
 if __name__ == "__main__":

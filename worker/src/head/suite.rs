@@ -25,9 +25,7 @@ pub const BF16_TOLERANCE: f64 = 3e-3;
 const BF16_MOMENTUM_TOLERANCE: f64 = 1e-2;
 /// AdamW divides by the root of the squared gradient, which turns rounding of a near-zero gradient into a whole step. What
 /// is computed from the weights after an update inherits it.
-const ADAMW_WEIGHT_TOLERANCE: f64 = 1e-3;
-/// AdamW's moments after its first update: gradients of weights that have come apart so, a part of all that they hold.
-const ADAMW_MOMENT_TOLERANCE: f64 = 1e-4;
+const ADAMW_WEIGHT_TOLERANCE: f64 = 1e-4;
 
 pub fn config(num_classes: u32, embedding_size: i64) -> HeadConfig {
     HeadConfig {
@@ -86,7 +84,7 @@ impl Case {
     fn lr(&self) -> f64 {
         match self.config.optimizer {
             OptimizerConfig::Sgd { .. } => 0.01,
-            OptimizerConfig::AdamW { .. } => 1e-4,
+            OptimizerConfig::AdamW { .. } => 1e-5,
         }
     }
 
@@ -244,7 +242,6 @@ pub fn check(case: &Case, subject: Subject<'_>) {
             assert_eq!(name, plain_name);
             let tolerance = match name.as_str() {
                 "weight" if is_adamw => ADAMW_WEIGHT_TOLERANCE.max(tolerance),
-                "exp_avg" | "exp_avg_sq" if case.steps > 1 => ADAMW_MOMENT_TOLERANCE.max(tolerance),
                 "momentum_buffer" if subject.half.is_some() => BF16_MOMENTUM_TOLERANCE.max(3.0 * tolerance),
                 _ => tolerance,
             };
