@@ -190,7 +190,7 @@ def document(machine, rows):
         "of each row; `make bench AGAIN=1 ROWS=NAME` measures one anew.\n\n"
         "Medians and minima over repetitions after one that does not count. A ratio is how many times as long the plain form takes: "
         "the median of pairs that ran in turn, each side in a process of its own. Peaks of heads and whole steps are with weights and "
-        "optimizer state, those of networks without weights and gradients. \"Tuned\" is an allocator that keeps freed memory and uses large "
+        "optimizer state, those of networks without weights and gradients, and in inference of tensors alone. \"Tuned\" is an allocator that keeps freed memory and uses large "
         "pages, for both sides, as in a job.\n"
     )
     for section in [HEADS, STEPS, NETWORKS, REST]:

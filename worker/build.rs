@@ -4,11 +4,12 @@
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    const NATIVE: [&str; 8] = [
+    const NATIVE: [&str; 9] = [
         "src/device/gpu.cpp",
         "src/device/graph.cpp",
         "src/model/native/allocations.cpp",
         "src/model/native/backward.cpp",
+        "src/model/native/convolution.cpp",
         "src/model/native/layout.cpp",
         "src/model/native/prelu.cpp",
         "src/model/norm/autograd.cpp",

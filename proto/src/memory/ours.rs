@@ -138,10 +138,15 @@ fn surroundings(job: &Job, device: Device) -> Vec<Line> {
     let mut lines = Vec::new();
     if job.evaluates {
         let images = product([EVALUATION_BATCH, EVALUATION_IMAGE]);
+        // `Inference` in `worker/src/model/inference.rs`.
+        let prepared = match job.precision {
+            Precision::Fp32 => parameters,
+            Precision::Bf16 | Precision::Fp16 => parameters / 2,
+        };
         lines.push(Line::assumed(
             Part::Evaluation,
-            parameters.saturating_add(images),
-            format!("the network again, and {EVALUATION_BATCH} images in it"),
+            parameters.saturating_add(prepared).saturating_add(images),
+            format!("the network twice again, as it is and as it is evaluated, and {EVALUATION_BATCH} images in it"),
         ));
     }
     if device == Device::Cpu {

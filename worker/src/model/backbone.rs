@@ -9,6 +9,7 @@ use super::{
     IMAGE_SIZE, fill,
     footprint::{Place, Walk},
     graph::{Graph, Trace, address},
+    inference::Inference,
     init,
     layers::Network,
     pass::{Computing, DropoutDraw, ForwardMode, Pass, Tap},
@@ -328,17 +329,6 @@ impl Backbone {
         self.run(images, &mut Pass::new(mode, None).computing(&self.computing))
     }
 
-    /// Embeddings on the CPU of images that may lie anywhere, computed where the network is, without a way back to the
-    /// parameters.
-    ///
-    /// # Panics
-    /// If the images have another shape.
-    pub fn embed(&self, images: &Tensor, mode: &ForwardMode) -> Tensor {
-        let _no_grad = tch::no_grad_guard();
-        let embeddings = self.forward(&images.to_device(self.device()), mode);
-        embeddings.to_kind(Kind::Float).to_device(Device::Cpu)
-    }
-
     /// The same as [`forward`](Self::forward), reporting the output of every child module by name.
     pub fn forward_tapped(&self, images: &Tensor, mode: &ForwardMode, tap: Tap) -> Tensor {
         self.run(images, &mut Pass::new(mode, Some(tap)))
@@ -388,7 +378,7 @@ impl Backbone {
     /// as the stem's, which is differentiated last.
     pub fn parts(&self) -> Vec<usize> {
         let mode = ForwardMode::evaluation(Precision::Fp32);
-        let (mut trace, image) = Trace::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE]);
+        let (mut trace, image) = Trace::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE], Device::Cpu);
         let mut pass = Pass::tracing(&mode, &mut trace);
         let mut ends = Vec::new();
         tch::no_grad(|| {
@@ -452,10 +442,23 @@ impl Backbone {
         walk
     }
 
-    /// The operations of evaluation, with the current parameters.
+    /// The network for embedding alone, with the weights as they are now, in this arithmetic.
+    pub fn for_inference(&self, precision: Precision) -> Inference {
+        Inference::new(
+            self.graph_in(precision),
+            self.config.embedding_size,
+            self.device(),
+        )
+    }
+
+    /// The operations of evaluation in f32, with the current parameters.
     pub fn graph(&self) -> Graph {
-        let mode = ForwardMode::evaluation(Precision::Fp32);
-        let (mut trace, image) = Trace::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE]);
+        self.graph_in(Precision::Fp32)
+    }
+
+    fn graph_in(&self, precision: Precision) -> Graph {
+        let mode = ForwardMode::evaluation(precision);
+        let (mut trace, image) = Trace::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE], self.device());
         let mut pass = Pass::tracing(&mode, &mut trace);
         let embedding = tch::no_grad(|| self.through_all_parts(&image, &mut pass));
         trace.finish(&embedding, &self.state)
@@ -463,7 +466,7 @@ impl Backbone {
 }
 
 /// N of images \[N, 3, 112, 112\].
-fn num_images(images: &Tensor) -> i64 {
+pub(super) fn num_images(images: &Tensor) -> i64 {
     let size = images.size();
     let [n, 3, IMAGE_SIZE, IMAGE_SIZE] = size[..] else {
         panic!("images have shape {size:?}, expected [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]");
@@ -473,6 +476,6 @@ fn num_images(images: &Tensor) -> i64 {
 
 /// The same tensor with its channels innermost in memory, a layout that every layer keeps: the CPU's convolutions are
 /// faster in it (an r18 training step at batch 64 on 2 cores: 11.5 images/s instead of 8 in f32, 27 in bf16).
-fn channels_last(images: &Tensor) -> Tensor {
+pub(super) fn channels_last(images: &Tensor) -> Tensor {
     images.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }

@@ -131,6 +131,8 @@ pub struct Node {
     pub inputs: Vec<ValueId>,
     /// What it makes; no other node makes it.
     pub output: ValueId,
+    /// What convolutions and linear layers compute in here.
+    pub kind: Kind,
 }
 
 /// A network in evaluation: operations in an order in which each reads only what came before.
@@ -160,6 +162,7 @@ impl Graph {
 
 /// Listens to one pass and builds the graph.
 pub(super) struct Trace {
+    device: Device,
     shapes: Vec<Vec<i64>>,
     nodes: Vec<Node>,
     values: HashMap<usize, ValueId>,
@@ -168,9 +171,10 @@ pub(super) struct Trace {
 }
 
 impl Trace {
-    /// A trace of a pass over images of shape `images`, and what to run the network on.
-    pub(super) fn new(images: &[i64]) -> (Self, Tensor) {
+    /// A trace of a pass over images of shape `images` on a network's device, and what to run the network on.
+    pub(super) fn new(images: &[i64], device: Device) -> (Self, Tensor) {
         let mut trace = Self {
+            device,
             shapes: Vec::new(),
             nodes: Vec::new(),
             values: HashMap::new(),
@@ -180,14 +184,19 @@ impl Trace {
         (trace, images)
     }
 
-    /// Notes that `op` made `output` of `inputs`, and returns what stands for it.
+    /// Notes that `op` made `output` of `inputs` in a pass that computes in `kind`, and returns what stands for it.
     ///
     /// # Panics
     /// If an input was made by something that is not recorded.
-    pub(super) fn record(&mut self, inputs: &[&Tensor], output: &Tensor, op: Op) -> Tensor {
+    pub(super) fn record(&mut self, inputs: &[&Tensor], output: &Tensor, op: Op, kind: Kind) -> Tensor {
         let inputs = inputs.iter().map(|input| self.find(input, op.name())).collect();
         let (output, placeholder) = self.value(&output.size());
-        self.nodes.push(Node { op, inputs, output });
+        self.nodes.push(Node {
+            op,
+            inputs,
+            output,
+            kind,
+        });
         placeholder
     }
 
@@ -223,7 +232,7 @@ impl Trace {
     }
 
     fn value(&mut self, shape: &[i64]) -> (ValueId, Tensor) {
-        let cell = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        let cell = Tensor::zeros([1], (Kind::Float, self.device));
         let value = self.shapes.len();
         self.shapes.push(shape.to_vec());
         self.values.insert(address(&cell), value);
@@ -325,8 +334,8 @@ mod tests {
     #[test]
     #[should_panic(expected = "the sum reads a tensor of shape [1, 3] that no layer recorded")]
     fn an_operation_that_is_not_recorded_is_noticed() {
-        let (mut trace, images) = Trace::new(&[1, 3]);
+        let (mut trace, images) = Trace::new(&[1, 3], Device::Cpu);
         let doubled = &images * 2.0;
-        let _sum = trace.record(&[&images, &doubled], &images, Op::Add);
+        let _sum = trace.record(&[&images, &doubled], &images, Op::Add, Kind::Float);
     }
 }

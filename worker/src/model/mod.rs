@@ -8,8 +8,10 @@
 
 mod backbone;
 pub mod fill;
+pub mod fold;
 pub mod footprint;
 pub mod graph;
+mod inference;
 mod init;
 pub mod iresnet;
 pub mod layers;
@@ -24,6 +26,7 @@ pub mod transformer;
 pub mod vit;
 
 pub use backbone::{Backbone, BackboneConfig, ModelError};
+pub use inference::Inference;
 pub use native::{allocations, let_go_of_gradient, take_gradient};
 pub use pass::{DropoutDraw, ForwardMode, Pass};
 pub use state::{Builder, Init, Role, StateEntry};

@@ -165,7 +165,7 @@ impl<'a> Pass<'a> {
     /// that a network can be exported.
     pub fn record(&mut self, inputs: &[&Tensor], output: Tensor, op: impl FnOnce() -> Op) -> Tensor {
         match (&mut self.trace, &mut self.walk) {
-            (Some(trace), _) => trace.record(inputs, &output, op()),
+            (Some(trace), _) => trace.record(inputs, &output, op(), self.kind),
             (None, Some(walk)) => walk.record(inputs, &output, &op(), self.kind),
             (None, None) => output,
         }

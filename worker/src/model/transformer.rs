@@ -82,7 +82,7 @@ impl Attention {
 }
 
 /// softmax(q k' / sqrt(F / heads)) v by head, of q, k, v side by side: \[N, L, 3 * F\] to \[N, L, F\].
-fn attend(qkv: &Tensor, heads: i64) -> Tensor {
+pub(super) fn attend(qkv: &Tensor, heads: i64) -> Tensor {
     let [n, tokens, features] = [qkv.size()[0], qkv.size()[1], qkv.size()[2] / 3];
     let by_head = qkv
         .view([n, tokens, 3, heads, features / heads])

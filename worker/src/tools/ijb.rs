@@ -11,7 +11,6 @@ use crate::{
         plot::{raster, svg},
     },
     export::{atomic, safetensors},
-    model::ForwardMode,
 };
 use anyhow::Context;
 use arcface_proto::{
@@ -154,16 +153,15 @@ fn embed(
 ) -> anyhow::Result<MemoryFeatures> {
     // A bad list of pairs should not cost the time of embedding.
     benchmark.pairs().map_err(failure)?;
-    let backbone = args.place.open_backbone(weights, network, Precision::Fp32)?;
+    let network = args.place.open_network(weights, network, Precision::Fp32)?;
     let flip = args.options().settings.flip || args.all_settings || args.save_features.is_some();
     let passes = if flip { 2 } else { 1 };
     // Shown on a terminal only.
     let bar = ProgressBar::new(passes * benchmark.images().len() as u64);
     let style = "embed {wide_bar} {pos}/{len} images, {eta} left";
     bar.set_style(ProgressStyle::with_template(style).context("progress bar")?);
-    let mode = ForwardMode::evaluation(Precision::Fp32);
     let mut embed = |images: &Tensor| {
-        let embedding = backbone.embed(images, &mode);
+        let embedding = network.embed(images);
         bar.inc(images.size()[0] as u64);
         Ok(embedding)
     };

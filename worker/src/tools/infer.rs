@@ -25,7 +25,7 @@ use crate::{
         landmarks, planes,
     },
     export::{npy, safetensors},
-    model::{Backbone, ForwardMode, IMAGE_SIZE},
+    model::{IMAGE_SIZE, Inference},
 };
 
 /// Arguments of `infer`.
@@ -143,10 +143,10 @@ pub fn run(args: InferArgs) -> anyhow::Result<()> {
         Some(path) => Source::Tensor(read_input(path)?),
         None => Source::Files(pictures(&args.images, args.landmarks.as_deref())?),
     };
-    let backbone = args
+    let network = args
         .place
-        .open_backbone(&args.weights, &args.network, args.precision)?;
-    let embedding = embed(&backbone, &source, &args)?;
+        .open_network(&args.weights, &args.network, args.precision)?;
+    let embedding = embed(&network, &source, &args)?;
     let names = match &source {
         Source::Files(files) => Some(files.iter().map(|file| file.path.display().to_string()).collect()),
         Source::Tensor(_) => None,
@@ -154,24 +154,23 @@ pub fn run(args: InferArgs) -> anyhow::Result<()> {
     write(&args.out, format, &embedding, names)
 }
 
-fn embed(backbone: &Backbone, source: &Source, args: &InferArgs) -> anyhow::Result<Tensor> {
-    let mode = ForwardMode::evaluation(args.precision);
+fn embed(network: &Inference, source: &Source, args: &InferArgs) -> anyhow::Result<Tensor> {
     let total = source.len();
     // Shown on a terminal only.
     let bar = ProgressBar::new(total as u64);
     let style = "{wide_bar} {pos}/{len} images, {per_sec}, {eta} left";
     bar.set_style(ProgressStyle::with_template(style).context("progress bar")?);
     let mut parts = vec![Tensor::zeros(
-        [0, backbone.config().embedding_size],
+        [0, network.embedding_size()],
         (Kind::Float, tch::Device::Cpu),
     )];
     for start in (0..total).step_by(args.batch as usize) {
         let end = total.min(start + args.batch as usize);
         let images = source.batch(start, end)?;
-        let plain = backbone.embed(&images, &mode);
+        let plain = network.embed(&images);
         // The mirrored width, as verification adds it.
         parts.push(match args.flip {
-            true => plain + backbone.embed(&images.flip([3]), &mode),
+            true => plain + network.embed(&images.flip([3])),
             false => plain,
         });
         bar.inc((end - start) as u64);

@@ -10,7 +10,7 @@ use crate::{
         plot::{raster, svg},
     },
     export::{atomic, safetensors},
-    model::{Backbone, ForwardMode},
+    model::Inference,
 };
 use anyhow::Context;
 use arcface_proto::{
@@ -169,10 +169,8 @@ pub fn measure(args: &MfrArgs) -> anyhow::Result<Vec<Evaluation>> {
     let has_images = sources
         .iter()
         .any(|(_, source)| matches!(source, Source::Images(_)));
-    let backbone = match (&args.network, &args.weights) {
-        (Some(network), Some(weights)) => {
-            Some(args.place.open_backbone(weights, network, Precision::Fp32)?)
-        }
+    let network = match (&args.network, &args.weights) {
+        (Some(network), Some(weights)) => Some(args.place.open_network(weights, network, Precision::Fp32)?),
         _ if has_images => {
             let message = "a set of images needs --network and --weights";
             return Err(Failure::new(ExitCode::Usage, message)
@@ -183,7 +181,7 @@ pub fn measure(args: &MfrArgs) -> anyhow::Result<Vec<Evaluation>> {
     };
     let mut found = Vec::with_capacity(sources.len());
     for (set, source) in &sources {
-        let gallery = gallery(args, set, source, backbone.as_ref())?;
+        let gallery = gallery(args, set, source, network.as_ref())?;
         found.push(compare(args, set, &gallery)?);
     }
     if let Some(folder) = &args.report {
@@ -209,7 +207,7 @@ fn gallery(
     args: &MfrArgs,
     set: &NamedSet,
     source: &Source,
-    backbone: Option<&Backbone>,
+    network: Option<&Inference>,
 ) -> anyhow::Result<Gallery> {
     let named = |error: MfrError| match error {
         error @ MfrError::Feature { .. } => {
@@ -219,9 +217,9 @@ fn gallery(
         }
         error => failure(error),
     };
-    let gallery = match (source, backbone) {
-        (Source::Images(dataset), Some(backbone)) => {
-            let (features, labels) = embed(args, set, dataset.as_ref(), backbone)?;
+    let gallery = match (source, network) {
+        (Source::Images(dataset), Some(network)) => {
+            let (features, labels) = embed(args, set, dataset.as_ref(), network)?;
             Gallery::new(&features, &labels, !args.no_flip)
         }
         (Source::Features(path), _) => {
@@ -242,13 +240,12 @@ fn embed(
     args: &MfrArgs,
     set: &NamedSet,
     dataset: &dyn Dataset,
-    backbone: &Backbone,
+    network: &Inference,
 ) -> anyhow::Result<(MemoryFeatures, Vec<i64>)> {
     let passes = if args.no_flip { 1 } else { 2 };
     let bar = bar(passes * dataset.len(), &format!("embed {}", set.name))?;
-    let mode = ForwardMode::evaluation(Precision::Fp32);
     let mut embed = |images: &Tensor| {
-        let embedding = backbone.embed(images, &mode);
+        let embedding = network.embed(images);
         bar.inc(images.size()[0] as u64);
         Ok(embedding)
     };
@@ -333,7 +330,7 @@ fn failure(error: MfrError) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::BackboneConfig;
+    use crate::model::{Backbone, BackboneConfig};
     use clap::Parser;
     use tch::{Device, Kind};
 

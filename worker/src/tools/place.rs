@@ -3,7 +3,7 @@
 use crate::{
     device::{Device, Placement},
     export::weights,
-    model::Backbone,
+    model::Inference,
 };
 use arcface_proto::{failure::Failure, spec::Precision};
 use std::path::Path;
@@ -37,19 +37,19 @@ impl PlaceArgs {
         })
     }
 
-    /// A network with its weights from a file, ready to compute in this precision.
+    /// A network with its weights from a file, ready to embed in this precision.
     ///
     /// # Errors
     /// As [`open`](Self::open), or where the weights are not the network's.
-    pub fn open_backbone(
+    pub fn open_network(
         self,
         file: &Path,
         network: &str,
         precision: Precision,
-    ) -> Result<Backbone, Failure> {
+    ) -> Result<Inference, Failure> {
         let place = self.open(precision)?;
         let mut backbone = weights::open_backbone(file, network).map_err(Failure::from)?;
         backbone.move_to(place.device());
-        Ok(backbone)
+        Ok(backbone.for_inference(precision))
     }
 }

@@ -5,7 +5,6 @@ use super::{output::Output, place::PlaceArgs};
 use crate::{
     eval::{self, EvalError, Verification, VerificationSet, report, verification},
     export::safetensors,
-    model::ForwardMode,
 };
 use anyhow::Context;
 use arcface_proto::{
@@ -79,16 +78,15 @@ pub fn measure(args: &VerifyArgs) -> anyhow::Result<Vec<Verification>> {
         .iter()
         .map(|path| VerificationSet::open(path).map_err(failure))
         .collect::<Result<_, _>>()?;
-    let backbone = args.place.open_backbone(weights, network, Precision::Fp32)?;
+    let network = args.place.open_network(weights, network, Precision::Fp32)?;
 
     let images: usize = sets.iter().map(VerificationSet::len).sum();
     // Every image is embedded twice, plain and mirrored. Shown on a terminal only.
     let bar = ProgressBar::new(2 * images as u64);
     let style = "{msg:16} {wide_bar} {pos}/{len} images, {eta} left";
     bar.set_style(ProgressStyle::with_template(style).context("progress bar")?);
-    let mode = ForwardMode::evaluation(Precision::Fp32);
     let mut embed = |images: &Tensor| {
-        let embedding = backbone.embed(images, &mode);
+        let embedding = network.embed(images);
         bar.inc(images.size()[0] as u64);
         Ok(embedding)
     };

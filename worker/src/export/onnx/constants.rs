@@ -1,8 +1,8 @@
 //! The weights of a graph, computed when somebody asks for them: large networks do not fit into memory twice.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::{fold::Affine, proto::DataType};
+use super::proto::DataType;
 
 /// A constant of the graph.
 pub struct Initializer {
@@ -48,30 +48,5 @@ impl Initializer {
             DataType::Float | DataType::Undefined => 4,
         };
         self.dims.iter().product::<i64>() as u64 * size
-    }
-}
-
-/// How to compute a layer's weight, each row multiplied by what follows the layer.
-pub fn rows(weight: &Tensor, then: Option<&Affine>) -> impl Fn() -> Tensor + 'static {
-    let weight = weight.shallow_clone();
-    let scale = then.map(|then| {
-        let mut shape = vec![1; weight.dim()];
-        shape[0] = -1;
-        then.scale.view(shape.as_slice())
-    });
-    move || match &scale {
-        None => weight.shallow_clone(),
-        Some(scale) => (weight.to_kind(Kind::Double) * scale).to_kind(Kind::Float),
-    }
-}
-
-/// A layer's bias after what follows the layer, if either is there.
-pub fn bias(bias: Option<&Tensor>, then: Option<&Affine>) -> Option<Tensor> {
-    let wide = |bias: &Tensor| bias.detach().to_kind(Kind::Double);
-    match (bias, then) {
-        (None, None) => None,
-        (Some(bias), None) => Some(bias.shallow_clone()),
-        (None, Some(then)) => Some(then.shift.to_kind(Kind::Float)),
-        (Some(bias), Some(then)) => Some((wide(bias) * &then.scale + &then.shift).to_kind(Kind::Float)),
     }
 }

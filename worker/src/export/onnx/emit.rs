@@ -8,11 +8,13 @@ use std::collections::HashSet;
 use tch::Tensor;
 
 use super::{
-    constants::{self, Initializer},
-    fold::Step,
+    constants::Initializer,
     proto::{AttributeProto, GraphProto, NodeProto, ValueInfoProto},
 };
-use crate::model::graph::{Graph, IMAGES, Op};
+use crate::model::{
+    fold::{self, Step},
+    graph::{Graph, IMAGES, Op},
+};
 
 /// Name of the input.
 const INPUT: &str = "input";
@@ -171,8 +173,8 @@ impl Emitter<'_> {
         let then = step.then.as_ref();
         let weight_name = format!("{layer}.weight");
         let mut inputs = vec![x.to_owned()];
-        inputs.push(self.constant(weight_name, &weight.size(), constants::rows(weight, then)));
-        if let Some(bias) = constants::bias(bias, then) {
+        inputs.push(self.constant(weight_name, &weight.size(), fold::rows(weight, then)));
+        if let Some(bias) = fold::bias(bias, then) {
             inputs.push(self.constant(format!("{layer}.bias"), &bias.size(), move || {
                 bias.shallow_clone()
             }));

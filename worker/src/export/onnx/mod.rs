@@ -1,19 +1,18 @@
 //! Writes a backbone as ONNX: the graph of its operations in evaluation, with its weights.
 //!
-//! The graph comes from the network's own layers ([`crate::model::graph`]). `fold` merges batch norms, `emit`
-//! translates, [`file`] writes. Nothing here knows a particular network.
+//! The graph comes from the network's own layers ([`crate::model::graph`]). [`fold`] merges batch norms,
+//! `emit` translates, [`file`] writes. Nothing here knows a particular network.
 
 mod constants;
 mod emit;
 mod file;
-mod fold;
 mod proto;
 mod transformer;
 
 use std::path::Path;
 
 use super::FileError;
-use crate::model::Backbone;
+use crate::model::{Backbone, fold};
 
 pub use file::Written;
 

@@ -4,9 +4,11 @@
 
 pub mod allocations;
 mod backward;
+mod convolution;
 mod layout;
 
 pub use backward::{differentiate, let_go_of_gradient, take_gradient};
+pub use convolution::Packed;
 pub use layout::channels_last;
 
 use std::ffi::{CStr, c_char, c_void};
@@ -46,14 +48,22 @@ pub fn prelu(x: &Tensor, slope: &Tensor) -> Tensor {
 /// # Panics
 /// With `what` and the reason, where it fails.
 pub(super) fn made(what: &str, call: impl FnOnce(*mut c_char, usize) -> *mut c_void) -> Tensor {
+    attempt(call).unwrap_or_else(|reason| panic!("{what}: {reason}"))
+}
+
+/// The same for whom a failure is an answer.
+///
+/// # Errors
+/// The reason.
+fn attempt(call: impl FnOnce(*mut c_char, usize) -> *mut c_void) -> Result<Tensor, String> {
     let mut reason = [0u8; REASON];
     let tensor = call(reason.as_mut_ptr().cast(), reason.len());
     if tensor.is_null() {
         let reason = CStr::from_bytes_until_nul(&reason).unwrap_or_default();
-        panic!("{what}: {}", reason.to_string_lossy());
+        return Err(reason.to_string_lossy().into_owned());
     }
     // SAFETY: a new tensor that nobody else owns.
-    unsafe { Tensor::from_ptr(tensor.cast()) }
+    Ok(unsafe { Tensor::from_ptr(tensor.cast()) })
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::best::Best;
 use super::shares::{Gathered, Shares};
 use super::targets::Target;
 use crate::device;
-use crate::model::{Backbone, ForwardMode};
+use crate::model::Backbone;
 use crate::rank::failure::RankFailure;
 use arcface_proto::spec::{EvalSpec, Precision};
 use arcface_proto::v1::Evaluation;
@@ -285,13 +285,13 @@ fn embed(
     shares: &Shares,
     turns: &mut Turns<'_>,
 ) -> Result<Vec<f32>, RankFailure> {
-    let mode = ForwardMode::evaluation(setting.precision);
+    let network = weights.for_inference(setting.precision);
     let mut list = Vec::with_capacity(shares.values());
     for (place, &target) in which.iter().enumerate() {
         let own = shares.of_rank(place, setting.rank);
         let found = setting.targets[target].embed(own, BATCH, &mut |images| {
             anyhow::ensure!(turns.rest(), "nobody waits for it any more");
-            Ok(weights.embed(images, &mode))
+            Ok(network.embed(images))
         })?;
         shares.append(&mut list, place, &found);
     }

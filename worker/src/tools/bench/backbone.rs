@@ -4,6 +4,7 @@ use super::{
     choice, memory,
     timing::{median, min, time},
 };
+use crate::model::allocations::Allocations;
 use crate::model::{Backbone, BackboneConfig, DropoutDraw, ForwardMode};
 use crate::tools::place::PlaceArgs;
 use arcface_proto::{
@@ -62,42 +63,54 @@ pub(super) fn measure(repetitions: u32, args: &BackboneArgs) -> anyhow::Result<V
     backbone.init_random(1);
     backbone.move_to(place.device());
     backbone.compute_with(place.kernels());
-    if train {
-        for (_, parameter) in backbone.trainable() {
-            // As large as the gradients of the first pass, so that these do not count as its memory.
-            parameter.mean(Kind::Float).backward();
-        }
-    }
+    let parameters = backbone.num_parameters();
     let images = Tensor::rand([batch.into(), 3, 112, 112], (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
     let images = place.take(&images);
+    let mut pass: Box<dyn FnMut()> = match train {
+        true => {
+            for (_, parameter) in backbone.trainable() {
+                // As large as the gradients of the first pass, so that these do not count as its memory.
+                parameter.mean(Kind::Float).backward();
+            }
+            Box::new(move || {
+                let mode = ForwardMode::training(precision, DropoutDraw::default());
+                let pass = backbone.forward_to_train(&images, &mode);
+                let gradient = pass.embedding();
+                pass.backward(&gradient);
+                for (_, parameter) in backbone.trainable() {
+                    parameter.shallow_clone().zero_grad();
+                }
+            })
+        }
+        false => {
+            let network = backbone.for_inference(precision);
+            drop(backbone);
+            Box::new(move || drop(network.forward(&images)))
+        }
+    };
     let before = memory::resident();
     memory::forget_peak();
+    let mut allocations = Allocations::begin();
     let times = time(repetitions, |_| {
-        if train {
-            let mode = ForwardMode::training(precision, DropoutDraw::default());
-            let pass = backbone.forward_to_train(&images, &mode);
-            let gradient = pass.embedding();
-            pass.backward(&gradient);
-            for (_, parameter) in backbone.trainable() {
-                parameter.shallow_clone().zero_grad();
-            }
-        } else {
-            drop(tch::no_grad(|| {
-                backbone.forward(&images, &ForwardMode::evaluation(precision))
-            }));
-        }
+        pass();
         place.wait();
         Ok(())
     })?;
-    let peak = memory::peak();
+    let peak = match train {
+        true => memory::peak()
+            .zip(before)
+            .map(|(peak, before)| peak.saturating_sub(before)),
+        // Of tensors: what the making of the network has freed is there for it, and hides what it takes.
+        false => u64::try_from(allocations.take().peak).ok(),
+    };
     Ok(json!({
         "bench": "backbone", "network": network, "batch": batch, "train": train, "precision": precision.as_str(),
         "gradient_checkpointing": gradient_checkpointing,
         "peak_bytes": match place.memory() {
             Some(memory) => Some(memory.peak),
-            None => peak.zip(before).map(|(peak, before)| peak.saturating_sub(before)),
+            None => peak,
         },
-        "parameters": backbone.num_parameters(), "median_ms": median(&times), "min_ms": min(&times),
+        "parameters": parameters, "median_ms": median(&times), "min_ms": min(&times),
         "images_per_second": f64::from(batch) * 1e3 / median(&times),
     }))
 }

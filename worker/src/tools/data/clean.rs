@@ -33,7 +33,7 @@ use crate::{
         recordio_write::{RecordHeader, RecordWriter, write_atomically},
     },
     export::weights,
-    model::{Backbone, ForwardMode, IMAGE_SIZE},
+    model::{Backbone, IMAGE_SIZE, Inference},
 };
 use verdict::Cosines;
 
@@ -88,7 +88,12 @@ pub fn run(args: &CleanArgs) -> anyhow::Result<()> {
     let set = RecordSet::open(&source, None).map_err(explain)?;
     let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
     let centers = read_centers(&args.checkpoint, &set, &backbone)?;
-    let angles = measure(&set, &backbone, &centers, args.batch)?;
+    let angles = measure(
+        &set,
+        &backbone.for_inference(Precision::Fp32),
+        &centers,
+        args.batch,
+    )?;
     let kept = copy(&set, &target, |index| angles[index] <= args.angle)?;
     if let Some(path) = &args.dropped {
         list_dropped(&set, &angles, args.angle, path)?;
@@ -149,8 +154,7 @@ fn unit(vectors: &Tensor) -> Tensor {
 }
 
 /// Angle of every image to the main centre of its class, in degrees.
-fn measure(set: &RecordSet, backbone: &Backbone, centers: &Tensor, batch: u32) -> anyhow::Result<Vec<f64>> {
-    let mode = ForwardMode::evaluation(Precision::Fp32);
+fn measure(set: &RecordSet, network: &Inference, centers: &Tensor, batch: u32) -> anyhow::Result<Vec<f64>> {
     let bar = progress::bar(set.len(), "measuring");
     let mut cosines = Cosines::new(centers.size()[1] as usize);
     let mut first = 0;
@@ -159,7 +163,7 @@ fn measure(set: &RecordSet, backbone: &Backbone, centers: &Tensor, batch: u32) -
         let (images, labels) = load(set, first, end)?;
         let index = Tensor::from_slice(&labels.iter().map(|&label| i64::from(label)).collect::<Vec<_>>());
         let values = tch::no_grad(|| {
-            let embedding_bd = unit(&backbone.forward(&images, &mode).to_kind(Kind::Float));
+            let embedding_bd = unit(&network.forward(&images));
             let own_bkd = centers.index_select(0, &index);
             own_bkd.bmm(&embedding_bd.unsqueeze(2)).view([-1])
         });

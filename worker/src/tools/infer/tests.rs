@@ -5,7 +5,7 @@ use image::{ImageBuffer, Rgb};
 use tch::Device;
 
 use super::*;
-use crate::model::{BackboneConfig, fill};
+use crate::model::{Backbone, BackboneConfig, ForwardMode, fill};
 
 fn args(folder: &Path) -> InferArgs {
     InferArgs {

@@ -5,7 +5,7 @@ use crate::{
     checkpoint::{PartKind, manifest, write, write_part},
     data::recordio_write::LayoutWriter,
     export::safetensors,
-    model::BackboneConfig,
+    model::{BackboneConfig, ForwardMode},
 };
 use arcface_proto::v1::CheckpointManifest;
 use image::RgbImage;
@@ -128,7 +128,8 @@ impl Scene {
 #[test]
 fn images_far_from_the_main_centre_are_dropped_and_the_rest_copied() {
     let scene = Scene::new();
-    let angles = measure(&scene.set, &scene.backbone, &scene.centers, 4).unwrap();
+    let network = scene.backbone.for_inference(Precision::Fp32);
+    let angles = measure(&scene.set, &network, &scene.centers, 4).unwrap();
     // Between the farthest image that stays and the nearest that goes, which is a planted one in class 0 or 1.
     let mut sorted = angles.clone();
     sorted.sort_by(f64::total_cmp);

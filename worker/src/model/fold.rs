@@ -1,4 +1,4 @@
-//! Batch norms that disappear into the layer before them. Pure: a graph in, a list of steps out.
+//! Batch norms that disappear into the layer before them: for networks that only embed, and for exporters. Pure: a graph in, a list of steps out.
 //!
 //! A batch norm in evaluation is a factor and a summand a channel. Directly behind a convolution or a linear layer
 //! these are a factor of that layer's rows and its bias. A batch norm *before* a padded convolution (the first of
@@ -6,7 +6,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::model::graph::{Graph, Node, Op, ValueId};
+use super::graph::{Graph, Node, Op, ValueId};
 
 /// x * scale + shift over dimension 1, in f64: products of weights are rounded to f32 once.
 #[derive(Debug)]
@@ -96,6 +96,31 @@ fn takes_affine(step: &Step, graph: &Graph) -> bool {
         _ => false,
     };
     rows_are_channels && step.then.is_none()
+}
+
+/// How to compute a layer's weight, each row multiplied by what follows the layer.
+pub fn rows(weight: &Tensor, then: Option<&Affine>) -> impl Fn() -> Tensor + 'static {
+    let weight = weight.shallow_clone();
+    let scale = then.map(|then| {
+        let mut shape = vec![1; weight.dim()];
+        shape[0] = -1;
+        then.scale.view(shape.as_slice())
+    });
+    move || match &scale {
+        None => weight.shallow_clone(),
+        Some(scale) => (weight.to_kind(Kind::Double) * scale).to_kind(Kind::Float),
+    }
+}
+
+/// A layer's bias after what follows the layer, if either is there.
+pub fn bias(bias: Option<&Tensor>, then: Option<&Affine>) -> Option<Tensor> {
+    let wide = |bias: &Tensor| bias.detach().to_kind(Kind::Double);
+    match (bias, then) {
+        (None, None) => None,
+        (Some(bias), None) => Some(bias.shallow_clone()),
+        (None, Some(then)) => Some(then.shift.to_kind(Kind::Float)),
+        (Some(bias), Some(then)) => Some((wide(bias) * &then.scale + &then.shift).to_kind(Kind::Float)),
+    }
 }
 
 #[cfg(test)]
