@@ -13,6 +13,7 @@ use arcface_worker::device::{self, Device, DeviceChoice};
 use arcface_worker::telemetry::{self, LogFormat};
 use arcface_worker::tools;
 use clap::{CommandFactory, Parser, Subcommand};
+use nix::sys::signal::Signal;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -101,6 +102,9 @@ struct AgentArgs {
     /// How log lines on standard error are written.
     #[arg(long, value_enum, default_value = "text", env = "ARCFACE_LOG_FORMAT")]
     log_format: LogFormat,
+    /// The process that started this one and that it does not outlive: `arcface-coordinator run`.
+    #[arg(long, value_name = "PID", hide = true)]
+    parent_pid: Option<i32>,
 }
 
 #[derive(Subcommand, Debug)]
@@ -148,6 +152,12 @@ fn main() -> std::process::ExitCode {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        // Its lines go to the agent's log and to the job's.
+        Some(Command::Rank(_)) => telemetry::init_logs(LogFormat::Text, "info"),
+        Some(_) => telemetry::init_logs(LogFormat::Text, "warn"),
+        None => {}
+    }
     match cli.command {
         None => join(cli.agent),
         Some(Command::Infer(args)) => tools::infer::run(args),
@@ -199,10 +209,13 @@ fn join(args: AgentArgs) -> anyhow::Result<()> {
     for address in &args.join {
         check_address(address)?;
     }
+    if let Some(parent) = args.parent_pid {
+        tools::rank::end_with_parent(parent, Signal::SIGTERM)?;
+    }
     args.tls.config()?;
     let hardware = device::resolve(args.device)?;
     let slots = hardware.slots(args.slots)?;
-    telemetry::init_logs(args.log_format);
+    telemetry::init_logs(args.log_format, "info");
     let _traces = args.otlp.start("arcface-agent")?;
     if args.device == DeviceChoice::Auto && hardware.device == Device::Cpu && device::nvidia_gpu_present() {
         warn!(

@@ -47,9 +47,9 @@ pub const AGENT_CONNECTIONS_LOST: &str = "arcface_agent_connections_lost_total";
 /// 1 while joined.
 pub const AGENT_JOINED: &str = "arcface_agent_joined";
 
-/// Starts logging to standard error. `RUST_LOG` chooses what; the default is information from this product.
-pub fn init_logs(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+/// Starts logging to standard error. `RUST_LOG` chooses what, otherwise `level` does.
+pub fn init_logs(format: LogFormat, level: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)

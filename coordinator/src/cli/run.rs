@@ -108,6 +108,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
 
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let running = server::start(ServeOptions {
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         metrics: Some(args.metrics),
@@ -175,6 +176,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<Outcome> {
                 }
                 _ = interrupt.recv() => break Ok(None),
                 _ = terminate.recv() => break Ok(None),
+                _ = hangup.recv() => break Ok(None),
             }
         }
     };

@@ -115,6 +115,8 @@ impl Workers {
                     &plan.slots.to_string(),
                     "--node-id",
                     &node,
+                    "--parent-pid",
+                    &std::process::id().to_string(),
                 ])
                 .args(plan.otlp.arguments())
                 .current_dir(&plan.directory)

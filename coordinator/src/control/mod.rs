@@ -350,13 +350,13 @@ impl Control {
         mut commands: mpsc::Receiver<Command>,
         stop: CancellationToken,
     ) -> Result<(), StoreError> {
-        let mut ticks = tokio::time::interval(Duration::from_millis(
-            (self.timers.heartbeat_ms / 5).clamp(5, 100),
-        ));
+        let period = Duration::from_millis((self.timers.heartbeat_ms / 5).clamp(5, 100));
+        let mut ticks = tokio::time::interval(period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         metrics::gauge!(crate::telemetry::COORDINATOR_IS_LEADER).set(1.0);
         let mut waiting = Vec::new();
         loop {
+            let waited = Instant::now();
             let commanded = tokio::select! {
                 () = stop.cancelled() => break,
                 received = commands.recv_many(&mut waiting, jobs::MAX_BATCH) => match received {
@@ -365,6 +365,11 @@ impl Control {
                 },
                 _ = ticks.tick() => false,
             };
+            // A tick that comes late by more: this process was stopped, or its machine, and what nodes said meanwhile was not heard.
+            let late = waited.elapsed().saturating_sub(period);
+            if late > HELD_UP {
+                self.clock.held_up += late;
+            }
             let begun = Instant::now();
             match commanded {
                 true => self.commands(&mut waiting).await,

@@ -1,12 +1,15 @@
 //! The embedded store after a crash at any point: what it wrote is recorded, and opened again from every state that the
 //! disk may be left in. Writes that were not synced may be lost, torn, or there while earlier ones are not.
 
-use super::{EmbeddedStore, StateStore, Transaction};
+use super::{EmbeddedStore, StateStore, StoreError, Transaction};
 use redb::{Database, StorageBackend};
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 #[derive(Clone, Debug)]
@@ -18,7 +21,7 @@ enum Change {
 
 /// A disk in memory that remembers every change.
 #[derive(Clone, Debug, Default)]
-struct Disk(Arc<Mutex<(Vec<u8>, Vec<Change>)>>);
+struct Disk(Arc<Mutex<(Vec<u8>, Vec<Change>)>>, Arc<AtomicBool>);
 
 fn apply(bytes: &mut Vec<u8>, change: &Change) {
     match change {
@@ -35,10 +38,19 @@ fn apply(bytes: &mut Vec<u8>, change: &Change) {
 }
 
 impl Disk {
-    fn change(&self, change: Change) {
+    fn change(&self, change: Change) -> Result<(), io::Error> {
+        if self.1.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let (bytes, log) = &mut *self.0.lock().expect("disk");
         apply(bytes, &change);
         log.push(change);
+        Ok(())
+    }
+
+    /// From now on nothing is written, or everything again.
+    fn is_full(&self, full: bool) {
+        self.1.store(full, Ordering::SeqCst);
     }
 }
 
@@ -55,18 +67,15 @@ impl StorageBackend for Disk {
     }
 
     fn set_len(&self, length: u64) -> Result<(), io::Error> {
-        self.change(Change::SetLength(length));
-        Ok(())
+        self.change(Change::SetLength(length))
     }
 
     fn sync_data(&self) -> Result<(), io::Error> {
-        self.change(Change::Sync);
-        Ok(())
+        self.change(Change::Sync)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
-        self.change(Change::Write(offset, data.to_vec()));
-        Ok(())
+        self.change(Change::Write(offset, data.to_vec()))
     }
 }
 
@@ -128,10 +137,13 @@ fn crashed(mut bytes: Vec<u8>, unsynced: &[Change], fate: Fate) -> Vec<u8> {
 }
 
 fn open(disk: Disk) -> Result<EmbeddedStore, String> {
-    let database = Database::builder()
-        .create_with_backend(disk)
-        .map_err(|error| error.to_string())?;
-    EmbeddedStore::on(database, "disk".as_ref()).map_err(|error| error.to_string())
+    let open = move || {
+        Database::builder()
+            .create_with_backend(disk.clone())
+            .map_err(|error| StoreError::Failed(error.to_string()))
+    };
+    let database = open().map_err(|error| error.to_string())?;
+    EmbeddedStore::on(database, "disk".as_ref(), open).map_err(|error| error.to_string())
 }
 
 /// The n-th transaction of the script: keys come, change and go; some values fill pages.
@@ -154,6 +166,34 @@ async fn state(store: &EmbeddedStore) -> State {
         .into_iter()
         .map(|entry| (entry.key, entry.value))
         .collect()
+}
+
+/// Room that somebody made is enough: nobody has to restart the coordinator.
+#[tokio::test]
+async fn a_disk_that_was_full_for_a_while_is_written_again() {
+    let disk = Disk::default();
+    let store = open(disk.clone()).expect("open");
+    let put = |key: &str| store.commit(Transaction::default().put(key, vec![7; 9_000]));
+    put("before").await.expect("room");
+    disk.is_full(true);
+    for attempt in 0..3 {
+        let error = put(&format!("lost/{attempt}")).await.expect_err("no room");
+        assert!(
+            matches!(error, StoreError::Failed(_) | StoreError::Unknown(_)),
+            "{error}"
+        );
+    }
+    disk.is_full(false);
+    put("after").await.expect("room again");
+    let found = state(&store).await;
+    let keys: Vec<&str> = found.keys().map(String::as_str).collect();
+    assert_eq!(keys, ["after", "before"]);
+    // Another coordinator opens it while it is closed here: it is that one's from then on.
+    disk.is_full(true);
+    put("lost").await.expect_err("no room");
+    disk.is_full(false);
+    drop(open(disk).expect("open"));
+    assert!(matches!(put("late").await, Err(StoreError::Fenced { .. })));
 }
 
 #[tokio::test]

@@ -2,11 +2,14 @@
 //! coordinator on the same directory is refused.
 
 use super::{Entry, Expect, StateStore, StoreError, StoreFuture, Transaction, Write};
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, Table, TableDefinition};
+use redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, Table, TableDefinition,
+    TransactionError,
+};
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
 };
 
 /// Keys to 8 bytes of revision (little endian) and the value.
@@ -20,9 +23,14 @@ const REVISION: &str = "revision";
 const FORMAT_VERSION: u64 = 1;
 const FILE: &str = "coordinator.redb";
 
+/// Opens the file once more.
+type Reopen = dyn Fn() -> Result<Database, StoreError> + Send + Sync;
+
 /// An open store.
 pub struct EmbeddedStore {
-    database: Arc<Database>,
+    /// None where an error closed it, and it could not be opened again yet.
+    database: Arc<RwLock<Option<Database>>>,
+    reopen: Arc<Reopen>,
     epoch: u64,
 }
 
@@ -36,8 +44,9 @@ impl EmbeddedStore {
         fs::create_dir_all(directory).map_err(|error| {
             StoreError::Failed(format!("make directory {}: {error}", directory.display()))
         })?;
-        let database = Database::create(&path).map_err(|error| opening(error, &path))?;
-        let store = Self::on(database, &path)?;
+        let file = path.clone();
+        let open = move || Database::create(&file).map_err(|error| opening(error, &file));
+        let store = Self::on(open()?, &path, open)?;
         // A file that was just made is not there after a crash unless its directory was written too.
         fs::File::open(directory)
             .and_then(|directory| directory.sync_all())
@@ -47,29 +56,76 @@ impl EmbeddedStore {
         Ok(store)
     }
 
-    /// Takes the next epoch of a database.
-    pub(crate) fn on(database: Database, path: &Path) -> Result<Self, StoreError> {
+    /// Takes the next epoch of a database, which `reopen` opens again after an error.
+    pub(crate) fn on(
+        database: Database,
+        path: &Path,
+        reopen: impl Fn() -> Result<Database, StoreError> + Send + Sync + 'static,
+    ) -> Result<Self, StoreError> {
         let epoch = take_epoch(&database, path)?;
         Ok(Self {
-            database: Arc::new(database),
+            database: Arc::new(RwLock::new(Some(database))),
+            reopen: Arc::new(reopen),
             epoch,
         })
     }
 
-    /// Runs a blocking call to the database off the async threads.
+    /// Runs a blocking call to the database off the async threads. An error of the disk closes redb's database for good, so that the file is
+    /// opened again: a full disk ends when somebody makes room.
     fn blocking<T: Send + 'static>(
         &self,
         call: impl FnOnce(&Database) -> Result<T, StoreError> + Send + 'static,
     ) -> StoreFuture<'static, T> {
-        let database = self.database.clone();
+        let (database, open) = (self.database.clone(), self.reopen.clone());
+        let work = move || {
+            if read(&database).is_none() {
+                reopen(&database, &*open)?;
+            }
+            let held = read(&database);
+            let Some(opened) = &*held else {
+                return Err(StoreError::Failed("it is closed".into()));
+            };
+            let done = call(opened);
+            let may_be_closed = matches!(done, Err(StoreError::Failed(_) | StoreError::Unknown(_)));
+            if may_be_closed && is_closed(opened) {
+                drop(held);
+                // Where the reason is still there, the next call tries it again.
+                let _reported_then = reopen(&database, &*open);
+            }
+            done
+        };
         Box::pin(async move {
-            tokio::task::spawn_blocking(move || call(&database))
-                .await
-                .unwrap_or_else(|error| {
-                    Err(StoreError::Unknown(format!("the store's thread ended: {error}")))
-                })
+            tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+                Err(StoreError::Unknown(format!("the store's thread ended: {error}")))
+            })
         })
     }
+}
+
+/// Who reads or writes holds it open. A call that panicked has changed nothing here.
+fn read(database: &RwLock<Option<Database>>) -> RwLockReadGuard<'_, Option<Database>> {
+    database.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether redb takes nothing more until the file is opened again.
+fn is_closed(database: &Database) -> bool {
+    matches!(
+        database.begin_write(),
+        Err(TransactionError::Storage(StorageError::PreviousIo))
+    )
+}
+
+/// Opens the file again, if it is still closed when nobody uses it.
+fn reopen(database: &RwLock<Option<Database>>, open: &Reopen) -> Result<(), StoreError> {
+    let mut slot = database.write().unwrap_or_else(PoisonError::into_inner);
+    if slot.as_ref().is_some_and(|database| !is_closed(database)) {
+        return Ok(());
+    }
+    // First the old one: a file is open once. Another coordinator that comes in between takes the next epoch, and fences this one.
+    *slot = None;
+    *slot = Some(open()?);
+    tracing::warn!("the store was opened again after an error of its disk");
+    Ok(())
 }
 
 impl StateStore for EmbeddedStore {

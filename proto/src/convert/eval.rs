@@ -16,6 +16,12 @@ pub(super) fn eval(c: &mut Checker, eval: v1::EvalSection) -> EvalSpec {
         } else if IJB.contains(&set_name(target)) {
             let problem = format!("{target:?} has the name of a benchmark that is no verification set");
             c.fail(&path, problem, "eval.ijbb and eval.ijbc take its folder");
+        } else if let Some(first) = eval.val_targets[..i]
+            .iter()
+            .find(|first| set_name(first) == set_name(target))
+        {
+            let problem = format!("{target:?} has the name of {first:?}, {:?}", set_name(target));
+            c.fail(&path, problem, "results go by the name: call the file otherwise");
         }
     }
     let folder = |folder: Option<String>| folder.filter(|folder| !folder.is_empty());
@@ -128,7 +134,7 @@ mod tests {
     #[test]
     fn what_does_nothing_or_means_something_else_is_refused() {
         let (_, said) = checked(v1::EvalSection {
-            val_targets: vec!["lfw".into(), "x/ijbc.bin".into()],
+            val_targets: vec!["lfw".into(), "x/ijbc.bin".into(), "y/lfw.bin".into()],
             max_share: Some(0.0),
             best: Some("lfv".into()),
             early_stop_min_delta: Some(-1.0),
@@ -138,6 +144,7 @@ mod tests {
             said,
             [
                 "eval.val_targets[1]: \"x/ijbc.bin\" has the name of a benchmark that is no verification set",
+                "eval.val_targets[2]: \"y/lfw.bin\" has the name of \"lfw\", \"lfw\"",
                 "eval.max_share: 0 is not in (0, 1]",
                 "eval.early_stop_min_delta: -1 is not at least 0",
                 "eval.best: \"lfv\" is nothing that this job measures",

@@ -266,6 +266,8 @@ async fn forward(stderr: Option<ChildStderr>, pid: u32, key: RankKey, log_path: 
     }
     let mut lines = BufReader::new(stderr);
     let (mut last, mut last_error) = (String::new(), None);
+    // A panic's message is the line behind the one that says where it was.
+    let mut panicked = false;
     let mut raw = Vec::new();
     loop {
         raw.clear();
@@ -283,9 +285,10 @@ async fn forward(stderr: Option<ChildStderr>, pid: u32, key: RankKey, log_path: 
             write_log(file, &format!("{line}\n")).await;
         }
         last = shortened(line);
-        if line.starts_with("error: ") {
+        if line.starts_with("error: ") || panicked {
             last_error = Some(last.clone());
         }
+        panicked = line.starts_with("thread '") && line.contains(" panicked at ");
     }
     last_error.unwrap_or(last)
 }

@@ -117,7 +117,7 @@ impl DataError {
 
     fn hint(&self) -> String {
         match self {
-            Self::NotFound { .. } => "check the path, and the worker's --data-root".into(),
+            Self::NotFound { .. } => "check the path; a job's is looked for on the worker's node, below its --data-root if it has one".into(),
             Self::Mismatch { field, .. } => format!("leave {field} out to take it from the data set"),
             Self::OutsideRoots { .. } => "start the worker with --data-root for this folder".into(),
             Self::Record { .. } => "`arcface-worker data verify` lists every damaged record".into(),

@@ -7,7 +7,12 @@
 //! that writes data sets writes beside and renames, so that readers keep the old file.
 #![allow(unsafe_code)]
 
-use std::{fs::File, io, ops::Deref, path::Path};
+use std::{
+    fs::{self, File},
+    io,
+    ops::Deref,
+    path::Path,
+};
 
 use memmap2::{Advice, Mmap};
 
@@ -30,11 +35,19 @@ pub struct MappedFile {
 impl MappedFile {
     /// Maps a file that exists.
     pub fn open(path: &Path, access: Access) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let metadata = file.metadata()?;
+        // Before it is opened: that of a pipe waits for somebody who writes.
+        let metadata = fs::metadata(path)?;
         if metadata.is_dir() {
             return Err(io::Error::new(io::ErrorKind::IsADirectory, "is a directory"));
         }
+        if !metadata.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "is not a regular file",
+            ));
+        }
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
         if metadata.len() == 0 {
             return Ok(Self { map: None });
         }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::{Device, GpuLauncher, compiler, gpus::Gpu, visible_gpus};
-use crate::{head, kernels::Kernels};
+use crate::{head::HeadDevice, kernels::Kernels};
 use arcface_proto::{
     failure::{ExitCode, Failure},
     spec::Precision,
@@ -42,7 +42,7 @@ pub struct GpuMemory {
 /// A rank's place.
 #[derive(Clone)]
 pub struct Placement {
-    head: head::Placement,
+    head: HeadDevice,
     gpu: Option<Gpu>,
 }
 
@@ -59,7 +59,7 @@ impl Placement {
     /// On the CPU.
     pub fn cpu() -> Self {
         Self {
-            head: head::Placement::Cpu,
+            head: HeadDevice::Cpu,
             gpu: None,
         }
     }
@@ -94,7 +94,7 @@ impl Placement {
                 let compiler = compiler().map_err(|error| failed(&error))?;
                 let launcher = GpuLauncher::new(0, &compiler).map_err(|error| failed(&error))?;
                 Ok(Self {
-                    head: head::Placement::Gpu {
+                    head: HeadDevice::Gpu {
                         device: tch::Device::Cuda(0),
                         launcher: Arc::new(launcher),
                     },
@@ -110,15 +110,15 @@ impl Placement {
     }
 
     /// For the head, with what starts its kernels.
-    pub fn of_head(&self) -> &head::Placement {
+    pub fn of_head(&self) -> &HeadDevice {
         &self.head
     }
 
     /// What starts kernels of our own on it; none on the CPU.
     pub fn kernels(&self) -> Option<Kernels> {
         match &self.head {
-            head::Placement::Cpu => None,
-            head::Placement::Gpu { device, launcher } => Some(Kernels::new(launcher.clone(), *device)),
+            HeadDevice::Cpu => None,
+            HeadDevice::Gpu { device, launcher } => Some(Kernels::new(launcher.clone(), *device)),
         }
     }
 

@@ -122,7 +122,12 @@ impl Weights {
             source,
         };
         backbone
-            .load_state(&mut |name| self.tensors.get(name).map(Tensor::shallow_clone))
+            .load_state(&mut |name| {
+                let found = self.tensors.get(name).map(Tensor::shallow_clone);
+                // PyTorch counts batches since 0.4.1; nothing is computed from the count.
+                let is_count = name.ends_with(".num_batches_tracked");
+                found.or_else(|| is_count.then(|| Tensor::from(0i64)))
+            })
             .map_err(fit)?;
         let known: std::collections::HashSet<&str> =
             backbone.state().iter().map(|entry| entry.name.as_str()).collect();
@@ -172,4 +177,34 @@ pub fn load_backbone(path: &Path, backbone: &mut Backbone) -> Result<(), Weights
 /// Builds a network with the weights of a file.
 pub fn open_backbone(path: &Path, network: &str) -> Result<Backbone, WeightsError> {
     Weights::read(path)?.backbone(network)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::safetensors;
+
+    #[test]
+    fn counts_of_batches_may_be_missing_and_nothing_else() {
+        let folder = tempfile::tempdir().expect("scratch");
+        let path = folder.path().join("w.safetensors");
+        let mut backbone = Backbone::new(&BackboneConfig::new("tiny", 16)).expect("known");
+        backbone.fill_golden();
+        let state: Vec<(&str, &Tensor)> = backbone
+            .state()
+            .iter()
+            .map(|entry| (entry.name.as_str(), &entry.tensor))
+            .collect();
+        let without = |ending: &str| {
+            let left = state.iter().filter(|(name, _)| !name.ends_with(ending));
+            safetensors::write(&path, left.copied()).expect("written");
+            open_backbone(&path, "tiny")
+        };
+        let old = without("num_batches_tracked").expect("as PyTorch before 0.4.1 wrote it");
+        for (entry, (_, expected)) in old.state().iter().zip(&state) {
+            assert_eq!(entry.tensor, **expected, "{}", entry.name);
+        }
+        let error = without("bn1.running_mean").err().expect("refused").to_string();
+        assert!(error.contains("bn1.running_mean of tiny is missing"), "{error}");
+    }
 }

@@ -28,8 +28,9 @@ use arcface_proto::{
     spec::{self, HeadImplementation, MarginGradient, Precision},
     types::ClassRange,
 };
+use margin::Loss;
 use std::sync::Arc;
-use tch::{Device, Tensor};
+use tch::{Device, Tensor, no_grad};
 
 /// What a head computes; the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,8 +91,8 @@ impl HeadConfig {
     }
 
     /// The loss of this configuration, its running statistics at their start.
-    pub fn loss(&self) -> margin::Loss {
-        margin::Loss::new(
+    pub fn loss(&self) -> Loss {
+        Loss::new(
             self.loss,
             self.margin(),
             self.scale,
@@ -295,10 +296,35 @@ fn check_form(what: &str, got: &[i64], expected: &[i64]) -> Result<(), HeadError
     })
 }
 
+/// A head's state by name: its weights, what the optimizer keeps of them, and what the loss learns.
+fn state_of(weight: &Tensor, buffers: Vec<(&'static str, &[Tensor])>, loss: &Loss) -> Vec<(String, Tensor)> {
+    let buffers = buffers
+        .into_iter()
+        .map(|(slot, tensors)| (slot.to_owned(), tensors[0].shallow_clone()));
+    std::iter::once(("weight".to_owned(), weight.shallow_clone()))
+        .chain(buffers)
+        .chain(loss.state())
+        .collect()
+}
+
+/// Takes the weights, and what the loss has learnt, out of such a state.
+fn load_weight_and_loss(
+    rows: &mut dyn FnMut(&str) -> Option<Tensor>,
+    weight: &mut Tensor,
+    loss: &mut Loss,
+) -> Result<(), HeadError> {
+    let found = rows("weight").ok_or_else(|| HeadError::MissingState {
+        name: "weight".to_owned(),
+    })?;
+    check_form("head state weight", &found.size(), &weight.size())?;
+    no_grad(|| weight.copy_(&found));
+    loss.load_state(rows)
+}
+
 /// Where a head's weights are, and what computes there. Tensors that it is given may be anywhere, those that it gives out
 /// are there, and the communicator must take them.
 #[derive(Clone)]
-pub enum Placement {
+pub enum HeadDevice {
     /// The CPU.
     Cpu,
     /// A GPU.
@@ -310,7 +336,7 @@ pub enum Placement {
     },
 }
 
-impl Placement {
+impl HeadDevice {
     /// As libtorch names it.
     pub fn device(&self) -> Device {
         match self {
@@ -325,15 +351,15 @@ impl Placement {
 ///
 /// # Panics
 /// If `rank >= world_size`.
-pub fn build(config: &HeadConfig, rank: u32, world_size: u32, placement: &Placement) -> Box<dyn Head> {
+pub fn build(config: &HeadConfig, rank: u32, world_size: u32, device: &HeadDevice) -> Box<dyn Head> {
     // Several centres a class: the tiles' arithmetic has one.
     let is_tiled = config.implementation == HeadImplementation::Tiled
         && !matches!(config.loss, spec::Loss::SubCenter(_));
-    match placement {
-        Placement::Cpu if is_tiled => Box::new(TiledHead::new(config, rank, world_size)),
-        Placement::Gpu { device, launcher } if is_tiled => {
+    match device {
+        HeadDevice::Cpu if is_tiled => Box::new(TiledHead::new(config, rank, world_size)),
+        HeadDevice::Gpu { device, launcher } if is_tiled => {
             Box::new(CudaHead::new(config, rank, world_size, *device, launcher.clone()))
         }
-        _ => Box::new(PlainHead::on(config, rank, world_size, placement.device())),
+        _ => Box::new(PlainHead::on(config, rank, world_size, device.device())),
     }
 }

@@ -7,10 +7,11 @@
 use super::{
     Head, HeadConfig, HeadError, HeadOutput, Seen,
     centers::Nearest,
-    check_form, classes, exchange,
+    classes, exchange, load_weight_and_loss,
     margin::{Loss, Rows, target_cosines},
     rows_not_finite,
     sampling::{ClassSampler, RandomNegatives},
+    state_of,
     unit::{normalize, normalize_backward},
 };
 use crate::{
@@ -269,12 +270,7 @@ impl Head for PlainHead {
     }
 
     fn state(&mut self) -> Vec<(String, Tensor)> {
-        let buffers = self.optimizer.state().into_iter();
-        let buffers = buffers.map(|(slot, tensors)| (slot.to_owned(), tensors[0].shallow_clone()));
-        std::iter::once(("weight".to_owned(), self.weight.shallow_clone()))
-            .chain(buffers)
-            .chain(self.loss.state())
-            .collect()
+        state_of(&self.weight, self.optimizer.state(), &self.loss)
     }
 
     fn load_state(
@@ -282,13 +278,8 @@ impl Head for PlainHead {
         updates: u64,
         rows: &mut dyn FnMut(&str) -> Option<Tensor>,
     ) -> Result<(), HeadError> {
-        let weight = rows("weight").ok_or_else(|| HeadError::MissingState {
-            name: "weight".to_owned(),
-        })?;
-        check_form("head state weight", &weight.size(), &self.weight.size())?;
-        no_grad(|| self.weight.copy_(&weight));
+        load_weight_and_loss(rows, &mut self.weight, &mut self.loss)?;
         self.grad = None;
-        self.loss.load_state(rows)?;
         Ok(self.optimizer.load_state(updates, &mut |slot, _| rows(slot))?)
     }
 }

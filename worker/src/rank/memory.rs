@@ -1,13 +1,16 @@
-//! What a rank's tensors take, for the message when a GPU's memory does not suffice. libtorch says that with a panic, which is
+//! What a rank's tensors take, for the message when memory does not suffice. libtorch says that with a panic, which is
 //! made one line here.
 
 use super::failure::RankFailure;
 use super::step::Trainer;
 use std::any::Any;
 use std::fmt;
+use std::fs;
 
 /// What libtorch's message has in it when a GPU's memory is used up.
 const OUT_OF_MEMORY: &str = "out of memory";
+/// What it has in it when the system gives no more.
+const CANNOT_ALLOCATE: &str = "can't allocate memory";
 
 /// Bytes of what stays from step to step, by name, and where it is.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -53,15 +56,48 @@ impl fmt::Display for Account {
     }
 }
 
-/// The failure that a panic stands for, if it is about a GPU's memory.
+/// Refuses a head whose weights and optimizer state alone are more than the machine has: the system would end this process and
+/// others, in every generation anew.
+///
+/// # Errors
+/// Permanent, with both numbers.
+pub fn check_head(bytes: u64, machine: Option<u64>) -> Result<(), RankFailure> {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    match machine {
+        Some(machine) if bytes > machine => {
+            let message = format!(
+                "the head's weights and optimizer state take {:.1} GiB of this rank, and the machine has {:.1} GiB",
+                gib(bytes),
+                gib(machine)
+            );
+            Err(RankFailure::permanent(message)
+                .hint("more ranks, or fewer classes; arcface-coordinator plan tells what fits"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of memory and swap of this machine, where the kernel tells.
+pub fn of_machine() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |name: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    Some(1024 * (kib("MemTotal:")? + kib("SwapTotal:").unwrap_or(0)))
+}
+
+/// The failure that a panic stands for, if it is about memory.
 pub fn out_of_memory(panic: &(dyn Any + Send), account: Option<&Account>) -> Option<RankFailure> {
     let text = panic
         .downcast_ref::<String>()
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied())?;
-    let at = text.find(OUT_OF_MEMORY)?;
-    // "CUDA out of memory. Tried to allocate 2.00 GiB. ..": two sentences tell all that is worth a line.
-    let told: Vec<&str> = text[at..].split_inclusive(". ").take(2).collect();
+    // "CUDA out of memory. Tried to allocate 2.00 GiB. ..": two sentences tell all that is worth a line. "can't allocate memory: you
+    // tried to allocate 4096 bytes. ..": one.
+    let of_gpu = text.find(OUT_OF_MEMORY).map(|at| (at, 2));
+    let (at, sentences) = of_gpu.or_else(|| text.find(CANNOT_ALLOCATE).map(|at| (at, 1)))?;
+    let told: Vec<&str> = text[at..].split_inclusive(". ").take(sentences).collect();
     let told = told.concat();
     let told = told
         .lines()
@@ -77,6 +113,18 @@ pub fn out_of_memory(panic: &(dyn Any + Send), account: Option<&Account>) -> Opt
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_head_that_no_machine_holds_is_refused() {
+        assert!(check_head(1 << 40, None).is_ok() && check_head(4, Some(4)).is_ok());
+        let failure = check_head(8 << 40, Some(24 << 30)).expect_err("refused");
+        assert_eq!(
+            failure.message,
+            "the head's weights and optimizer state take 8192.0 GiB of this rank, and the machine has 24.0 GiB"
+        );
+        assert!(failure.permanent);
+        assert!(!cfg!(target_os = "linux") || of_machine().is_some_and(|bytes| bytes > 1 << 28));
+    }
 
     #[test]
     fn a_panic_about_memory_becomes_a_line_with_an_account_and_others_do_not() {
@@ -101,5 +149,12 @@ mod tests {
         assert!(out_of_memory(&7u8, None).is_none());
         let short = out_of_memory(&"CUDA error: out of memory\nmore", None).expect("it is");
         assert_eq!(short.message, "out of memory");
+        let cpu = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate \
+                   8796093020160 bytes. Error code 12 (Cannot allocate memory)";
+        let failure = out_of_memory(&cpu, None).expect("it is about memory");
+        assert_eq!(
+            failure.message,
+            "can't allocate memory: you tried to allocate 8796093020160 bytes"
+        );
     }
 }

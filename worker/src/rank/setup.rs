@@ -7,6 +7,7 @@ use super::failure::RankFailure;
 use super::figures::Sight;
 use super::gradients::{Buckets, GradientSum};
 use super::head_start::HeadStart;
+use super::memory;
 use super::nonfinite::{Guard, Samples};
 use super::phases::Phases;
 use super::step::{StepSettings, Trainer, Window};
@@ -18,6 +19,7 @@ use crate::head::{self, HeadConfig};
 use crate::model::{Backbone, BackboneConfig};
 use crate::optim::{Fused, GradScaler, OptimizerConfig, schedule::PolyWarmup};
 use arcface_proto::spec::{JobSpec, Precision};
+use arcface_proto::types::ClassRange;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tch::Tensor;
@@ -122,6 +124,12 @@ impl Prepared {
             .collect();
         let elements: Vec<usize> = params.iter().map(Tensor::numel).collect();
         let config = HeadConfig::of(&job.spec, job.num_classes);
+        if self.placement.gpu().is_none() {
+            let shard = ClassRange::of_rank(config.num_classes, rank, world_size);
+            let copies = 1 + config.optimizer.slots().len() as u64;
+            let row = config.embedding_size.unsigned_abs() * size_of::<f32>() as u64;
+            memory::check_head(u64::from(shard.len()) * row * copies, memory::of_machine())?;
+        }
         let mut head = head::build(&config, rank, world_size, self.placement.of_head());
         if let Some(start) = &self.head_start {
             start.fill(head.as_mut())?;

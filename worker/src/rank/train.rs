@@ -184,8 +184,18 @@ pub fn train(
         });
         evaluations.heard(trainer, said, sinks)?;
         evaluations.after_step(trainer, due, done, sinks)?;
-        if due.model && rank == 0 {
-            outputs::write_model(&sinks.output, &trainer.backbone)?;
+        if due.model
+            && rank == 0
+            && let Err(failure) = outputs::write_model(&sinks.output, &trainer.backbone)
+        {
+            // Before the end it costs nothing but the file: the next epoch writes it anew.
+            match last {
+                true => return Err(failure),
+                false => warn!(
+                    step = done,
+                    "no model file, training goes on: {}", failure.message
+                ),
+            }
         }
         owed |= due.checkpoint || said.wish;
         // A wish that was not heard, because the update was left out, is told again.

@@ -9,6 +9,7 @@ use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
 use indicatif::DecimalBytes;
 
+use super::output::no_input;
 use crate::{
     export::{onnx, pytorch, safetensors, weights},
     model::Backbone,
@@ -53,6 +54,7 @@ pub fn run(args: ExportArgs) -> anyhow::Result<()> {
     if args.no_fold && args.format != Format::Onnx {
         return Err(Failure::new(ExitCode::Usage, "--no-fold goes with --format onnx alone").into());
     }
+    no_input(&args.output, [args.weights.as_path()])?;
     let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
     if args.format == Format::Onnx {
         return write_onnx(&args, &backbone);

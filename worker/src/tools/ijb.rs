@@ -233,6 +233,11 @@ fn failure(error: IjbError) -> Failure {
         _ => ExitCode::Failed,
     };
     let hint = match &error {
+        IjbError::Io { path, .. }
+            if code == ExitCode::NotFound && path.to_string_lossy().contains("_1N_") =>
+        {
+            "--no-identification measures 1:1 alone"
+        }
         IjbError::Io { .. } if code == ExitCode::NotFound => {
             "the folder needs IJBC/meta/ijbc_*.txt (or IJBB/meta/ijbb_*.txt) as released with InsightFace's evaluation"
         }

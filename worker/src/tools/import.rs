@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use arcface_proto::failure::Failure;
 
+use super::output::no_input;
 use crate::{
     export::{
         safetensors,
@@ -44,6 +45,7 @@ pub enum Fill {
 
 /// Runs `import`.
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
+    no_input(&args.output, args.file.as_deref())?;
     let backbone = match (&args.file, args.fill) {
         (Some(file), _) => {
             let weights = Weights::read(file).map_err(Failure::from)?;

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use super::place::PlaceArgs;
+use super::{output::no_input, place::PlaceArgs};
 use crate::{
     data::{
         align::{self, Similarity},
@@ -127,6 +127,15 @@ impl Source {
     }
 
     /// Images `start..end` as \[n, 3, 112, 112\] f32.
+    /// The pictures' files.
+    fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        let files: &[Picture] = match self {
+            Source::Files(files) => files,
+            Source::Tensor(_) => &[],
+        };
+        files.iter().map(|picture| &picture.path)
+    }
+
     fn batch(&self, start: usize, end: usize) -> anyhow::Result<Tensor> {
         match self {
             Source::Files(files) => load(&files[start..end]),
@@ -143,6 +152,9 @@ pub fn run(args: InferArgs) -> anyhow::Result<()> {
         Some(path) => Source::Tensor(read_input(path)?),
         None => Source::Files(pictures(&args.images, args.landmarks.as_deref())?),
     };
+    let weights_and_tensor = [Some(&args.weights), args.tensor.as_ref(), args.landmarks.as_ref()];
+    let inputs = weights_and_tensor.into_iter().flatten().chain(source.paths());
+    no_input(&args.out, inputs.map(PathBuf::as_path))?;
     let network = args
         .place
         .open_network(&args.weights, &args.network, args.precision)?;
@@ -151,6 +163,7 @@ pub fn run(args: InferArgs) -> anyhow::Result<()> {
         Source::Files(files) => Some(files.iter().map(|file| file.path.display().to_string()).collect()),
         Source::Tensor(_) => None,
     };
+    check_finite(&embedding, names.as_deref())?;
     write(&args.out, format, &embedding, names)
 }
 
@@ -177,6 +190,22 @@ fn embed(network: &Inference, source: &Source, args: &InferArgs) -> anyhow::Resu
     }
     bar.finish_and_clear();
     Ok(Tensor::cat(&parts, 0))
+}
+
+/// # Errors
+/// Names the first image whose embedding has a NaN or an infinity in it.
+fn check_finite(embedding: &Tensor, names: Option<&[String]>) -> Result<(), Failure> {
+    let is_finite = Vec::<bool>::try_from(embedding.isfinite().all_dim(1, false)).unwrap_or_default();
+    let Some(index) = is_finite.iter().position(|finite| !finite) else {
+        return Ok(());
+    };
+    let name = names.map_or_else(|| format!("input[{index}]"), |names| names[index].clone());
+    let count = is_finite.iter().filter(|finite| !*finite).count();
+    Err(Failure::new(
+        ExitCode::Failed,
+        format!("{name}: its embedding is not finite ({count} in all)"),
+    )
+    .hint("the weights are damaged, training diverged, or the input has such numbers itself"))
 }
 
 fn read_input(path: &Path) -> anyhow::Result<Tensor> {

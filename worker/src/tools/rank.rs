@@ -32,7 +32,7 @@ pub struct RankArgs {
 /// Runs `rank`: the assignment comes as JSON on standard input.
 pub fn run(args: RankArgs) -> anyhow::Result<()> {
     if let Some(parent) = args.parent_pid {
-        end_with_parent(parent)?;
+        end_with_parent(parent, Signal::SIGKILL)?;
     }
     let board = match args.progress {
         true => Board::on_standard_output().context("show progress to the agent")?,
@@ -54,12 +54,15 @@ pub fn run(args: RankArgs) -> anyhow::Result<()> {
     crate::rank::run(assignment, args.tls, &board)
 }
 
-/// Asks the kernel for SIGKILL when the agent ends, so that no rank is left behind on its device.
-fn end_with_parent(parent: i32) -> anyhow::Result<()> {
-    set_pdeathsig(Signal::SIGKILL).context("tie this process to its agent")?;
-    // The agent may have died before the line above took effect.
+/// Asks the kernel for a signal when the process that started this one ends, so that no rank is left behind on its device.
+///
+/// # Errors
+/// If that process is gone already.
+pub fn end_with_parent(parent: i32, signal: Signal) -> anyhow::Result<()> {
+    set_pdeathsig(signal).context("tie this process to its parent")?;
+    // It may have died before the line above took effect.
     if getppid().as_raw() != parent {
-        anyhow::bail!("the agent (process {parent}) is gone");
+        anyhow::bail!("the parent (process {parent}) is gone");
     }
     Ok(())
 }

@@ -3,7 +3,11 @@
 
 use super::{output::Output, place::PlaceArgs};
 use crate::{
-    eval::{self, EvalError, Verification, VerificationSet, report, verification},
+    eval::{
+        self, EvalError, Verification, VerificationSet,
+        metrics::{FOLDS, folds},
+        report, verification,
+    },
     export::safetensors,
 };
 use anyhow::Context;
@@ -76,8 +80,12 @@ pub fn measure(args: &VerifyArgs) -> anyhow::Result<Vec<Verification>> {
     let sets: Vec<VerificationSet> = args
         .bins
         .iter()
-        .map(|path| VerificationSet::open(path).map_err(failure))
-        .collect::<Result<_, _>>()?;
+        .map(|path| {
+            let set = VerificationSet::open(path).map_err(failure)?;
+            folds(set.len() / 2, FOLDS).map_err(|error| of_file(path, error))?;
+            Ok(set)
+        })
+        .collect::<Result<_, Failure>>()?;
     let network = args.place.open_network(weights, network, Precision::Fp32)?;
 
     let images: usize = sets.iter().map(VerificationSet::len).sum();
@@ -110,9 +118,19 @@ fn failure(error: EvalError) -> Failure {
             "a verification set is a pickled pair of a list of images and a list of flags; `arcface-worker data bin` writes one"
         }
         EvalError::NotFinite { .. } => "the weights are damaged, or training diverged",
+        EvalError::TooFewPairs { .. } => "accuracy is a mean over ten folds: a set has ten pairs at least",
         _ => "",
     };
     Failure::new(code, error.to_string()).hint(hint)
+}
+
+/// The same of an error that does not name the file.
+fn of_file(path: &Path, error: EvalError) -> Failure {
+    let failure = failure(error);
+    Failure {
+        message: format!("{}: {}", path.display(), failure.message),
+        ..failure
+    }
 }
 
 fn measure_embeddings(path: &Path) -> Result<Verification, Failure> {
@@ -128,7 +146,7 @@ fn measure_embeddings(path: &Path) -> Result<Verification, Failure> {
         return Err(refuse("emb and emb_flip have different shapes".into()));
     }
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
-    verification::score(&name, &emb, &emb_flip, dim, &issame).map_err(|error| refuse(error.to_string()))
+    verification::score(&name, &emb, &emb_flip, dim, &issame).map_err(|error| of_file(path, error))
 }
 
 /// A floating-point matrix as f64, row-major, and its number of columns.
@@ -342,22 +360,25 @@ mod tests {
         image::codecs::jpeg::JpegEncoder::new(&mut jpeg)
             .encode_image(&grey)
             .expect("encode");
-        let mut set = b"](B".to_vec();
-        set.extend((jpeg.len() as u32).to_le_bytes());
-        set.extend(&jpeg);
-        set.extend(
+        let set = |pairs: usize| {
+            let length = (jpeg.len() as u32).to_le_bytes();
+            let others = b"h\x00".repeat(2 * pairs - 1);
+            let flags = vec![0x88; pairs];
             [
-                b"q\x00".as_slice(),
-                &b"h\x00".repeat(19),
+                b"](B".as_slice(),
+                &length,
+                &jpeg,
+                b"q\x00",
+                &others,
                 b"e](",
-                &[0x88; 10],
+                &flags,
                 b"e\x86.",
             ]
-            .concat(),
-        );
+            .concat()
+        };
         let (a, b) = (dir.path().join("a.bin"), dir.path().join("b.bin"));
         for path in [&a, &b] {
-            fs::write(path, &set).expect("written");
+            fs::write(path, set(10)).expect("written");
         }
         let line = |network: &str| {
             let files = format!("{} {} {}", weights.display(), a.display(), b.display());
@@ -383,6 +404,11 @@ mod tests {
             error.downcast_ref::<Failure>().expect("a failure").code
         };
         assert_eq!((code("r18"), code("nosuch")), (ExitCode::Failed, ExitCode::Usage));
+        // A set that is too small costs the others no time, and is named.
+        fs::write(&b, set(9)).expect("written");
+        let error = measure(&line("tiny")).expect_err("refused").to_string();
+        let expected = format!("{}: 9 pairs cannot be split into 10 folds", b.display());
+        assert_eq!(error, expected);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Whom the planner looks at: nobody who could be planned is overlooked, and nobody is looked at for nothing.
 
 use super::*;
+use crate::store::StoreError;
 use crate::{
     control::{AgentSession, Clock},
     job::Now,
@@ -64,7 +65,10 @@ impl World {
         let database = redb::Builder::new()
             .create_with_backend(memory)
             .expect("a store in memory");
-        let store = EmbeddedStore::on(database, Path::new("memory")).expect("open");
+        let store = EmbeddedStore::on(database, Path::new("memory"), || {
+            Err(StoreError::Failed("memory is gone".into()))
+        })
+        .expect("open");
         let clock = Clock::new(|| std::time::SystemTime::UNIX_EPOCH);
         let control = Control::load(clock, Arc::new(store), Timers::default());
         let mut world = Self {

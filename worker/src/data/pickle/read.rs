@@ -165,7 +165,7 @@ impl<'a, 'l> Reader<'a, 'l> {
                 return self.create(Node::Bytes(Cow::Owned(bytes)));
             }
             b'V' => {
-                let line = self.line()?;
+                let line = self.bytes_of_line()?;
                 let text = self.unescape_unicode(line)?;
                 return self.create(Node::Str(Cow::Owned(text)));
             }
@@ -419,6 +419,12 @@ impl<'a, 'l> Reader<'a, 'l> {
 
     /// Text up to the next newline, which is consumed.
     fn line(&mut self) -> Step<&'a str> {
+        let line = self.bytes_of_line()?;
+        std::str::from_utf8(line).map_err(|_| self.damaged("a line is not UTF-8"))
+    }
+
+    /// The same, whatever its bytes are.
+    fn bytes_of_line(&mut self) -> Step<&'a [u8]> {
         let left = &self.input[self.at..];
         let Some(len) = left.iter().position(|&b| b == b'\n') else {
             return Err(PickleError::Truncated {
@@ -429,7 +435,7 @@ impl<'a, 'l> Reader<'a, 'l> {
         };
         self.at += len + 1;
         self.check("bytes in one string", len.saturating_sub(1), self.limits.string)?;
-        std::str::from_utf8(&left[..len]).map_err(|_| self.damaged("a line is not UTF-8"))
+        Ok(&left[..len])
     }
 
     fn parse<T: std::str::FromStr>(&self, text: &str) -> Step<T> {
@@ -471,16 +477,14 @@ impl<'a, 'l> Reader<'a, 'l> {
         Ok(out)
     }
 
-    /// Python's raw-unicode-escape: only `\uXXXX` and `\UXXXXXXXX` are escapes; other bytes are Latin-1, which
-    /// as a whole line must be ASCII here.
-    fn unescape_unicode(&self, line: &str) -> Step<String> {
+    /// Python's raw-unicode-escape: only `\uXXXX` and `\UXXXXXXXX` are escapes; other bytes are Latin-1.
+    fn unescape_unicode(&self, line: &[u8]) -> Step<String> {
         let mut out = String::with_capacity(line.len());
-        let mut rest = line.as_bytes();
+        let mut rest = line;
         while let Some((&byte, tail)) = rest.split_first() {
             let digits = match (byte, tail.first()) {
                 (b'\\', Some(b'u')) => 4,
                 (b'\\', Some(b'U')) => 8,
-                (128.., _) => return Err(self.damaged("a text line is not ASCII")),
                 _ => {
                     out.push(char::from(byte));
                     rest = tail;

@@ -51,7 +51,7 @@ fn show(value: Value) -> String {
 
 #[test]
 fn what_python_writes_is_read() {
-    let cases: [(&[u8], &str); 14] = [
+    let cases: [(&[u8], &str); 15] = [
         // pickle.dumps([1, -2, 2**40, True, None, 1.5], protocol=0..2)
         (b"(lp0\nI1\naI-2\naI1099511627776\naI01\naNaF1.5\na.", "[1, -2, 1099511627776, true, None, 1.5]"),
         (b"]q\x00(K\x01J\xfe\xff\xff\xffL1099511627776L\nI01\nNG\x3f\xf8\x00\x00\x00\x00\x00\x00e.", "[1, -2, 1099511627776, true, None, 1.5]"),
@@ -61,6 +61,8 @@ fn what_python_writes_is_read() {
         // Python 2: pickle.dumps("a'\n\xc3", 0) and u"\u20ac"
         (b"S\"a'\\n\\xc3\\xa9\"\np0\n.", "b\"a'\\n\u{e9}\""),
         (b"V\\u20acx\np0\n.", "\"\u{20ac}x\""),
+        // Python 3: pickle.dumps("\xe9\u20ac", 0)
+        (b"V\xe9\\u20ac\np0\n.", "\"\u{e9}\u{20ac}\""),
         (b"(dp0\nS'k'\nI7\ns.", "{b\"k\": 7}"),
         (b"\x80\x02}q\x00(U\x01aK\x01U\x01bK\x02u.", "{b\"a\": 1, b\"b\": 2}"),
         (b"\x80\x02c_codecs\nencode\nX\x03\x00\x00\x00\xc3\xbfaX\x06\x00\x00\x00latin1\x86R.", "_codecs.encode(\"\u{ff}a\", \"latin1\")[]{}"),

@@ -26,12 +26,13 @@ use crate::kernels::{Kernels, Started, launch::Launcher};
 use crate::{
     collective::{Collective, ReduceOp},
     head::{
-        Head, HeadConfig, HeadError, HeadOutput, Seen, check_form,
+        Head, HeadConfig, HeadError, HeadOutput, Seen,
         classes::{check_labels, initial_weight, positives},
         exchange::{check_forms, gather_rows, scatter_rows},
         lazy_sgd::History,
+        load_weight_and_loss,
         margin::{Loss, Prepared, Rows},
-        rows_not_finite,
+        rows_not_finite, state_of,
         tiled::{
             self,
             kernel::exponentials::{SMALLEST_SUM, first_shift},
@@ -44,7 +45,7 @@ use arcface_proto::{
     types::ClassRange,
 };
 use std::sync::Arc;
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 use update::{Lazy, works};
 
 /// Smallest target probability in the loss, so that a loss is at most 69.08; does not cut the gradient.
@@ -499,12 +500,7 @@ impl Head for CudaHead {
             let now = lazy.history.now();
             works(self.make_up(now));
         }
-        let state = self.buffers.state().into_iter();
-        let buffers = state.map(|(slot, tensors)| (slot.to_owned(), tensors[0].shallow_clone()));
-        std::iter::once(("weight".to_owned(), self.weight.shallow_clone()))
-            .chain(buffers)
-            .chain(self.loss.state())
-            .collect()
+        state_of(&self.weight, self.buffers.state(), &self.loss)
     }
 
     fn load_state(
@@ -512,11 +508,7 @@ impl Head for CudaHead {
         updates: u64,
         rows: &mut dyn FnMut(&str) -> Option<Tensor>,
     ) -> Result<(), HeadError> {
-        let weight = rows("weight").ok_or_else(|| HeadError::MissingState {
-            name: "weight".to_owned(),
-        })?;
-        check_form("head state weight", &weight.size(), &self.weight.size())?;
-        no_grad(|| self.weight.copy_(&weight));
+        load_weight_and_loss(rows, &mut self.weight, &mut self.loss)?;
         self.pending = 0;
         if let Some(lazy) = &mut self.lazy {
             lazy.history.restart();
@@ -524,7 +516,6 @@ impl Head for CudaHead {
             lazy.tell();
         }
         self.updates = updates;
-        self.loss.load_state(rows)?;
         Ok(self.buffers.load_state(updates, &mut |slot, _| rows(slot))?)
     }
 }

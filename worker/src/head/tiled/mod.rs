@@ -20,13 +20,15 @@ mod micro;
 mod sweep;
 
 use super::{
-    Head, HeadConfig, HeadError, HeadOutput, Seen, check_form,
+    Head, HeadConfig, HeadError, HeadOutput, Seen,
     classes::{check_labels, choose, initial_weight, to_vec},
     exchange::{check_forms, gather_rows, scatter_rows},
     lazy_sgd::History,
+    load_weight_and_loss,
     margin::{Loss, Prepared, Rows},
     rows_not_finite,
     sampling::{ClassSampler, RandomNegatives},
+    state_of,
     unit::MIN_NORM,
 };
 use crate::{
@@ -45,7 +47,7 @@ use kernel::{
 use micro::{Geometry, Micro, Target};
 use std::f64::consts::{LN_2, LOG2_E};
 use sweep::{Rule, Threads};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
 /// Smallest target probability in the loss, so that a loss is at most 69.08; does not cut the gradient.
 const MIN_PROBABILITY: f64 = 1e-30;
@@ -516,12 +518,7 @@ impl Head for TiledHead {
             let now = lazy.history.now();
             self.make_up(now);
         }
-        let state = self.buffers.state().into_iter();
-        let buffers = state.map(|(slot, tensors)| (slot.to_owned(), tensors[0].shallow_clone()));
-        std::iter::once(("weight".to_owned(), self.weight_nd.shallow_clone()))
-            .chain(buffers)
-            .chain(self.loss.state())
-            .collect()
+        state_of(&self.weight_nd, self.buffers.state(), &self.loss)
     }
 
     fn load_state(
@@ -529,18 +526,13 @@ impl Head for TiledHead {
         updates: u64,
         rows: &mut dyn FnMut(&str) -> Option<Tensor>,
     ) -> Result<(), HeadError> {
-        let weight_nd = rows("weight").ok_or_else(|| HeadError::MissingState {
-            name: "weight".to_owned(),
-        })?;
-        check_form("head state weight", &weight_nd.size(), &self.weight_nd.size())?;
-        no_grad(|| self.weight_nd.copy_(&weight_nd));
+        load_weight_and_loss(rows, &mut self.weight_nd, &mut self.loss)?;
         self.pending = 0;
         if let Some(lazy) = &mut self.lazy {
             lazy.history.restart();
             lazy.since.fill(0);
         }
         self.updates = updates;
-        self.loss.load_state(rows)?;
         Ok(self.buffers.load_state(updates, &mut |slot, _| rows(slot))?)
     }
 }

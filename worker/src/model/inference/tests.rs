@@ -1,3 +1,5 @@
+//! The network that embeds against the layers that it is made of.
+
 use arcface_proto::spec::Precision;
 
 use super::*;

@@ -5,6 +5,7 @@ use crate::data::roots;
 use crate::eval::ijb::{
     self, Benchmark, Layout, Protocol, Settings, embed::embed_images, features::MemoryFeatures,
 };
+use crate::eval::metrics::{FOLDS, folds};
 use crate::eval::verification::{self, Embeddings, embed_set};
 use crate::eval::{Verification, VerificationSet};
 use crate::rank::failure::RankFailure;
@@ -36,6 +37,10 @@ impl Target {
             let path = set_path(&spec.data.rec, target);
             let set = found(&path.to_string_lossy(), data_roots)
                 .and_then(|path| VerificationSet::open(&path).map_err(RankFailure::from))
+                .and_then(|set| match folds(set.len() / 2, FOLDS) {
+                    Ok(_) => Ok(set),
+                    Err(error) => Err(RankFailure::from(error)),
+                })
                 .map_err(|failure| failure.of("eval.val_targets", target))?;
             all.push(Self::Set(set.named(set_name(target))));
         }

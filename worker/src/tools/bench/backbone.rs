@@ -21,7 +21,7 @@ pub struct BackboneArgs {
     #[arg(long, default_value = "r18")]
     network: String,
     /// Images.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65536))]
     batch: u32,
     /// Arithmetic: fp32, bf16 or fp16.
     #[arg(long, default_value = "fp32", value_parser = choice::<Precision>)]

@@ -27,7 +27,7 @@ pub struct HeadArgs {
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     dim: u32,
     /// Samples.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65536))]
     batch: u32,
     /// Share of the classes used, in (0, 1].
     #[arg(long, visible_alias = "sample-rate", default_value_t = 1.0)]
@@ -47,7 +47,7 @@ pub struct HeadArgs {
     #[command(flatten)]
     place: PlaceArgs,
     /// Threads; default: one a core.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Memory allocator of both sides of a comparison: "tuned" keeps freed memory and uses large pages, as in a job; "default" gives
     /// large blocks back to the system at once, as a trainer meets it that is started by hand.

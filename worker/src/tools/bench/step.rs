@@ -72,7 +72,7 @@ pub struct StepArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Threads; default: one a core.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Memory allocator of both sides of a comparison: "tuned" keeps freed memory and uses large pages, as in a job; "default" gives
     /// large blocks back to the system at once, as a trainer meets it that is started by hand.

@@ -21,6 +21,7 @@ use crate::data::{
     recode::Recode,
     recordio_write::write_atomically,
 };
+use crate::tools::output::no_input;
 
 /// Endings of the files of LFW's layout, in the order in which they are looked for.
 const ENDINGS: [&str; 3] = ["jpg", "png", "jpeg"];
@@ -76,6 +77,8 @@ pub fn run(args: &BinArgs) -> anyhow::Result<()> {
             order.push(place);
         }
     }
+    let files: Vec<PathBuf> = distinct.iter().map(|(picture, _)| find(root, picture)).collect();
+    no_input(&args.output, files.iter().map(PathBuf::as_path))?;
     let how = Recode {
         resize: args.resize,
         ..Recode::default()
@@ -83,9 +86,10 @@ pub fn run(args: &BinArgs) -> anyhow::Result<()> {
     let bar = progress::bar(distinct.len() as u64, "reading");
     let images: Vec<Vec<u8>> = distinct
         .par_iter()
-        .map(|(picture, line)| {
+        .zip(&files)
+        .map(|((_, line), file)| {
             bar.inc(1);
-            checked_image(&find(root, picture), &how).map_err(|told| {
+            checked_image(file, &how).map_err(|told| {
                 let code = told.code;
                 Failure {
                     code,

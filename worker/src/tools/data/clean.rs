@@ -23,6 +23,7 @@ use super::{
     Output, progress,
     source::{explain, new_set, rec_path},
 };
+use crate::tools::output::no_input;
 use crate::{
     checkpoint::Checkpoint,
     data::{
@@ -85,6 +86,10 @@ fn degrees(text: &str) -> Result<f64, String> {
 pub fn run(args: &CleanArgs) -> anyhow::Result<()> {
     let source = rec_path(&args.path);
     let target = new_set(&args.output, args.force, &[&source])?;
+    if let Some(dropped) = &args.dropped {
+        let index = source.with_extension("idx");
+        no_input(dropped, [source.as_path(), &index, &args.weights])?;
+    }
     let set = RecordSet::open(&source, None).map_err(explain)?;
     let backbone = weights::open_backbone(&args.weights, &args.network).map_err(Failure::from)?;
     let centers = read_centers(&args.checkpoint, &set, &backbone)?;
@@ -94,6 +99,16 @@ pub fn run(args: &CleanArgs) -> anyhow::Result<()> {
         &centers,
         args.batch,
     )?;
+    if !angles.iter().any(|angle| *angle <= args.angle) {
+        let message = format!(
+            "{}: no image is within {} degrees of its centre; an empty set is not written",
+            args.path.display(),
+            args.angle
+        );
+        return Err(Failure::new(ExitCode::Failed, message)
+            .hint("a larger --angle, or the weights and the head of one training")
+            .into());
+    }
     let kept = copy(&set, &target, |index| angles[index] <= args.angle)?;
     if let Some(path) = &args.dropped {
         list_dropped(&set, &angles, args.angle, path)?;

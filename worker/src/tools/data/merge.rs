@@ -52,6 +52,10 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
         .map(|rec| RecordSet::open_unchecked(rec))
         .collect::<Result<_, _>>()
         .map_err(explain)?;
+    for set in &sets {
+        // An index that is empty, or points past the end, would leave out a part without a word.
+        set.file().check_offsets().map_err(explain)?;
+    }
     let inputs: Vec<&Path> = recs.iter().map(PathBuf::as_path).collect();
     let target = new_set(&args.output, args.force, &inputs)?;
     let (mut surveys, duplicates) = look_through(&sets, args.dedup).map_err(explain)?;

@@ -13,6 +13,7 @@ use crate::data::{
     image_folder::read_image_file,
     recode::{Recode, recode},
 };
+use crate::tools::output::no_input;
 
 /// A data error with its exit code and hint.
 pub fn explain(error: DataError) -> anyhow::Error {
@@ -44,14 +45,7 @@ pub fn new_set(folder: &Path, force: bool, inputs: &[&Path]) -> anyhow::Result<P
 
 /// Refuses a file to write that is one of the inputs, or without `force` one that is there.
 pub fn new_file(path: &Path, force: bool, inputs: &[&Path]) -> Result<(), Failure> {
-    let same = |input: &Path| {
-        let real = path.canonicalize();
-        real.is_ok_and(|real| input.canonicalize().is_ok_and(|input| input == real))
-    };
-    if inputs.iter().any(|input| same(input)) {
-        let message = format!("{}: the output would replace the input", path.display());
-        return Err(Failure::new(ExitCode::Usage, message).hint("name another folder with -o"));
-    }
+    no_input(path, inputs.iter().copied())?;
     match path.exists() && !force {
         true => Err(
             Failure::new(ExitCode::Usage, format!("{} is there already", path.display()))

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::{
     progress,
-    source::{explain, output_folder},
+    source::{explain, new_file, new_set},
 };
 use crate::data::{
     bin_write,
@@ -43,13 +43,19 @@ pub struct SynthArgs {
     /// Folder for train.rec, train.idx and synth.bin.
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+    /// Replace a set that is in the folder.
+    #[arg(long)]
+    force: bool,
 }
 
 pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
-    output_folder(&args.output)?;
+    let rec = new_set(&args.output, args.force, &[])?;
+    let bin = args.output.join("synth.bin");
+    if args.pairs > 0 {
+        new_file(&bin, args.force, &[])?;
+    }
     let per_identity = u64::from(args.images_per_identity);
     let total = u64::from(args.identities) * per_identity;
-    let rec = args.output.join("train.rec");
     let mut writer = LayoutWriter::create(&rec, total, args.identities).map_err(explain)?;
     let bar = progress::bar(total, "drawing");
     for first in (0..total).step_by(CHUNK as usize) {
@@ -73,7 +79,6 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
         args.identities
     )?;
     if args.pairs > 0 {
-        let bin = args.output.join("synth.bin");
         verification(args.seed, args.pairs, &bin)?;
         writeln!(
             std::io::stdout(),

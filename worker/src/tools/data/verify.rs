@@ -50,7 +50,17 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<()> {
     let report = with_threads(threads, || Ok(check(dataset.as_ref())))?;
     print(&report, dataset.as_ref(), args.output)?;
     match report.damaged + report.empty_classes {
-        0 => Ok(()),
+        // Whatever else a job would refuse: an empty index, records of identities that are gone.
+        0 => data::open_path(&args.path, None)
+            .map(drop)
+            .map_err(|error| match error {
+                error @ data::DataError::NotFound { .. } => explain(error),
+                error => Failure::new(ExitCode::Failed, error.to_string())
+                    .hint(
+                        "a job refuses the set as a whole; `arcface-worker data filter` copies what is whole",
+                    )
+                    .into(),
+            }),
         _ => Err(Failure::new(
             ExitCode::Failed,
             format!(
@@ -116,8 +126,8 @@ struct Seen {
 fn look(dataset: &dyn Dataset, index: u64) -> Result<Seen, data::DataError> {
     let record = dataset.record(index)?;
     let refuse = |message: String| data::DataError::record(dataset.name(index), message);
-    // A label alone may not cost memory: one that is far above all others leaves a gap by itself.
-    if u64::from(record.label) >= dataset.len() {
+    // Where no header says how many identities there are, a label alone may not cost memory.
+    if dataset.num_classes() == u32::MAX && u64::from(record.label) >= dataset.len() {
         let (label, images) = (record.label, dataset.len());
         return Err(refuse(format!(
             "label {label} is not below the number of images, {images}"

@@ -285,3 +285,32 @@ fn bad_input_is_one_line_with_its_exit_code() {
     }
     assert!(!at("out.safetensors").exists());
 }
+
+#[test]
+fn embeddings_that_are_no_numbers_are_not_written() {
+    let (folder, _) = set_up();
+    let input = fill::symmetric("input", &[4, 3, 112, 112]);
+    let _ = input.get(2).fill_(f64::NAN);
+    let tensor = folder.path().join("in.safetensors");
+    safetensors::write(&tensor, [("input", &input)]).unwrap();
+    let given = InferArgs {
+        tensor: Some(tensor),
+        ..args(folder.path())
+    };
+    let out = given.out.clone();
+    let error = run(given).expect_err("refused");
+    let failure = error.downcast_ref::<Failure>().expect("a failure");
+    assert_eq!(
+        failure.message,
+        "input[2]: its embedding is not finite (1 in all)"
+    );
+    assert_eq!(failure.code, ExitCode::Failed);
+    assert!(!out.exists());
+    let over_the_weights = InferArgs {
+        tensor: Some(folder.path().join("in.safetensors")),
+        out: folder.path().join("w.safetensors"),
+        ..args(folder.path())
+    };
+    let error = run(over_the_weights).expect_err("refused").to_string();
+    assert!(error.contains("would replace the input"), "{error}");
+}

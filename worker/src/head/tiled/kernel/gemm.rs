@@ -443,7 +443,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub(super) unsafe fn f32_avx512(job: &Job) {
         // SAFETY: as above.
-        unsafe { drive::<Avx512, 12, 2>(job) }
+        unsafe { drive::<Avx512<false>, 12, 2>(job) }
     }
 
     /// # Safety
@@ -451,7 +451,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub(super) unsafe fn bf16_avx512(job: &Job) {
         // SAFETY: as above.
-        unsafe { drive::<Bf16, 12, 2>(job) }
+        unsafe { drive::<Avx512<true>, 12, 2>(job) }
     }
 
     #[derive(Clone, Copy)]
@@ -499,10 +499,11 @@ mod x86 {
         }
     }
 
+    /// Words of 512 bits: f32, or pairs of bf16 if `PAIRS`.
     #[derive(Clone, Copy)]
-    struct Avx512(__m512);
+    struct Avx512<const PAIRS: bool>(__m512);
 
-    impl Vector for Avx512 {
+    impl<const PAIRS: bool> Vector for Avx512<PAIRS> {
         const LANES: usize = 16;
         type Sum = __m512;
 
@@ -514,7 +515,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn broadcast(at: *const u32) -> Self {
-            // SAFETY: valid for one word.
+            // SAFETY: valid for one word; any pattern of bits goes through f32 unchanged, because it is only copied.
             Self(unsafe { _mm512_set1_ps(*at.cast()) })
         }
 
@@ -538,54 +539,16 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn add_product(sum: __m512, a: Self, b: Self) -> __m512 {
-            // SAFETY: the caller has AVX-512.
-            unsafe { _mm512_fmadd_ps(a.0, b.0, sum) }
-        }
-    }
-
-    #[derive(Clone, Copy)]
-    struct Bf16(__m512);
-
-    impl Vector for Bf16 {
-        const LANES: usize = 16;
-        type Sum = __m512;
-
-        #[inline(always)]
-        unsafe fn load(at: *const u32) -> Self {
-            // SAFETY: valid for 16 words.
-            Self(unsafe { _mm512_loadu_ps(at.cast()) })
-        }
-
-        #[inline(always)]
-        unsafe fn broadcast(at: *const u32) -> Self {
-            // SAFETY: valid for one word; a pattern of bits moves through f32 unchanged here: it is only copied.
-            Self(unsafe { _mm512_set1_ps(*at.cast()) })
-        }
-
-        #[inline(always)]
-        unsafe fn zero() -> __m512 {
-            // SAFETY: the caller has AVX-512.
-            unsafe { _mm512_setzero_ps() }
-        }
-
-        #[inline(always)]
-        unsafe fn read(at: *const f32) -> __m512 {
-            // SAFETY: valid for 16 elements.
-            unsafe { _mm512_loadu_ps(at) }
-        }
-
-        #[inline(always)]
-        unsafe fn write(at: *mut f32, sum: __m512) {
-            // SAFETY: valid for 16 elements.
-            unsafe { _mm512_storeu_ps(at, sum) }
-        }
-
-        #[inline(always)]
-        unsafe fn add_product(sum: __m512, a: Self, b: Self) -> __m512 {
-            // SAFETY: both types are 512 bits of any pattern; the caller has AVX512-BF16.
+            let pairs = |words: __m512| {
+                // SAFETY: both types are 512 bits of any pattern.
+                unsafe { std::mem::transmute::<__m512, __m512bh>(words) }
+            };
+            // SAFETY: the caller has AVX-512, and AVX512-BF16 where words are pairs.
             unsafe {
-                let pairs = |x: __m512| std::mem::transmute::<__m512, __m512bh>(x);
-                _mm512_dpbf16_ps(sum, pairs(a.0), pairs(b.0))
+                match PAIRS {
+                    true => _mm512_dpbf16_ps(sum, pairs(a.0), pairs(b.0)),
+                    false => _mm512_fmadd_ps(a.0, b.0, sum),
+                }
             }
         }
     }

@@ -166,6 +166,16 @@ fn what_does_not_fit_together_is_refused() {
     args.output = args.path.clone();
     assert!(message(&args).contains("would replace the input"));
 
+    // Neither the set nor the weights become a list.
+    for input in [scene.args(75.0).path.join("train.idx"), scene.args(75.0).weights] {
+        let mut args = scene.args(75.0);
+        args.dropped = Some(input.clone());
+        let before = std::fs::read(&input).unwrap();
+        assert!(message(&args).contains("would replace the input"));
+        assert_eq!(std::fs::read(&input).unwrap(), before);
+    }
+    assert!(message(&scene.args(0.0)).contains("no image is within 0 degrees"));
+
     let args = scene.args(75.0);
     write_checkpoint(
         &args.checkpoint,
