@@ -8,7 +8,8 @@ use arcface_proto::v1::{
     ListCheckpointsRequest, ListEvaluationsRequest, ListNodesRequest, RankError, report_request::Report,
     report_response, watch_job_response::Event,
 };
-use fakes::{Agent, Cluster, Rank, generation, spec, training, within};
+use fakes::{Agent, Cluster, Rank, TIMERS, generation, spec, training, within};
+use std::time::Duration;
 use tonic::Code;
 
 #[tokio::test]
@@ -519,6 +520,23 @@ async fn a_lost_node_shrinks_an_elastic_job_and_its_old_rank_is_stopped_when_it_
         .expect("welcome");
     assert_eq!(b.killed().await.generation, 1);
     assert_eq!(cluster.job(&id).await.generation, 2, "the job goes on");
+}
+
+/// A pause of the coordinator's process or machine: whatever nodes said meanwhile is heard after it.
+#[tokio::test]
+async fn a_coordinator_that_stood_still_takes_no_node_for_lost() {
+    let cluster = Cluster::start().await;
+    let (id, a, b, ..) = training(&cluster, spec(2)).await;
+    for _ in 0..2 {
+        // Coordinator and agents run on this very thread, as tasks: all of them stand still.
+        std::thread::sleep(Duration::from_millis(TIMERS.lost_ms + 1_000));
+        // Silence is looked for at every tick, and a heartbeat comes in between.
+        tokio::time::sleep(Duration::from_millis(4 * TIMERS.heartbeat_ms)).await;
+    }
+    let job = cluster.job(&id).await;
+    assert_eq!((job.state(), job.generation), (JobState::Running, 1), "{job:?}");
+    assert!(job.recoveries.is_empty());
+    drop((a, b));
 }
 
 #[tokio::test]
