@@ -291,7 +291,8 @@ fn run_whose_workers_end_says_what_they_said_last_and_where_the_rest_is() {
     let said = "error: worker node-1 ended (exit status: 7): cannot start with --join 127.0.0.1:";
     assert!(stderr.contains(said), "{stderr}");
     assert!(
-        stderr.contains("--slots 1 --node-id node-1 --device cpu\nhint: its whole log is "),
+        stderr.contains("--slots 1 --node-id node-1 --parent-pid ")
+            && stderr.contains(" --device cpu\nhint: its whole log is "),
         "{stderr}"
     );
     assert!(folder.path().join("o/x/run/metrics.prom").is_file(), "{stderr}");

@@ -19,7 +19,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
+use tracing::{Level, info, warn};
 
 /// Longest line of standard error that is forwarded whole; longer ones are cut into several.
 const LONGEST_LINE: u64 = 16 * 1024;
@@ -265,9 +265,7 @@ async fn forward(stderr: Option<ChildStderr>, pid: u32, key: RankKey, log_path: 
         write_log(file, &opening).await;
     }
     let mut lines = BufReader::new(stderr);
-    let (mut last, mut last_error) = (String::new(), None);
-    // A panic's message is the line behind the one that says where it was.
-    let mut panicked = false;
+    let mut words = LastWords::default();
     let mut raw = Vec::new();
     loop {
         raw.clear();
@@ -280,17 +278,55 @@ async fn forward(stderr: Option<ChildStderr>, pid: u32, key: RankKey, log_path: 
         if line.is_empty() {
             continue;
         }
-        info!(job = %key.job, generation = key.generation.0, rank = key.rank.0, "{line}");
+        match level_of(line) {
+            Some(Level::WARN | Level::ERROR) => {
+                warn!(job = %key.job, generation = key.generation.0, rank = key.rank.0, "{line}");
+            }
+            _ => info!(job = %key.job, generation = key.generation.0, rank = key.rank.0, "{line}"),
+        }
         if let Some(file) = &mut file {
             write_log(file, &format!("{line}\n")).await;
         }
-        last = shortened(line);
-        if line.starts_with("error: ") || panicked {
-            last_error = Some(last.clone());
-        }
-        panicked = line.starts_with("thread '") && line.contains(" panicked at ");
+        words.hear(line);
     }
-    last_error.unwrap_or(last)
+    words.best()
+}
+
+/// The line of a process that says best why it ended.
+#[derive(Default)]
+struct LastWords {
+    last: String,
+    error: Option<String>,
+    /// A panic's message is the line behind the one that says where it was.
+    panicked: bool,
+}
+
+impl LastWords {
+    fn hear(&mut self, line: &str) {
+        // What it reported on its way is no reason for its end.
+        if level_of(line).is_some() {
+            return;
+        }
+        self.last = shortened(line);
+        if self.panicked || line.starts_with("error: ") {
+            self.error = Some(self.last.clone());
+        }
+        self.panicked = line.starts_with("thread '") && line.contains(" panicked at ");
+    }
+
+    fn best(self) -> String {
+        self.error.unwrap_or(self.last)
+    }
+}
+
+/// The level of a line of the rank's own log, `2026-11-28T01:14:31.524757Z  INFO ..`; none for everything else that it says.
+fn level_of(line: &str) -> Option<Level> {
+    let mut words = line.split_ascii_whitespace();
+    let is_time = words
+        .next()?
+        .strip_suffix('Z')
+        .is_some_and(|time| time.len() > 18 && time.as_bytes()[10] == b'T');
+    is_time.then(|| words.next()?.parse().ok()).flatten()
 }
 
 fn shortened(line: &str) -> String {
@@ -324,4 +360,43 @@ async fn write_log(file: &mut File, text: &str) {
     };
     // A full disk must not end the training; the line is in our own log.
     let _lost_line = written.await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_of_an_end_is_not_what_was_logged_before() {
+        let best = |lines: &[&str]| {
+            let mut words = LastWords::default();
+            lines.iter().for_each(|line| words.hear(line));
+            words.best()
+        };
+        let log = "2026-11-28T01:14:31.524757Z  INFO faces/train.rec: 64 images";
+        let warning = "2026-11-28T01:14:31.524757Z  WARN no checkpoint, training goes on";
+        assert_eq!(best(&[log, warning]), "");
+        assert_eq!(best(&["Killed", log]), "Killed");
+        assert_eq!(
+            best(&["error: no room", "hint: make some", log]),
+            "error: no room"
+        );
+        let panic = [
+            "thread 'main' (12) panicked at src/a.rs:1:2:",
+            log,
+            "index out of bounds",
+            "note: run with",
+        ];
+        assert_eq!(best(&panic), "index out of bounds");
+        assert_eq!(level_of(warning), Some(Level::WARN));
+        for other in [
+            "",
+            "INFO a",
+            "2026 WARN a",
+            "2026-11-28T01:14:31.524757Z",
+            "2026-11-28T01:14:31.524757Z a b",
+        ] {
+            assert_eq!(level_of(other), None, "{other}");
+        }
+    }
 }

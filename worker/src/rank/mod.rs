@@ -23,6 +23,7 @@ mod pace;
 pub mod phases;
 pub mod report;
 mod run;
+mod same_data;
 pub mod setup;
 mod spans;
 pub mod step;

@@ -10,6 +10,7 @@ use super::head_start::HeadStart;
 use super::memory;
 use super::nonfinite::{Guard, Samples};
 use super::phases::Phases;
+use super::same_data::check_same_data;
 use super::step::{StepSettings, Trainer, Window};
 use crate::collective::Collective;
 use crate::data::{self, Dataset, Epochs, ImageCache};
@@ -102,6 +103,7 @@ impl Prepared {
     pub fn into_trainer(self, mut comm: Box<dyn Collective>) -> Result<(Trainer, Job), RankFailure> {
         let (rank, world_size) = (comm.rank(), comm.world_size());
         check_same_start(&self.backbone, self.head_start.as_ref(), comm.as_mut())?;
+        check_same_data(self.dataset.as_ref(), comm.as_mut())?;
         let job = Job {
             total_steps: self.total_steps(),
             end_step: self.end_step(),
