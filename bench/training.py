@@ -55,6 +55,13 @@ def all_rows(has_bf16):
                     f"step --network {network} --classes 100000 --batch 64 --rate {rate} --precision {precision} --malloc tuned "
                     "--against plain",
                 )
+    if has_bf16:
+        # As the reference is started, by a launcher that sets nothing.
+        rows["step-r18-1.0-bf16-default"] = (
+            STEPS,
+            "r18, 100,000 classes, rate 1.0, B 64, bf16, default malloc",
+            "step --network r18 --classes 100000 --batch 64 --rate 1.0 --precision bf16 --malloc default --against plain",
+        )
     for network, batch, train, more in [
         ("r18", 64, True, ""), ("mbf", 64, True, ""), ("r50", 32, True, ""),
         ("r50", 32, True, " --gradient-checkpointing"), ("r50", 1, False, ""), ("r50", 32, False, ""), ("mbf", 32, False, ""),
