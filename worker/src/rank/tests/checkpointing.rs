@@ -371,3 +371,38 @@ fn nothing_is_forgotten_in_a_checkpoint() {
         }
     }
 }
+
+/// Two epochs of five steps, while nothing can be put in the place of the model file.
+#[test]
+fn a_model_file_that_cannot_be_written_ends_nothing_before_the_end() {
+    let scratch = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(
+        scratch
+            .path()
+            .join(super::super::outputs::MODEL)
+            .join("in the way"),
+    )
+    .unwrap();
+    let spec = job(1, |wire| wire.train.get_or_insert_default().num_epoch = Some(2));
+    on_ranks(&spec, 1, |_, trainer, job| {
+        let mut recorder = Recorder::default();
+        let mut sinks = Sinks {
+            output: scratch.path().to_owned(),
+            log: Some(super::super::log::TrainingLog::open(scratch.path()).unwrap()),
+            writer: None::<&Writer>,
+            copier: None,
+            flops_per_sample: None,
+            outside: &mut recorder,
+        };
+        let failure = train(trainer, job, 0, &mut sinks).expect_err("the last one has to be written");
+        assert!(
+            failure.message.starts_with("write the model"),
+            "{}",
+            failure.message
+        );
+        assert!(!failure.permanent);
+        // The step that ends the first epoch ended no more than that.
+        let steps: Vec<u64> = recorder.metrics.iter().map(|metrics| metrics.step).collect();
+        assert!(steps.contains(&9), "{steps:?}");
+    });
+}
