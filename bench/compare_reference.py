@@ -299,7 +299,7 @@ def memory_table(rows):
             lines[-1].append(" / ".join(both))
     return (
         "\n## Memory\n\nMost that a process grew by, MB, allocator as it is / tuned. Heads and whole steps with weights and "
-        "optimizer state, networks alone without weights and gradients.\n\n"
+        "optimizer state, networks alone without weights and gradients, ours of tensors alone.\n\n"
         + results.table(["", *TITLES.values()], lines)
     )
 

@@ -331,3 +331,39 @@ fn a_standalone_run_starts_and_stops_everything_itself() -> Result<()> {
     ensure!(left.is_empty(), "run left processes behind: {left:?}");
     Ok(())
 }
+
+/// Nobody is left to end what it started: the kernel does.
+#[test]
+fn a_standalone_run_that_is_killed_leaves_no_process_and_its_ranks_logs() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let file = JobFile::tiny("killed").epochs(10_000).write(scratch.path())?;
+    let mut command = arcface_tests::command("arcface-coordinator", scratch.path())?;
+    command
+        .arg("run")
+        .arg(&file)
+        .args(["--nodes", "2", "--slots", "1"]);
+    let mut run = Process::start("run", &scratch.path().join("logs"), command)?;
+    let logs = ["rank-0.log", "rank-1.log"].map(|name| scratch.path().join("out/killed").join(name));
+    wait::until("both ranks to log", TRAINED, || {
+        let texts = logs
+            .each_ref()
+            .map(|log| fs::read_to_string(log).unwrap_or_default());
+        Ok(match texts.iter().all(|text| text.contains(" INFO ")) {
+            true => Seen::Yes(()),
+            false => Seen::NotYet(format!("{texts:?}\n{}", run.output())),
+        })
+    })?;
+    ensure!(
+        arcface_tests::living_in(scratch.path()).len() == 5,
+        "a coordinator, two agents, two ranks"
+    );
+    run.signal(Signal::SIGKILL)?;
+    run.wait(SOON)?;
+    wait::until("agents and ranks to end", SOON, || {
+        let living = arcface_tests::living_in(scratch.path());
+        Ok(match living.is_empty() {
+            true => Seen::Yes(()),
+            false => Seen::NotYet(format!("processes {living:?}")),
+        })
+    })
+}

@@ -69,7 +69,7 @@ const MAX_LIVE_JOBS: usize = 10_000;
 const MAX_NODES: usize = 5_000;
 /// Events that wait for a store that does not answer.
 const MAX_RETRIES: usize = 10_000;
-/// A turn of the task that takes longer was held up by the store.
+/// A turn of the task that takes longer was held up by the store; one that comes later was not run.
 const HELD_UP: Duration = Duration::from_millis(200);
 /// Between two settings of the cluster's gauges: no scrape is more frequent.
 const MEASURE_MS: u64 = 1000;
@@ -77,8 +77,8 @@ const MEASURE_MS: u64 = 1000;
 const FORGET_MS: u64 = 600_000;
 
 /// The clocks: the runtime's for durations, which a simulation moves by itself, and one that tells the time of day. The
-/// monotonic one leaves out the time for which the store held up this task: messages that wait meanwhile are no silence
-/// of their senders.
+/// monotonic one leaves out the time for which the store held up this task, or nothing ran it: messages that wait meanwhile are no
+/// silence of their senders.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     start: Instant,

@@ -152,8 +152,8 @@ pub fn run(args: InferArgs) -> anyhow::Result<()> {
         Some(path) => Source::Tensor(read_input(path)?),
         None => Source::Files(pictures(&args.images, args.landmarks.as_deref())?),
     };
-    let weights_and_tensor = [Some(&args.weights), args.tensor.as_ref(), args.landmarks.as_ref()];
-    let inputs = weights_and_tensor.into_iter().flatten().chain(source.paths());
+    let single = [Some(&args.weights), args.tensor.as_ref(), args.landmarks.as_ref()];
+    let inputs = single.into_iter().flatten().chain(source.paths());
     no_input(&args.out, inputs.map(PathBuf::as_path))?;
     let network = args
         .place

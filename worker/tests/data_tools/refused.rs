@@ -1,31 +1,6 @@
-//! `arcface-worker data` on sets that a job refuses as a whole, and on what is there already.
+//! Sets that a job refuses as a whole, and what is there already.
 
-use std::{fs, path::Path};
-
-use arcface_proto::{
-    failure::{ExitCode, report},
-    spec::{Augment, DataSpec},
-};
-use arcface_worker::{
-    data,
-    tools::data::{DataArgs, run},
-};
-use clap::Parser;
-
-#[derive(clap::Parser)]
-struct Cli {
-    #[command(flatten)]
-    args: DataArgs,
-}
-
-fn tool(arguments: &[&str]) -> Result<(), (String, ExitCode)> {
-    let cli = Cli::try_parse_from(["data"].iter().chain(arguments)).unwrap();
-    run(cli.args).map_err(|error| report(error.as_ref()))
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
+use super::*;
 
 /// A set that a job refuses as a whole is no good set for any tool.
 #[test]
@@ -33,18 +8,7 @@ fn a_set_that_a_job_refuses_fails_every_check() {
     let scratch = tempfile::tempdir().unwrap();
     let (good, bad) = (scratch.path().join("good"), scratch.path().join("bad"));
     let out = scratch.path().join("out");
-    let synth = [
-        "synth",
-        "--identities",
-        "4",
-        "--images-per-identity",
-        "3",
-        "--pairs",
-        "10",
-        "-o",
-        text(&good),
-    ];
-    tool(&synth).unwrap();
+    synth(&good);
     let again = [
         "synth",
         "--identities",
@@ -74,14 +38,7 @@ fn a_set_that_a_job_refuses_fails_every_check() {
         fs::create_dir_all(&bad).unwrap();
         fs::write(bad.join("train.rec"), rec).unwrap();
         fs::write(bad.join("train.idx"), idx).unwrap();
-        let spec = DataSpec {
-            rec: text(&bad).into(),
-            num_image: None,
-            num_workers: 1,
-            augment: Augment::Flip,
-            cache: None,
-        };
-        let refused = data::open(&spec, None, 1, &[]).is_err();
+        let refused = data::open(&spec(&bad, None), None, 1, &[]).is_err();
         assert!(refused, "{what}: a job refuses it");
         let merge = ["merge", text(&good), text(&bad), "-o", text(&out)];
         for command in [&["verify", text(&bad)][..], &merge] {

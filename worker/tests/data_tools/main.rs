@@ -1,5 +1,7 @@
 //! `arcface-worker data`: what one subcommand writes the others read; damage is named and fails the command.
 
+mod refused;
+
 use std::{fs, path::Path, process::Command};
 
 use arcface_proto::{
