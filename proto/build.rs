@@ -63,7 +63,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         );
     }
     // Manifests without these keep the bytes, and so the digest, that they had before the fields were known.
-    for later in ["scaler", "damage"] {
+    for later in ["scaler", "damage", "num_image"] {
         config = config.field_attribute(
             format!(".arcface.v1.CheckpointManifest.{later}"),
             "#[serde(skip_serializing_if = \"Option::is_none\")]",

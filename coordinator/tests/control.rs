@@ -221,6 +221,24 @@ async fn a_dead_rank_ends_its_generation_and_the_next_resumes_from_the_checkpoin
 }
 
 #[tokio::test]
+async fn a_checkpoint_that_lacks_the_parts_of_a_rank_at_its_end_is_given_up() {
+    let cluster = Cluster::start().await;
+    let (id, _a, _b, zero, one) = training(&cluster, spec(2)).await;
+    assert!(!zero.commit(20).await.expect("taken"), "rank 1 may still write");
+    one.finished(20).await;
+    one.close().await;
+    let refused = zero.commit(20).await.expect_err("nobody will write them");
+    assert_eq!(
+        (refused.code(), refused.message()),
+        (
+            Code::FailedPrecondition,
+            "step 20 stays without the parts of rank 1, which is at its end"
+        )
+    );
+    assert_eq!(cluster.job(&id).await.checkpoint_step, None);
+}
+
+#[tokio::test]
 async fn a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used() {
     let cluster = Cluster::start().await;
     let (id, mut a, mut b, zero, one) = training(&cluster, spec(2)).await;

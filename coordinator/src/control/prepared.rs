@@ -19,6 +19,7 @@ struct Step {
     directory: String,
     num_classes: u32,
     scaler: Option<LossScaler>,
+    num_image: Option<u64>,
     parts: BTreeMap<u32, Vec<CheckpointPart>>,
     /// Longest that a rank took to write its parts.
     persist_seconds: Option<f64>,
@@ -39,6 +40,12 @@ impl Prepared {
     /// Forgets a step and all before it: it was committed.
     pub fn committed(&mut self, step: u64) {
         self.steps = self.steps.split_off(&step.saturating_add(1));
+    }
+
+    /// Ranks whose parts of a step are awaited.
+    pub fn missing(&self, step: u64, world_size: u32) -> impl Iterator<Item = u32> {
+        let parts = self.steps.get(&step).map(|step| &step.parts);
+        (0..world_size).filter(move |rank| parts.is_some_and(|parts| !parts.contains_key(rank)))
     }
 
     /// Seconds that the slowest of the ranks which have written their parts of a step took for it, if any has told.
@@ -63,6 +70,7 @@ impl Prepared {
             directory: request.directory.clone(),
             num_classes: request.num_classes,
             scaler: request.scaler,
+            num_image: request.num_image,
             parts: BTreeMap::new(),
             persist_seconds: None,
         });
@@ -72,6 +80,7 @@ impl Prepared {
             step.directory.as_str(),
             step.num_classes,
             step.scaler,
+            step.num_image,
         );
         let theirs = (
             request.epoch,
@@ -79,12 +88,13 @@ impl Prepared {
             request.directory.as_str(),
             request.num_classes,
             request.scaler,
+            request.num_image,
         );
         if ours != theirs {
             return Err(ControlError::invalid(
                 "directory",
                 format!(
-                    "rank {} and its peers disagree on step {} (epoch, samples, directory, classes, loss scale): {theirs:?} and {ours:?}",
+                    "rank {} and its peers disagree on step {} (epoch, samples, directory, classes, loss scale, images): {theirs:?} and {ours:?}",
                     id.rank, request.step
                 ),
             ));
@@ -206,6 +216,7 @@ fn manifest(
         committed_at: None,
         scaler: step.scaler,
         damage: None,
+        num_image: step.num_image,
     })
 }
 
@@ -237,6 +248,7 @@ mod tests {
                 good_updates: 9,
             }),
             persist_seconds: None,
+            num_image: Some(640),
         }
     }
 

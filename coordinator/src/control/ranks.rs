@@ -529,7 +529,14 @@ impl Control {
         }
         let world_size = entry.job.ranks.len() as u32;
         let Some(mut manifest) = entry.prepared.add(rank, request, world_size)? else {
-            return Ok(false);
+            let done = |peer: &u32| entry.job.ranks[*peer as usize].done;
+            return match entry.prepared.missing(request.step, world_size).find(done) {
+                None => Ok(false),
+                Some(peer) => Err(ControlError::Refused(format!(
+                    "step {} stays without the parts of rank {peer}, which is at its end",
+                    request.step
+                ))),
+            };
         };
         let persist_seconds = entry.prepared.persist_seconds(request.step);
         let keep = entry.job.spec.checkpoint.kept() as usize;

@@ -564,6 +564,7 @@ impl Rank {
             parts,
             scaler: None,
             persist_seconds: None,
+            num_image: Some(640),
         }
     }
 

@@ -209,6 +209,7 @@ impl Rank {
             parts,
             scaler: None,
             persist_seconds: None,
+            num_image: Some(640),
         };
         loop {
             let answer = self

@@ -106,6 +106,14 @@ impl Location {
         }
     }
 
+    /// Names of the directories here that hold no manifest.
+    pub fn without_manifest(&self) -> Result<Vec<String>, CheckpointError> {
+        match &self.base {
+            Base::Local(base) => write::without_manifest(&base.join(&self.folder)),
+            Base::Remote(store) => store.without_manifest(&self.folder),
+        }
+    }
+
     /// Opens a committed checkpoint for a rank with these classes, and verifies all that it will read of it. From an object
     /// store only that is fetched, into temporary files without a name, which vanish with the result or the process.
     /// `alive` is called as bytes come in.

@@ -45,6 +45,8 @@ pub struct TrainState {
     pub epoch_samples: u64,
     /// The loss scale of fp16.
     pub scaler: Option<LossScaler>,
+    /// Images of the training data; none in checkpoints of older versions.
+    pub num_image: Option<u64>,
 }
 
 impl From<&CheckpointManifest> for TrainState {
@@ -53,6 +55,7 @@ impl From<&CheckpointManifest> for TrainState {
             step: manifest.step,
             epoch: manifest.epoch,
             epoch_samples: manifest.epoch_samples,
+            num_image: manifest.num_image,
             scaler: manifest.scaler,
         }
     }

@@ -76,6 +76,7 @@ fn write(dir: &Path, num_classes: u32, world: u32) -> CheckpointManifest {
         committed_at: None,
         scaler: scaler(world),
         damage: None,
+        num_image: (world > 1).then_some(640),
     };
     write::write_manifest(dir, &manifest).expect("written");
     manifest
@@ -116,7 +117,7 @@ proptest! {
         write(dir.path(), classes, old);
         let checkpoint = Checkpoint::open_dir(dir.path()).expect("whole");
         assert_same(&checkpoint.backbone().expect("backbone"), &backbone());
-        let state = TrainState { step: 1234, epoch: 2, epoch_samples: 4321, scaler: scaler(old) };
+        let state = TrainState { step: 1234, epoch: 2, epoch_samples: 4321, scaler: scaler(old), num_image: (old > 1).then_some(640) };
         prop_assert_eq!(checkpoint.train_state(), state);
         for rank in 0..new {
             let wanted = ClassRange::of_rank(classes, rank, new);
@@ -125,14 +126,16 @@ proptest! {
     }
 }
 
-/// What older versions committed has no field for it, and a digest over what it has.
+/// What older versions committed has no fields for them, and a digest over what it has.
 #[test]
-fn a_manifest_without_loss_scale_does_not_mention_it() {
+fn a_manifest_without_loss_scale_or_images_does_not_mention_them() {
     let dir = tempfile::tempdir().expect("scratch");
     for (world, mentioned) in [(1, false), (2, true)] {
         write(dir.path(), 4, world);
         let text = fs::read_to_string(dir.path().join(manifest::FILE)).expect("written");
-        assert_eq!(text.contains("scaler"), mentioned, "{text}");
+        for name in ["scaler", "num_image"] {
+            assert_eq!(text.contains(name), mentioned, "{text}");
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use arcface_proto::v1::{CheckpointManifest, CheckpointPart};
 use safetensors::Dtype;
 use std::{
     collections::{HashMap, HashSet},
-    fs::File,
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -227,6 +227,22 @@ pub(super) fn remove_on(disk: &dyn Disk, output: &Path, directory: &str) -> Resu
     // Durable before the first part goes: a manifest that comes back after a crash must not find some of them gone.
     gone_is_fine(disk.sync_dir(&path))?;
     gone_is_fine(disk.remove_dir_all(&path))
+}
+
+/// Names of the directories in `dir` that hold no manifest: what is being written, or never came to its end.
+pub fn without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+    let failed = CheckpointError::io("list", dir, 0);
+    let mut names = Vec::new();
+    let mut look = || -> io::Result<()> {
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            let is_bare = entry.file_type()?.is_dir() && !entry.path().join(manifest::FILE).try_exists()?;
+            names.extend(is_bare.then(|| entry.file_name().into_string().ok()).flatten());
+        }
+        Ok(())
+    };
+    look().map_err(failed)?;
+    Ok(names)
 }
 
 /// The tensors with their stored kinds, widest first so that each is aligned in the file.

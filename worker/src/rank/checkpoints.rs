@@ -40,6 +40,7 @@ impl Snapshot {
             epoch,
             epoch_samples,
             scaler,
+            num_image,
         } = self.state;
         CommitCheckpointRequest {
             rank: None,
@@ -51,6 +52,7 @@ impl Snapshot {
             parts,
             scaler,
             persist_seconds: None,
+            num_image,
         }
     }
 }
@@ -63,6 +65,13 @@ pub fn directory(location: &Location, step: u64, generation: u64) -> String {
 /// Name of what a generation kept of a step.
 pub fn name(step: u64, generation: u64) -> String {
     format!("step-{step:010}-g{generation}")
+}
+
+/// The generation that a [`name`] tells.
+fn generation_of(name: &str) -> Option<u64> {
+    let (step, generation) = name.strip_prefix("step-")?.split_once("-g")?;
+    step.parse::<u64>().ok()?;
+    generation.parse().ok()
 }
 
 /// Copies what this rank keeps in a checkpoint.
@@ -220,13 +229,14 @@ impl Writer {
         let failed = failures.clone();
         let thread = std::thread::spawn(move || {
             let mut written = Written {
+                generation,
                 failures: failed,
                 ..Written::default()
             };
             for job in receiver {
                 match job {
                     Job::Write(snapshot) => {
-                        written.write(&place, generation, &snapshot, &commit);
+                        written.write(&place, &snapshot, &commit);
                         let room = snapshot.parts.into_iter().map(|(_, tensors)| tensors);
                         // The training thread is at its end if it is not taken back.
                         drop(give_back.try_send(room.collect()));
@@ -307,6 +317,9 @@ impl Writer {
 /// What this generation has written and not seen committed.
 #[derive(Default)]
 struct Written {
+    generation: u64,
+    /// What earlier generations left unfinished is gone.
+    swept_before: bool,
     /// Directories by step.
     steps: BTreeMap<u64, String>,
     failures: Failures,
@@ -315,15 +328,9 @@ struct Written {
 impl Written {
     /// A checkpoint that cannot be written is a warning: the older ones stand, and training goes on. Nobody can commit it
     /// without this rank's parts, so what there is of it goes: a full disk has better use for the room.
-    fn write(
-        &mut self,
-        location: &Location,
-        generation: u64,
-        snapshot: &Snapshot,
-        commit: &impl Fn(CommitCheckpointRequest),
-    ) {
+    fn write(&mut self, location: &Location, snapshot: &Snapshot, commit: &impl Fn(CommitCheckpointRequest)) {
         let step = snapshot.state.step;
-        let directory = directory(location, step, generation);
+        let directory = directory(location, step, self.generation);
         let begin = Instant::now();
         let written: Result<Vec<_>, _> = snapshot
             .parts
@@ -351,16 +358,24 @@ impl Written {
     }
 
     /// A checkpoint of this generation was committed: those before it that were not never will be, a peer could not write
-    /// its parts. Only what the coordinator says is kept counts; without its list nothing is removed.
+    /// its parts, or its generation died over them. Only what the coordinator says is kept counts; without its list nothing
+    /// is removed.
     fn sweep(&mut self, location: &Location, committed: &CheckpointCommitted) {
         let Some(manifest) = &committed.manifest else {
             return;
         };
         let later = self.steps.split_off(&manifest.step);
-        let older = std::mem::replace(&mut self.steps, later);
-        for directory in older.into_values() {
-            let kept = &committed.kept_directories;
-            if kept.is_empty() || kept.contains(&directory) {
+        let mut older: Vec<String> = std::mem::replace(&mut self.steps, later).into_values().collect();
+        let kept = &committed.kept_directories;
+        if kept.is_empty() {
+            return;
+        }
+        if !self.swept_before {
+            self.swept_before = true;
+            older.extend(self.unfinished_before(location));
+        }
+        for directory in older {
+            if kept.contains(&directory) {
                 continue;
             }
             if let Err(error) = location.remove(&directory) {
@@ -368,6 +383,18 @@ impl Written {
                 warn!("cannot remove {directory}, which was never committed: {error}");
             }
         }
+    }
+
+    /// What earlier generations began and did not come to a manifest with.
+    fn unfinished_before(&self, location: &Location) -> Vec<String> {
+        let names = location.without_manifest().unwrap_or_else(|error| {
+            self.failures.count(Stage::Remove);
+            warn!("cannot look for checkpoints that were never committed: {error}");
+            Vec::new()
+        });
+        let earlier = |name: &String| generation_of(name).is_some_and(|written| written < self.generation);
+        let names = names.into_iter().filter(earlier);
+        names.map(|name| location.directory(&name)).collect()
     }
 }
 

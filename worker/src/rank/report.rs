@@ -15,7 +15,6 @@ use arcface_proto::v1::{
     CommitCheckpointRequest, Evaluation, ListEvaluationsRequest, RankId, RendezvousRequest,
     RendezvousResponse, ReportRequest,
 };
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -29,8 +28,11 @@ use tracing::{info, warn};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time for one commit call; it is made again if it passes.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Checkpoints whose parts are offered again to a coordinator that may not know of them.
+/// Checkpoints whose parts are offered again while those of other ranks are missing; older ones are given up.
 const OFFERED: usize = 2;
+/// Time until parts are offered again: at first, and at most. A coordinator only remembers parts until the checkpoint is whole,
+/// so the next one has to be told of them too.
+const OFFER_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Earlier evaluations in one answer.
 const EVALUATIONS_AT_ONCE: u32 = 1000;
 /// Time for all ranks of a generation to meet. The coordinator has its own limit, which is shorter.
@@ -42,7 +44,7 @@ pub struct Reporter {
     shared: Arc<Shared>,
     commands: mpsc::Receiver<Command>,
     commits: mpsc::Sender<CommitCheckpointRequest>,
-    /// Commits that wait for an answer.
+    /// Checkpoints that are neither committed nor refused nor given up.
     open_commits: watch::Receiver<usize>,
     open_commits_sender: Arc<watch::Sender<usize>>,
     finished: watch::Receiver<bool>,
@@ -55,8 +57,6 @@ struct Shared {
     tls: ClientTls,
     outbox: Mutex<Outbox>,
     news: Notify,
-    /// A report stream was opened after one had broken: what the coordinator only remembers may be lost.
-    found_again: Notify,
 }
 
 impl Shared {
@@ -89,7 +89,6 @@ impl Reporter {
             tls,
             outbox: Mutex::default(),
             news: Notify::new(),
-            found_again: Notify::new(),
         });
         let (command_sender, commands) = mpsc::channel(64);
         let (commits, commit_receiver) = mpsc::channel(16);
@@ -229,12 +228,13 @@ impl Reporter {
         }
     }
 
-    /// Waits until every commit was answered, at most `limit`. False if some were not.
+    /// Waits until every checkpoint that this rank has parts of is committed or never will be, at most `limit`. False if that
+    /// is not known of some.
     pub fn wait_for_commits(&mut self, limit: Duration) -> bool {
         let open = &mut self.open_commits;
         self.runtime.block_on(async {
-            let answered = tokio::time::timeout(limit, open.wait_for(|open| *open == 0)).await;
-            matches!(answered, Ok(Ok(_)))
+            let settled = tokio::time::timeout(limit, open.wait_for(|open| *open == 0)).await;
+            matches!(settled, Ok(Ok(_)))
         })
     }
 
@@ -273,15 +273,13 @@ impl Committer {
 /// Keeps a report stream open until the last word was received.
 async fn report(shared: Arc<Shared>, commands: mpsc::Sender<Command>, finish: watch::Sender<bool>) {
     let mut dial = shared.dial.clone();
-    let mut opened_before = false;
     loop {
         // A stream begins with its first report: there is nothing to connect for before.
         while shared.outbox().is_empty() {
             shared.news.notified().await;
         }
         let mut opened = None;
-        let ended = stream(&shared, &mut dial, &mut opened, opened_before, &commands).await;
-        opened_before |= opened.is_some();
+        let ended = stream(&shared, &mut dial, &mut opened, &commands).await;
         let status = match ended {
             Ok(()) => {
                 finish.send_replace(true);
@@ -307,16 +305,12 @@ async fn stream(
     shared: &Shared,
     dial: &mut Dial,
     opened: &mut Option<String>,
-    opened_before: bool,
     commands: &mpsc::Sender<Command>,
 ) -> Result<(), Status> {
     let (mut client, address) = connect(dial, &shared.tls).await?;
     let (sender, receiver) = mpsc::channel(16);
     let mut incoming = client.report(ReceiverStream::new(receiver)).await?.into_inner();
     *opened = Some(address);
-    if opened_before {
-        shared.found_again.notify_one();
-    }
     let mut sender = Some(sender);
     loop {
         if let Some(open) = &sender {
@@ -353,44 +347,42 @@ async fn stream(
     }
 }
 
-/// Makes each commit until it is answered: a coordinator that is away is waited for, a refusal is final. Parts that
-/// wait for those of other ranks are only remembered by the coordinator, so they are offered again to the next one.
+/// Offers the parts of each checkpoint until it is committed: a coordinator that is away is waited for, a refusal is final.
 async fn commit(
     shared: Arc<Shared>,
     mut requests: mpsc::Receiver<CommitCheckpointRequest>,
     open: Arc<watch::Sender<usize>>,
 ) {
     let mut dial = shared.dial.clone();
-    let mut offered: VecDeque<CommitCheckpointRequest> = VecDeque::new();
+    // Oldest first.
+    let mut offers: Vec<CommitCheckpointRequest> = Vec::new();
+    let (soon, late) = OFFER_AGAIN;
+    let mut pause = soon;
     loop {
         tokio::select! {
             request = requests.recv() => {
                 let Some(request) = request else { return };
-                match answered(&mut dial, &shared.tls, &request).await {
-                    Ok(true) => {}
-                    Ok(false) => {
-                        offered.push_back(request);
-                        while offered.len() > OFFERED {
-                            offered.pop_front();
-                        }
-                    }
-                    Err(status) => warn!(
-                        step = request.step,
-                        "the checkpoint was refused: {}",
-                        status.message()
-                    ),
-                }
-                open.send_modify(|open| *open -= 1);
+                offers.push(request);
+                pause = soon;
             }
-            () = shared.found_again.notified() => {
-                for request in std::mem::take(&mut offered) {
-                    // Refused means that a newer checkpoint is committed, or that the generation is over.
-                    if let Ok(false) = answered(&mut dial, &shared.tls, &request).await {
-                        offered.push_back(request);
-                    }
-                }
+            () = tokio::time::sleep(pause), if !offers.is_empty() => pause = late.min(pause * 2),
+        }
+        let offered = offers.len();
+        let mut waiting = Vec::new();
+        for request in offers {
+            match answered(&mut dial, &shared.tls, &request).await {
+                Ok(true) => {}
+                Ok(false) => waiting.push(request),
+                Err(status) => warn!(
+                    step = request.step,
+                    "the checkpoint was refused: {}",
+                    status.message()
+                ),
             }
         }
+        let given_up = waiting.len().saturating_sub(OFFERED);
+        offers = waiting.split_off(given_up);
+        open.send_modify(|open| *open -= offered - offers.len());
     }
 }
 
@@ -454,4 +446,92 @@ async fn pause(dial: &mut Dial, status: &Status) {
     let answer = Answer::of(text(redirect::ROLE), text(redirect::LEADER));
     let unit = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
     tokio::time::sleep(dial.failed(answer, unit)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+    use arcface_proto::v1::rank_service_server::{RankService, RankServiceServer};
+    use arcface_proto::v1::{CommitCheckpointResponse, ReportResponse};
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tonic::{Request, Response, Streaming};
+
+    /// What a coordinator answers to offers, in turn, and the steps that it was offered.
+    struct Answers {
+        left: Mutex<VecDeque<Result<bool, Status>>>,
+        offered: Arc<Mutex<Vec<u64>>>,
+    }
+
+    #[tonic::async_trait]
+    impl RankService for Answers {
+        type ReportStream = ReceiverStream<Result<ReportResponse, Status>>;
+
+        async fn rendezvous(
+            &self,
+            _request: Request<RendezvousRequest>,
+        ) -> Result<Response<RendezvousResponse>, Status> {
+            Err(Status::unimplemented("not asked for"))
+        }
+
+        async fn report(
+            &self,
+            _reports: Request<Streaming<ReportRequest>>,
+        ) -> Result<Response<Self::ReportStream>, Status> {
+            Err(Status::unimplemented("not asked for"))
+        }
+
+        async fn commit_checkpoint(
+            &self,
+            request: Request<CommitCheckpointRequest>,
+        ) -> Result<Response<CommitCheckpointResponse>, Status> {
+            self.offered.lock().unwrap().push(request.into_inner().step);
+            let answer = self.left.lock().unwrap().pop_front();
+            let committed = answer.unwrap_or(Err(Status::internal("asked once too often")))?;
+            Ok(Response::new(CommitCheckpointResponse { committed }))
+        }
+    }
+
+    /// Offers parts of `steps` to a coordinator that answers so; the steps that it was offered until all were settled.
+    fn offered(steps: &[u64], answers: Vec<Result<bool, Status>>) -> Vec<u64> {
+        let server = Runtime::new().unwrap();
+        let listener = server
+            .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
+            .unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let offered = Arc::default();
+        let service = RankServiceServer::new(Answers {
+            left: Mutex::new(answers.into()),
+            offered: Arc::clone(&offered),
+        });
+        let serving = tonic::transport::Server::builder().add_service(service);
+        server.spawn(serving.serve_with_incoming(TcpListenerStream::new(listener)));
+
+        let mut reporter = Reporter::start(RankId::default(), vec![address], ClientTls::default()).unwrap();
+        let committer = reporter.committer();
+        for &step in steps {
+            committer.commit(CommitCheckpointRequest {
+                step,
+                ..Default::default()
+            });
+        }
+        assert!(reporter.wait_for_commits(Duration::from_secs(60)));
+        let offered = offered.lock().unwrap();
+        offered.clone()
+    }
+
+    #[test]
+    fn parts_are_offered_until_the_checkpoint_is_committed() {
+        let away = Status::unavailable("about to stop");
+        // The third answer is that of a coordinator which remembers nothing.
+        let answers = vec![Ok(false), Err(away), Ok(false), Ok(false), Ok(true)];
+        assert_eq!(offered(&[7], answers), [7; 5]);
+    }
+
+    #[test]
+    fn a_refusal_is_final() {
+        let refused = Status::failed_precondition("rank 1 is at its end");
+        assert_eq!(offered(&[7], vec![Ok(false), Err(refused)]), [7, 7]);
+    }
 }

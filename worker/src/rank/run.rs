@@ -11,6 +11,7 @@ use super::memory::{Account, out_of_memory};
 use super::outputs;
 use super::phases::Together;
 use super::report::Reporter;
+use super::same_data::check_as_before;
 use super::setup::{Job, Prepared};
 use super::spans::Spans;
 use super::train::{Outside, Sinks, train};
@@ -41,7 +42,7 @@ use tracing::{info, warn};
 const LAST_WORD_OF_FAILURE: Duration = Duration::from_millis(1500);
 /// How long a rank that trained to the end waits for a coordinator that is away, to commit and to say so.
 const LAST_WORD: Duration = Duration::from_secs(300);
-/// How long rank 0 waits to hear that the last checkpoint was committed, once all its own parts are.
+/// How long rank 0 waits for the manifest of the last checkpoint, once it is committed.
 const LAST_COMMIT: Duration = Duration::from_secs(10);
 
 /// Trains as assigned; returns when everything was said. `board` shows the agent what it does.
@@ -129,6 +130,9 @@ fn work(
         prepared.targets.iter().try_for_each(Target::check)?;
     }
     info!("{} over {} ranks", prepared.dataset.describe(), world_size);
+    if let Some(manifest) = &assignment.resume {
+        check_as_before(prepared.dataset.as_ref(), manifest)?;
+    }
     // Before the others are kept waiting.
     let flops_per_sample = (rank == 0).then(|| figures::flops_per_sample(&prepared.backbone));
     let begin = Instant::now();
@@ -300,12 +304,13 @@ fn resumable(
         .map_err(|error| RankFailure::checkpoint(manifest, &error))
 }
 
-/// Waits until the last checkpoint is durable, committed and described.
+/// Waits until the last checkpoint is durable, committed and described. Every rank does: a coordinator that dies before it has
+/// heard of all parts has to be told of each again.
 fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
     let failures = writer.failures().clone();
     let location = writer.finish();
     if !reporter.wait_for_commits(LAST_WORD) {
-        warn!("the last checkpoint was not committed: the coordinator is away");
+        warn!("the last checkpoint was not committed: the coordinator is away, or a peer still writes");
         return;
     }
     // Only rank 0 keeps the directory; the others have nothing to wait for.

@@ -4,6 +4,7 @@
 use super::failure::RankFailure;
 use crate::collective::Collective;
 use crate::data::{Dataset, Image};
+use arcface_proto::v1::CheckpointManifest;
 use tch::Tensor;
 
 /// Images that are looked at, evenly over the set: enough to find another set, few enough to cost nothing.
@@ -66,6 +67,24 @@ pub fn check_same_data(dataset: &dyn Dataset, comm: &mut dyn Collective) -> Resu
     Ok(())
 }
 
+/// Compares the data with those that a checkpoint was written with: more or fewer images are other epochs, and a learning rate
+/// that jumps.
+///
+/// # Errors
+/// With both numbers, if they differ. Data that are not all there may come back: another try is worth it.
+pub fn check_as_before(dataset: &dyn Dataset, manifest: &CheckpointManifest) -> Result<(), RankFailure> {
+    let (images, classes) = (dataset.len(), dataset.num_classes());
+    let before = manifest.num_image.unwrap_or(images);
+    if (images, classes) == (before, manifest.num_classes) {
+        return Ok(());
+    }
+    Err(RankFailure::transient(format!(
+        "the training data have {images} images of {classes} classes, and had {before} of {} when the checkpoint of step {} was written",
+        manifest.num_classes, manifest.step
+    ))
+    .hint("put the data back as they were; to train on others, submit a new job, whose model.init may be this one's model"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +106,29 @@ mod tests {
                 .map(|rank| rank.join().expect("a rank"))
                 .collect()
         })
+    }
+
+    #[test]
+    fn data_that_changed_since_the_checkpoint_are_refused() {
+        let set = SyntheticFaces::new(1, 7, 200);
+        let manifest = |num_image, num_classes| CheckpointManifest {
+            step: 40,
+            num_image,
+            num_classes,
+            ..Default::default()
+        };
+        // Older versions did not say how many images there were.
+        for same in [manifest(Some(200), 7), manifest(None, 7)] {
+            check_as_before(&set, &same).expect("the same data");
+        }
+        let refused = |manifest| check_as_before(&set, &manifest).expect_err("other data");
+        let failure = refused(manifest(Some(201), 7));
+        assert!(!failure.permanent);
+        assert_eq!(
+            failure.message,
+            "the training data have 200 images of 7 classes, and had 201 of 7 when the checkpoint of step 40 was written"
+        );
+        refused(manifest(None, 8));
     }
 
     #[test]

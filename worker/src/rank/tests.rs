@@ -211,6 +211,7 @@ fn state(trainer: &mut Trainer) -> Vec<(String, Tensor)> {
         epoch: 0,
         epoch_samples: 0,
         scaler: None,
+        num_image: None,
     };
     checkpoints::snapshot(trainer, position, 10)
         .parts

@@ -307,6 +307,7 @@ pub(super) fn position(trainer: &Trainer, job: &Job, done: u64) -> TrainState {
             scale: scaler.scale(),
             good_updates: scaler.good_updates(),
         }),
+        num_image: Some(job.dataset.len()),
     }
 }
 

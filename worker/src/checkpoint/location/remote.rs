@@ -146,6 +146,23 @@ impl Remote {
         })
     }
 
+    /// Names of the checkpoints in a folder that have no manifest.
+    pub(super) fn without_manifest(&self, folder: &str) -> Result<Vec<String>, CheckpointError> {
+        let all = self.name(folder, "")?;
+        let failed = |error| self.failed("list", folder, "", &error);
+        self.runtime.block_on(async {
+            let found = self.store.list_with_delimiter(Some(&all)).await.map_err(failed)?;
+            let mut names = Vec::new();
+            for checkpoint in found.common_prefixes {
+                match self.store.head(&checkpoint.clone().join(manifest::FILE)).await {
+                    Err(Error::NotFound { .. }) => names.extend(checkpoint.filename().map(str::to_owned)),
+                    found => drop(found.map_err(failed)?),
+                }
+            }
+            Ok(names)
+        })
+    }
+
     /// Removes one object that is of no use. Nothing can be done about a failure: the error that led here is on its way.
     pub(super) fn discard(&self, name: &ObjectPath) {
         drop(self.runtime.block_on(self.store.delete(name)));

@@ -302,7 +302,12 @@ fn a_store_keeps_what_a_directory_keeps() {
     location.check().expect("it answers");
     assert_eq!(location.directory("step-0000001234-g3"), DIRECTORY);
     let manifest = write_to(&location, 3, DIRECTORY).expect("written");
+    assert_eq!(
+        location.without_manifest().expect("listed"),
+        ["step-0000001234-g3"]
+    );
     location.write_manifest(&manifest).expect("written");
+    assert_eq!(location.without_manifest().expect("listed"), [""; 0]);
     let names = [
         "backbone.safetensors",
         "head-0-4.safetensors",

@@ -113,6 +113,7 @@ fn snapshot(rank: usize, step: u64) -> Snapshot {
             epoch: 0,
             epoch_samples: step * 8,
             scaler: None,
+            num_image: None,
         },
         num_classes: 10,
         parts,

@@ -262,6 +262,60 @@ fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
     });
 }
 
+#[test]
+fn what_earlier_generations_left_unfinished_goes_with_the_first_commit() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("checkpoints");
+    let make = |name: &str, files: &[&str]| {
+        std::fs::create_dir_all(folder.join(name)).expect("made");
+        for file in files {
+            std::fs::write(folder.join(name).join(file), "{}").expect("written");
+        }
+    };
+    make("step-0000000010-g1", &["manifest.json", "backbone.safetensors"]);
+    make("step-0000000020-g1", &["backbone.safetensors"]);
+    // Committed, and its rank 0 died before it had put the manifest there.
+    make("step-0000000030-g1", &["backbone.safetensors"]);
+    make("step-0000000040-g2", &[]);
+    // Of this generation, on its way; of a later one; of nobody.
+    make("step-0000000040-g3", &["backbone.safetensors"]);
+    make("step-0000000020-g4", &[]);
+    make("step-mine-g1", &[]);
+    make("notes", &[]);
+    let writer = Writer::start(Location::output(scratch.path()), 3, |_| {});
+    let told = |kept: &[&str]| CheckpointCommitted {
+        manifest: Some(CheckpointManifest {
+            step: 35,
+            directory: "checkpoints/step-0000000035-g3".into(),
+            ..Default::default()
+        }),
+        expired_directories: vec![],
+        kept_directories: kept.iter().map(|name| format!("checkpoints/{name}")).collect(),
+    };
+    make("step-0000000035-g3", &[]);
+    // Without a list nothing is swept.
+    writer.committed(told(&[]));
+    writer.committed(told(&["step-0000000035-g3", "step-0000000030-g1"]));
+    writer.finish();
+    let mut left: Vec<String> = left_behind(scratch.path())
+        .iter()
+        .map(|path| path.file_name().expect("a name").to_string_lossy().into_owned())
+        .collect();
+    left.sort();
+    assert_eq!(
+        left,
+        [
+            "notes",
+            "step-0000000010-g1",
+            "step-0000000020-g4",
+            "step-0000000030-g1",
+            "step-0000000035-g3",
+            "step-0000000040-g3",
+            "step-mine-g1"
+        ]
+    );
+}
+
 /// Everything at once: stochastic depth and dropout, AdamW, classes drawn at rate 0.1 with lazy updates, the position in
 /// the second epoch, and a loss scale that moves.
 #[test]

@@ -50,6 +50,7 @@ fn old_checkpoint(dir: &Path, world_size: u32, change: impl FnOnce(&mut v1::JobS
             epoch: 1,
             epoch_samples: 0,
             scaler: None,
+            num_image: None,
         };
         checkpoints::snapshot(trainer, position, job.num_classes)
     });
