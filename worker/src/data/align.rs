@@ -102,6 +102,22 @@ impl Similarity {
     }
 }
 
+/// Refuses a face that is not in the picture: most of its points lie outside. A face at the border has some there, of which a
+/// crop is of use.
+///
+/// # Errors
+/// How many, and the picture's size.
+pub fn check_inside(points: &FivePoints, image: &RgbImage) -> Result<(), String> {
+    let (width, height) = (f64::from(image.width()), f64::from(image.height()));
+    let is_outside = |[x, y]: &&Point| !(0.0..width).contains(x) || !(0.0..height).contains(y);
+    match points.iter().filter(is_outside).count() {
+        0..=2 => Ok(()),
+        outside => Err(format!(
+            "{outside} of the face's 5 landmarks lie outside of the picture, which is {width}x{height}"
+        )),
+    }
+}
+
 fn mean(points: &FivePoints) -> Point {
     let sum = points.iter().fold([0.0, 0.0], |s, p| [s[0] + p[0], s[1] + p[1]]);
     [sum[0] / 5.0, sum[1] / 5.0]
@@ -167,6 +183,27 @@ mod tests {
         warp(&picture(), &onto, &mut out);
         assert_eq!(out[3 * (5 * SIDE + 10)..][..3], [0, 0, 0]);
         assert_eq!(out[3 * (5 * SIDE + 60)..][..3], [4, 5, 90]);
+    }
+
+    #[test]
+    fn a_face_is_in_its_picture() {
+        let shifted = |by: f64| TEMPLATE.map(|[x, y]| [x + by, y]);
+        for (by, expected) in [
+            (0.0, None),
+            // Its left eye and the left corner of its mouth.
+            (-45.0, None),
+            (
+                -60.0,
+                Some("3 of the face's 5 landmarks lie outside of the picture, which is 112x112"),
+            ),
+            (
+                500.0,
+                Some("5 of the face's 5 landmarks lie outside of the picture, which is 112x112"),
+            ),
+        ] {
+            let found = check_inside(&shifted(by), &picture());
+            assert_eq!(found.err().as_deref(), expected, "{by}");
+        }
     }
 
     #[test]

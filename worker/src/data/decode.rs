@@ -9,7 +9,7 @@
 
 use image::{ImageFormat, ImageReader, Limits, RgbImage, imageops};
 use std::cell::RefCell;
-use turbojpeg::{Decompressor, Image, PixelFormat};
+use turbojpeg::{Colorspace, Decompressor, Image, PixelFormat};
 
 /// Height and width of a training image, in pixels.
 pub const SIDE: usize = 112;
@@ -137,6 +137,13 @@ fn jpeg_size(decompressor: &mut Decompressor, bytes: &[u8]) -> Result<(usize, us
             header.width, header.height
         ));
     }
+    // Printing inks: which red a mix of them is depends on a profile that the decoder does not know.
+    if matches!(header.colorspace, Colorspace::CMYK | Colorspace::YCCK) {
+        return Err(
+            "the JPEG has the colours of print (CMYK), not RGB: convert it with ImageMagick's `magick in.jpg -colorspace sRGB out.jpg`"
+                .into(),
+        );
+    }
     Ok((header.width, header.height))
 }
 
@@ -250,6 +257,28 @@ mod tests {
                 .zip(&grey)
                 .all(|(rgb, g)| rgb == &[*g; 3])
         );
+    }
+
+    #[test]
+    fn a_jpeg_for_print_says_so_and_how_to_convert_it() {
+        let mut compressor = turbojpeg::Compressor::new().unwrap();
+        let inks = vec![40; 112 * 112 * 4];
+        let image = Image {
+            pixels: &inks[..],
+            width: 112,
+            pitch: 112 * 4,
+            height: 112,
+            format: PixelFormat::CMYK,
+        };
+        let bytes = compressor.compress_to_vec(image).unwrap();
+        let others = [decode_any(&bytes).map(drop), dimensions(&bytes).map(drop)];
+        for said in [decoded(&bytes, OtherSize::Refuse).map(drop)].into_iter().chain(others) {
+            let said = said.unwrap_err();
+            assert!(
+                said.starts_with("the JPEG has the colours of print (CMYK), not RGB: convert it"),
+                "{said}"
+            );
+        }
     }
 
     #[test]

@@ -36,21 +36,34 @@ pub fn read(rec: &Path, num_classes: u32) -> Result<Option<Vec<String>>, DataErr
     }
 }
 
+/// Refuses names that are not one field of one line. With blanks instead, two persons could have one name.
+///
+/// # Errors
+/// The first of them.
+pub fn check(names: &[String]) -> Result<(), String> {
+    match names.iter().find(|name| name.contains(['\t', '\n', '\r'])) {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "the name {name:?} of an identity has a tab or a line end in it"
+        )),
+    }
+}
+
 /// The text of the file.
-pub fn format(names: &[String]) -> String {
-    let line = |(label, name): (usize, &String)| {
-        // A name is one field of one line.
-        let name = name.replace(['\t', '\n', '\r'], " ");
-        format!("{label}\t{name}\n")
-    };
-    names.iter().enumerate().map(line).collect()
+///
+/// # Errors
+/// As [`check`].
+pub fn format(names: &[String]) -> Result<String, String> {
+    check(names)?;
+    let lines = names.iter().enumerate();
+    Ok(lines.map(|(label, name)| format!("{label}\t{name}\n")).collect())
 }
 
 fn parse(text: &str) -> Result<Vec<String>, String> {
     let lines = (0u32..).zip(text.lines());
     lines
         .map(|(label, line)| match line.split_once('\t') {
-            Some((number, name)) if number.parse() == Ok(label) => Ok(name.to_owned()),
+            Some((number, name)) if number.parse() == Ok(label) && !name.contains('\t') => Ok(name.to_owned()),
             _ => Err(format!(
                 "line {}: {line:?} is not \"{label}<TAB>name\"",
                 label + 1
@@ -92,11 +105,23 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let rec = dir.path().join("train.rec");
         assert_eq!(read(&rec, 2).unwrap(), None);
-        let names = ["Ä b".to_owned(), "c\td\n".to_owned()];
-        fs::write(path_of(&rec), format(&names)).unwrap();
-        assert_eq!(read(&rec, 2).unwrap().unwrap(), ["Ä b", "c d "]);
+        let names = ["Ä b".to_owned(), "c d ".to_owned()];
+        fs::write(path_of(&rec), format(&names).unwrap()).unwrap();
+        assert_eq!(read(&rec, 2).unwrap().unwrap(), names);
         let error = read(&rec, 3).unwrap_err().to_string();
         assert!(error.contains("train.identities.tsv: 2 names"), "{error}");
+        // They became blanks: two folders could share a name, and a list could not tell them apart.
+        for name in ["c\td", "c\nd", "c\r"] {
+            let error = format(&["a".to_owned(), name.to_owned()]).unwrap_err();
+            let expected = format!("the name {name:?} of an identity has a tab or a line end in it");
+            assert_eq!(error, expected);
+        }
+        fs::write(path_of(&rec), "0\ta\n1\tb\tc\n").unwrap();
+        let error = read(&rec, 2).unwrap_err().to_string();
+        assert!(
+            error.ends_with("line 2: \"1\\tb\\tc\" is not \"1<TAB>name\""),
+            "{error}"
+        );
         fs::write(path_of(&rec), "0\ta\n2\tb\n").unwrap();
         let error = read(&rec, 2).unwrap_err().to_string();
         assert!(

@@ -88,6 +88,13 @@ fn face(image: &str, numbers: &[f64]) -> Result<Face, String> {
     if numbers.iter().any(|number| !number.is_finite()) {
         return Err(format!("{image}: a landmark is not finite"));
     }
+    // No face is that small; some detectors write shares of the picture's sides, a little beyond 0 and 1 at its border.
+    let is_share = |number: &f64| (-0.5..=1.5).contains(number);
+    if !numbers.is_empty() && numbers.iter().all(is_share) && numbers.iter().any(|n| *n != numbers[0]) {
+        return Err(format!(
+            "{image}: its landmarks are shares of the picture's sides, not pixels: multiply x by its width, y by its height"
+        ));
+    }
     let points = numbers.as_chunks::<2>().0;
     let points = match numbers.len() {
         10 => points.try_into().ok(),
@@ -174,6 +181,10 @@ mod tests {
             (
                 "a,1,2,3,4,5,6,7,8,9,10\nb,1,2,3,4,5,6,7,8,9,nan",
                 "line 2: b: a landmark is not finite",
+            ),
+            (
+                "b,0.3,0.4,0.6,0.4,0.5,0.55,-0.01,0.7,0.6,1.02",
+                "line 1: b: its landmarks are shares of the picture's sides, not pixels",
             ),
             ("{\"image\": 1}", "line 1: invalid type"),
             (

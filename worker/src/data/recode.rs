@@ -1,11 +1,17 @@
 //! An image file's bytes on their way into a packed set: untouched if they may be, else decoded, scaled and encoded as JPEG.
 //! Pure.
 
-use super::decode::{self, SIDE};
+use super::{
+    decode::{self, SIDE},
+    recordio::{HEADER_BYTES, MAX_PAYLOAD},
+};
 use image::{RgbImage, codecs::jpeg::JpegEncoder, imageops};
 
 /// Quality of the JPEGs that are made without a choice.
 pub const JPEG_QUALITY: u8 = 95;
+
+/// Longest image that fits into a record, in bytes.
+const MAX_IMAGE: usize = MAX_PAYLOAD - HEADER_BYTES;
 
 /// What may become of an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +53,11 @@ pub fn recode(bytes: Vec<u8>, how: &Recode) -> Result<Vec<u8>, Refused> {
     let again = how.quality.is_some() || (is_png && how.png_to_jpeg);
     let quality = how.quality.unwrap_or(JPEG_QUALITY);
     match (fits, again) {
+        // The pixels are few: what makes it so long is beside them, and does not outlive another encoding.
+        (true, false) if bytes.len() > MAX_IMAGE => Err(Refused {
+            message: format!("the file has {} bytes, more than the {MAX_IMAGE} of a record", bytes.len()),
+            hint: "--reencode 95 keeps its pixels alone",
+        }),
         (true, false) => Ok(bytes),
         (true, true) => encode(&image, quality),
         (false, _) => encode(
@@ -106,6 +117,25 @@ mod tests {
         ] {
             assert_eq!(recode(bytes.clone(), &how).unwrap(), bytes);
         }
+    }
+
+    #[test]
+    fn a_file_that_is_too_long_for_a_record_is_refused_or_encoded_again() {
+        let mut bytes = encode(&picture(112), 80).unwrap();
+        bytes.resize(MAX_IMAGE + 1, 0);
+        let refused = recode(bytes.clone(), &Recode::default()).unwrap_err();
+        assert_eq!(
+            (refused.message.as_str(), refused.hint),
+            (
+                "the file has 16777193 bytes, more than the 16777192 of a record",
+                "--reencode 95 keeps its pixels alone"
+            )
+        );
+        let again = Recode {
+            quality: Some(95),
+            ..Recode::default()
+        };
+        assert!(recode(bytes, &again).unwrap().len() < 20_000);
     }
 
     #[test]

@@ -21,8 +21,8 @@ use super::{
 pub const MAGIC: u32 = 0xced7_230a;
 /// Length of the image-record header without its label array, in bytes.
 pub const HEADER_BYTES: usize = 24;
-/// Longest payload that is believed, in bytes; a face crop has a few thousand.
-const MAX_PAYLOAD: usize = 16 << 20;
+/// Longest payload that is believed when it is read, and written, in bytes; a face crop has a few thousand.
+pub const MAX_PAYLOAD: usize = 16 << 20;
 
 /// A payload taken apart.
 #[derive(Clone, Debug, PartialEq)]

@@ -9,7 +9,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{error::DataError, journal::Mark, recordio::MAGIC};
+use super::{
+    error::DataError,
+    journal::Mark,
+    recordio::{MAGIC, MAX_PAYLOAD},
+};
 
 /// A pair of files being written.
 #[derive(Debug)]
@@ -361,8 +365,12 @@ fn pack(header: &RecordHeader, body: &[u8]) -> Vec<u8> {
 
 /// A payload as parts: split wherever the magic stands at a multiple of 4.
 fn frame(payload: &[u8]) -> Result<Vec<u8>, String> {
-    if payload.len() >= 1 << 29 {
-        return Err(format!("{} bytes do not fit into a record", payload.len()));
+    // A part holds more, but it would not be believed when it is read.
+    if payload.len() > MAX_PAYLOAD {
+        return Err(format!(
+            "{} bytes do not fit into a record, which has {MAX_PAYLOAD} at most",
+            payload.len()
+        ));
     }
     let magic = MAGIC.to_le_bytes();
     let cuts: Vec<usize> = payload
@@ -395,7 +403,12 @@ fn frame(payload: &[u8]) -> Result<Vec<u8>, String> {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{Dataset, mmap::Access, record_set::RecordSet, recordio::RecordFile},
+        super::{
+            Dataset,
+            mmap::Access,
+            record_set::RecordSet,
+            recordio::{HEADER_BYTES, RecordFile},
+        },
         *,
     };
     use proptest::prelude::*;
@@ -427,6 +440,29 @@ mod tests {
                 prop_assert_eq!((record.id, record.id2), (9, 0));
             }
         }
+    }
+
+    /// What was longer than the reader believes was written, and found to be no good by the job.
+    #[test]
+    fn the_longest_record_is_read_and_a_longer_one_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.rec");
+        let mut writer = RecordWriter::create(&path).unwrap();
+        let header = RecordHeader {
+            labels: vec![1.0],
+            id: 1,
+        };
+        let mut body = vec![7; MAX_PAYLOAD - HEADER_BYTES];
+        writer.write(1, &header, &body).unwrap();
+        body.push(7);
+        let error = writer.write(2, &header, &body).unwrap_err().to_string();
+        assert!(
+            error.ends_with("record 2: 16777217 bytes do not fit into a record, which has 16777216 at most"),
+            "{error}"
+        );
+        writer.finish().unwrap();
+        let file = RecordFile::open(&path, Access::Random).unwrap();
+        assert_eq!(file.read(1).unwrap().body.len(), MAX_PAYLOAD - HEADER_BYTES);
     }
 
     #[test]

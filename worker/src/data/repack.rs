@@ -225,7 +225,10 @@ pub fn finish(writer: LayoutWriter, rec: &Path, names: Option<&[String]>) -> Res
     write_atomically(&rec.with_file_name("property"), property.as_bytes())?;
     let path = identities::path_of(rec);
     match names {
-        Some(names) => write_atomically(&path, identities::format(names).as_bytes())?,
+        Some(names) => {
+            let text = identities::format(names).map_err(|message| DataError::format(&path, message))?;
+            write_atomically(&path, text.as_bytes())?;
+        }
         // Those of an old set in this place.
         None => match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

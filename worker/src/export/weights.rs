@@ -30,6 +30,23 @@ pub enum WeightsError {
         /// What does not fit.
         source: ModelError,
     },
+    /// A tensor has NaN or an infinity: all that is computed with it is worth nothing.
+    #[error("{}: key {key} has NaN or an infinity{}", path.display(), more(*.others))]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The first such tensor.
+        key: String,
+        /// How many more there are.
+        others: usize,
+    },
+}
+
+fn more(others: usize) -> String {
+    match others {
+        0 => String::new(),
+        n => format!(" (and {n} more)"),
+    }
 }
 
 impl From<WeightsError> for Failure {
@@ -41,6 +58,8 @@ impl From<WeightsError> for Failure {
             }
             WeightsError::Fit { .. } => Failure::new(ExitCode::Failed, error.to_string())
                 .hint("is --network the one that these weights were trained with?"),
+            WeightsError::NotFinite { .. } => Failure::new(ExitCode::Failed, error.to_string())
+                .hint("training diverged, or the file is damaged: take weights from before that"),
         }
     }
 }
@@ -115,7 +134,8 @@ impl Weights {
         &self.beside
     }
 
-    /// Sets every tensor of the backbone. Missing, additional and misshapen ones are errors.
+    /// Sets every tensor of the backbone. Missing, additional and misshapen ones are errors, and so are those with a value that is
+    /// not finite.
     pub fn load_into(&self, backbone: &mut Backbone) -> Result<(), WeightsError> {
         let fit = |source| WeightsError::Fit {
             path: self.path.clone(),
@@ -137,12 +157,25 @@ impl Weights {
             .filter(|name| !known.contains(name.as_str()))
             .collect();
         match unknown.first() {
-            None => Ok(()),
+            None => self.check_finite(),
             Some(&key) => Err(fit(ModelError::Unexpected {
                 network: backbone.config().network.clone(),
                 key: key.clone(),
                 others: unknown.len() - 1,
             })),
+        }
+    }
+
+    fn check_finite(&self) -> Result<(), WeightsError> {
+        let is_finite = |tensor: &Tensor| bool::try_from(tensor.isfinite().all()).unwrap_or(false);
+        let mut broken = self.names.iter().filter(|name| !is_finite(&self.tensors[*name]));
+        match broken.next() {
+            None => Ok(()),
+            Some(key) => Err(WeightsError::NotFinite {
+                path: self.path.clone(),
+                key: key.clone(),
+                others: broken.count(),
+            }),
         }
     }
 
@@ -206,5 +239,30 @@ mod tests {
         }
         let error = without("bn1.running_mean").err().expect("refused").to_string();
         assert!(error.contains("bn1.running_mean of tiny is missing"), "{error}");
+    }
+
+    /// They came in without a word, and `infer` then blamed the images.
+    #[test]
+    fn a_tensor_that_is_not_finite_is_named() {
+        let folder = tempfile::tempdir().expect("scratch");
+        let path = folder.path().join("w.safetensors");
+        let mut backbone = Backbone::new(&BackboneConfig::new("tiny", 16)).expect("known");
+        backbone.fill_golden();
+        let mut copies: Vec<(&str, Tensor)> = backbone
+            .state()
+            .iter()
+            .map(|entry| (entry.name.as_str(), entry.tensor.copy()))
+            .collect();
+        for (bad, key, more) in [
+            (f64::NAN, "fc.weight", ""),
+            (f64::NEG_INFINITY, "bn1.running_var", " (and 1 more)"),
+        ] {
+            let (_, tensor) = copies.iter_mut().find(|(name, _)| *name == key).expect("its key");
+            let _ = tensor.view([-1]).get(-1).fill_(bad);
+            safetensors::write(&path, copies.iter().map(|(name, tensor)| (*name, tensor))).expect("written");
+            let failure = Failure::from(open_backbone(&path, "tiny").err().expect("refused"));
+            let expected = format!("{}: key {key} has NaN or an infinity{more}", path.display());
+            assert_eq!((failure.message, failure.code), (expected, ExitCode::Failed));
+        }
     }
 }

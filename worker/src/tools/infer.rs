@@ -11,6 +11,7 @@ use arcface_proto::{
     failure::{ExitCode, Failure},
     spec::Precision,
 };
+use image::RgbImage;
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use serde_json::json;
@@ -19,8 +20,8 @@ use tch::{Kind, Tensor};
 use super::{output::no_input, place::PlaceArgs};
 use crate::{
     data::{
-        align::{self, Similarity},
-        decode::{self, OtherSize, PIXEL_BYTES},
+        align::{self, FivePoints, Similarity},
+        decode::{self, OtherSize, PIXEL_BYTES, Pixels},
         image_folder::read_image_file,
         landmarks, planes,
     },
@@ -103,13 +104,29 @@ impl Format {
     }
 }
 
+/// A face in a photograph.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Face {
+    points: FivePoints,
+    onto_crop: Similarity,
+}
+
+impl Face {
+    /// The crop; an error says why there is none.
+    pub(super) fn cut(&self, image: &RgbImage, crop: &mut Pixels) -> Result<(), String> {
+        align::check_inside(&self.points, image)?;
+        align::warp(image, &self.onto_crop, crop);
+        Ok(())
+    }
+}
+
 /// One picture for the network.
 #[derive(Clone, Debug)]
 pub(super) struct Picture {
     /// The file.
     pub(super) path: PathBuf,
-    /// How the crop is cut out; a crop already, or to be scaled, without.
-    pub(super) onto_crop: Option<Similarity>,
+    /// The face in it and how its crop is cut out; a crop already, or to be scaled, without.
+    pub(super) face: Option<Face>,
 }
 
 /// Where images come from.
@@ -227,10 +244,7 @@ fn read_input(path: &Path) -> anyhow::Result<Tensor> {
 /// The pictures that the arguments name, in the order of the images, or of the landmarks where no image is named.
 fn pictures(images: &[PathBuf], landmarks: Option<&Path>) -> anyhow::Result<Vec<Picture>> {
     let Some(landmarks) = landmarks else {
-        let whole = |path| Picture {
-            path,
-            onto_crop: None,
-        };
+        let whole = |path| Picture { path, face: None };
         return Ok(image_files(images)?.into_iter().map(whole).collect());
     };
     let faces = faces(landmarks)?;
@@ -239,12 +253,12 @@ fn pictures(images: &[PathBuf], landmarks: Option<&Path>) -> anyhow::Result<Vec<
     }
     // The same file may be named in several ways.
     let same = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let mut by_image: HashMap<PathBuf, Vec<Similarity>> = HashMap::new();
-    for face in &faces {
+    let mut by_image: HashMap<PathBuf, Vec<Face>> = HashMap::new();
+    for picture in &faces {
         by_image
-            .entry(same(&face.path))
+            .entry(same(&picture.path))
             .or_default()
-            .extend(face.onto_crop);
+            .extend(picture.face);
     }
     let mut chosen = Vec::new();
     for path in image_files(images)? {
@@ -256,7 +270,7 @@ fn pictures(images: &[PathBuf], landmarks: Option<&Path>) -> anyhow::Result<Vec<
         };
         chosen.extend(faces.iter().map(|face| Picture {
             path: path.clone(),
-            onto_crop: Some(*face),
+            face: Some(*face),
         }));
     }
     Ok(chosen)
@@ -267,7 +281,7 @@ fn pictures(images: &[PathBuf], landmarks: Option<&Path>) -> anyhow::Result<Vec<
 pub(super) fn faces(file: &Path) -> anyhow::Result<Vec<Picture>> {
     let refuse = |what: String| {
         Failure::new(ExitCode::Failed, format!("{}: {what}", file.display()))
-            .hint("a line is: image, then x and y of eyes, nose and corners of the mouth")
+            .hint("a line is: image, then x and y in pixels of eyes, nose and corners of the mouth")
     };
     let text = fs::read_to_string(file).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => {
@@ -296,7 +310,10 @@ pub(super) fn faces(file: &Path) -> anyhow::Result<Vec<Picture>> {
             .ok_or_else(|| refuse(format!("{}: its landmarks are all in one place", face.image)))?;
         pictures.push(Picture {
             path,
-            onto_crop: Some(onto_crop),
+            face: Some(Face {
+                points: face.points,
+                onto_crop,
+            }),
         });
     }
     Ok(pictures)
@@ -359,11 +376,9 @@ fn load(files: &[Picture]) -> anyhow::Result<Tensor> {
         .try_for_each(|(picture, planes)| -> anyhow::Result<()> {
             let bytes = read_image_file(&picture.path).map_err(Failure::from)?;
             let mut pixels = [0; PIXEL_BYTES];
-            let made = match &picture.onto_crop {
+            let made = match &picture.face {
                 None => decode::decode(&bytes, OtherSize::Resize, &mut pixels),
-                Some(onto_crop) => {
-                    decode::decode_any(&bytes).map(|image| align::warp(&image, onto_crop, &mut pixels))
-                }
+                Some(face) => decode::decode_any(&bytes).and_then(|image| face.cut(&image, &mut pixels)),
             };
             made.map_err(|what| {
                 Failure::new(ExitCode::Failed, format!("{}: {what}", picture.path.display()))

@@ -15,11 +15,10 @@ use rayon::prelude::*;
 
 use super::{
     progress,
-    source::{explain, new_file, with_threads},
+    source::{check_names, explain, new_file, with_threads},
 };
 use crate::{
     data::{
-        align::{self, Similarity},
         decode::{self, PIXEL_BYTES, SIDE},
         image_folder::read_image_file,
         recode::{self, JPEG_QUALITY},
@@ -48,7 +47,7 @@ pub struct AlignArgs {
     /// Quality of the crops' JPEG.
     #[arg(long, value_name = "QUALITY", default_value_t = JPEG_QUALITY, value_parser = clap::value_parser!(u8).range(1..=100))]
     quality: u8,
-    /// Leave photographs out that cannot be read, instead of stopping at the first.
+    /// Leave out photographs that cannot be read and faces that lie outside of theirs, instead of stopping at the first.
     #[arg(long)]
     skip_damaged: bool,
     /// Threads [default: one a core].
@@ -62,7 +61,7 @@ pub struct AlignArgs {
 /// A face and where its crop goes.
 struct Face {
     photograph: PathBuf,
-    onto_crop: Similarity,
+    place: infer::Face,
     /// Relative to the output folder.
     crop: PathBuf,
 }
@@ -90,7 +89,7 @@ fn name_crops(pictures: Vec<Picture>, beside: &Path) -> anyhow::Result<Vec<Face>
     let mut named: HashMap<PathBuf, PathBuf> = HashMap::new();
     let mut faces = Vec::with_capacity(pictures.len());
     for picture in pictures {
-        let Some(onto_crop) = picture.onto_crop else {
+        let Some(place) = picture.face else {
             continue;
         };
         let number = of_photograph.entry(picture.path.clone()).or_default();
@@ -109,7 +108,7 @@ fn name_crops(pictures: Vec<Picture>, beside: &Path) -> anyhow::Result<Vec<Face>
         }
         faces.push(Face {
             photograph: picture.path,
-            onto_crop,
+            place,
             crop,
         });
     }
@@ -141,23 +140,27 @@ fn crop_name(photograph: &Path, beside: &Path, number: u32) -> PathBuf {
     relative.with_file_name(name)
 }
 
+/// What to do about a photograph of which there is no crop.
+const LEAVE_OUT: &str = "take the photograph out of the list, or leave it out with --skip-damaged";
+/// The same where its landmarks are to blame.
+const IN_PIXELS: &str =
+    "landmarks are pixels of the photograph as it is stored; --skip-damaged leaves such faces out";
+
 /// A crop as JPEG.
 fn cut(face: &Face, quality: u8) -> Result<Vec<u8>, Failure> {
-    let refuse = |message: String| {
-        Failure::new(
-            ExitCode::Failed,
-            format!("{}: {message}", face.photograph.display()),
-        )
-        .hint("take the photograph out of the list, or leave it out with --skip-damaged")
+    let refuse = |message: String, hint: &str| {
+        let message = format!("{}: {message}", face.photograph.display());
+        Failure::new(ExitCode::Failed, message).hint(hint)
     };
     let bytes = read_image_file(&face.photograph)?;
-    let photograph = decode::decode_any(&bytes).map_err(refuse)?;
+    let photograph = decode::decode_any(&bytes).map_err(|what| refuse(what, LEAVE_OUT))?;
     let mut pixels = [0; PIXEL_BYTES];
-    align::warp(&photograph, &face.onto_crop, &mut pixels);
+    let cut = face.place.cut(&photograph, &mut pixels);
+    cut.map_err(|what| refuse(what, IN_PIXELS))?;
     let side = SIDE as u32;
     let crop = RgbImage::from_raw(side, side, pixels.to_vec())
-        .ok_or_else(|| refuse("the crop has another size".into()))?;
-    recode::encode(&crop, quality).map_err(|refused| refuse(refused.message))
+        .ok_or_else(|| refuse("the crop has another size".into(), LEAVE_OUT))?;
+    recode::encode(&crop, quality).map_err(|refused| refuse(refused.message, LEAVE_OUT))
 }
 
 /// Crops that were made, and faces that were left out.
@@ -233,14 +236,15 @@ fn to_set(args: &AlignArgs, faces: &[Face]) -> anyhow::Result<Counts> {
             .hint("for a .rec each folder is an identity: put each person's photographs into one")
             .into());
     }
-    new_file(&args.output, args.force, &[])?;
-    if let Some(parent) = args.output.parent() {
-        fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
-    }
     let names: Vec<String> = by_folder
         .keys()
         .map(|folder| folder.to_string_lossy().into_owned())
         .collect();
+    check_names(&names)?;
+    new_file(&args.output, args.force, &[])?;
+    if let Some(parent) = args.output.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+    }
     let items: Vec<(u32, &Face)> = (0u32..)
         .zip(by_folder.values())
         .flat_map(|(label, faces)| faces.iter().map(move |face| (label, *face)))

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{
     Output, progress,
-    source::{explain, new_set, rec_path},
+    source::{check_names, explain, new_set, rec_path},
 };
 use crate::data::{
     DataError, Dataset,
@@ -63,6 +63,7 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
     let across = drop_duplicates(&mut surveys, &sets, duplicates);
     let (picks, names) = number_anew(&sets, &surveys).map_err(explain)?;
     drop(surveys);
+    check_names(&names)?;
     let mut writer =
         LayoutWriter::create(&target, picks.len() as u64, names.len() as u32).map_err(explain)?;
     let bar = progress::bar(picks.len() as u64, "copying");

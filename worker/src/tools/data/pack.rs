@@ -13,7 +13,7 @@ use arcface_proto::failure::{ExitCode, Failure};
 
 use super::{
     progress,
-    source::{checked_image, explain, new_set, with_threads},
+    source::{check_names, checked_image, explain, new_set, with_threads},
 };
 use crate::data::{
     image_folder::{Entry, ImageFolder},
@@ -92,6 +92,7 @@ pub fn run(args: &PackArgs) -> anyhow::Result<()> {
     if !args.renumber {
         dense(&entries)?;
     }
+    check_names(folder.names().unwrap_or_default())?;
     let rec = new_set(&args.output, args.force, &[])?;
     let threads = args.threads.map(usize::from);
     let (images, identities, skipped) = with_threads(threads, || pack(args, &folder, &entries, &rec))?;

@@ -9,7 +9,7 @@ use anyhow::Context;
 use arcface_proto::failure::{ExitCode, Failure};
 
 use crate::data::{
-    DataError,
+    DataError, identities,
     image_folder::read_image_file,
     recode::{Recode, recode},
 };
@@ -53,6 +53,14 @@ pub fn new_file(path: &Path, force: bool, inputs: &[&Path]) -> Result<(), Failur
         ),
         false => Ok(()),
     }
+}
+
+/// Refuses identities whose names a set cannot keep, before the work is done for them.
+pub fn check_names(names: &[String]) -> Result<(), Failure> {
+    identities::check(names).map_err(|message| {
+        Failure::new(ExitCode::Failed, message)
+            .hint("rename the folder: in train.identities.tsv tabs separate and lines end")
+    })
 }
 
 /// Runs with so many threads, or as many as the machine has.
