@@ -4,7 +4,7 @@
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    const NATIVE: [&str; 9] = [
+    const NATIVE: [&str; 10] = [
         "src/device/gpu.cpp",
         "src/device/graph.cpp",
         "src/model/native/allocations.cpp",
@@ -13,9 +13,11 @@ fn main() {
         "src/model/native/layout.cpp",
         "src/model/native/prelu.cpp",
         "src/model/norm/autograd.cpp",
+        "src/model/norm/cpu.cpp",
         "src/optim/fused.cpp",
     ];
-    for source in NATIVE {
+    const HEADERS: [&str; 2] = ["src/model/native/rows.h", "src/model/norm/cpu.h"];
+    for source in NATIVE.iter().chain(&HEADERS) {
         println!("cargo:rerun-if-changed={source}");
     }
     match std::env::var("LIBTORCH") {
@@ -31,18 +33,41 @@ fn main() {
                 // Nobody looks at the flags of floating-point exceptions: both ways of a choice may be computed, which is what
                 // makes the loops vectors.
                 .flag("-fno-trapping-math")
+                // Without it at::parallel_for is a loop on one thread.
+                .flag("-fopenmp")
                 .include(format!("{dir}/include"))
                 .include(format!("{dir}/include/torch/csrc/api/include"))
                 // libtorch's headers are not ours to clean.
                 .warnings(false)
                 .files(NATIVE)
                 .compile("arcface_native");
+            link_openmp(&dir);
         }
         Err(_) => println!(
             "cargo:warning=LIBTORCH is not set: run `make build`, which fetches libtorch and sets it"
         ),
     }
     kernels_for_the_cpu();
+}
+
+/// OpenMP's threads are libtorch's own, so it has to be its own library, under whatever name it ships: two of them would have two
+/// sets of threads that wait for each other's processors.
+fn link_openmp(libtorch: &str) {
+    let libraries = std::fs::read_dir(format!("{libtorch}/lib"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let names = libraries.filter_map(|library| library.file_name().into_string().ok());
+    match names
+        .into_iter()
+        .find(|name| name.starts_with("libgomp") && name.contains(".so"))
+    {
+        Some(name) => {
+            println!("cargo:rustc-link-search=native={libtorch}/lib");
+            println!("cargo:rustc-link-lib=dylib:+verbatim={name}");
+        }
+        None => println!("cargo:rustc-link-lib=dylib=gomp"),
+    }
 }
 
 /// The twins of our CUDA kernels, which tests call (`kernels/twin`). Releases are built without: there is nothing of

@@ -104,8 +104,15 @@ fn follows_from(path: &str, bad: &str) -> bool {
     within || element || bound
 }
 
+/// Whether a text is a whole number, whatever its size.
+fn is_whole(text: &str) -> bool {
+    let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
+    !digits.is_empty() && digits.chars().all(|c| c.is_ascii_digit() || c == '_')
+}
+
 fn syntax_error(text: &str, error: &toml::de::Error) -> SpecError {
     let at = error.span().map_or(0, |span| span.start).min(text.len());
+    let value = error.span().and_then(|span| text.get(span)).unwrap_or_default();
     let before = &text.as_bytes()[..at];
     let line_start = before
         .iter()
@@ -114,7 +121,15 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> SpecError {
     SpecError::Syntax {
         line: 1 + before.iter().filter(|b| **b == b'\n').count(),
         column: 1 + String::from_utf8_lossy(&before[line_start..]).chars().count(),
-        message: error.message().to_owned(),
+        // The parser speaks of types of ours.
+        message: match is_whole(value) {
+            true => format!(
+                "{value} does not fit: whole numbers go from {} to {}",
+                i64::MIN,
+                i64::MAX
+            ),
+            false => error.message().to_owned(),
+        },
     }
 }
 
@@ -300,6 +315,9 @@ fn type_hint(kind: &Kind, value: &Value) -> String {
             if toml::from_str::<Table>(&format!("value = {text}")).is_ok() =>
         {
             "write it without quotes".into()
+        }
+        (Kind::Whole(_), Value::String(text)) if is_whole(text) => {
+            format!("the largest number of a job file is {}", i64::MAX)
         }
         (Kind::List(_), _) => "write it in brackets: [a, b]".into(),
         (Kind::Table(_), _) => "write its keys under a [section] line".into(),

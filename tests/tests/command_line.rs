@@ -65,6 +65,24 @@ fn a_bad_job_file_lists_every_bad_field() -> Result<()> {
     )
 }
 
+/// The libraries that read these panicked, or ended the process without a word of ours.
+#[test]
+fn an_absurd_number_of_threads_is_code_2() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    for (variable, value) in [
+        ("RAYON_NUM_THREADS", "100000"),
+        ("OMP_NUM_THREADS", "100000"),
+        ("OMP_NUM_THREADS", "100000,2"),
+    ] {
+        let mut command = command("arcface-worker", scratch.path())?;
+        command.args(["data", "inspect", "nowhere"]).env(variable, value);
+        let finished = Finished::of(command, SOON)?.expect(2)?;
+        let expected = format!("error: {variable}: 100000 threads are more than 4096");
+        complains(&finished, &[&expected, "hint: unset it"])?;
+    }
+    Ok(())
+}
+
 #[test]
 fn an_unreachable_coordinator_is_code_4() -> Result<()> {
     let scratch = tempfile::tempdir()?;

@@ -181,7 +181,7 @@ pub fn threads_of_rank(ranks_on_node: u32) -> usize {
 }
 
 /// The number of the outermost level, as OpenMP reads the variable: `8` or `8,2`.
-fn told_threads(text: Option<&str>) -> Option<usize> {
+pub fn told_threads(text: Option<&str>) -> Option<usize> {
     let first = text?.split(',').next()?.trim();
     first.parse().ok().filter(|threads| *threads > 0)
 }

@@ -65,7 +65,7 @@ struct AgentArgs {
     slots: Option<u32>,
     /// Compute threads of each rank; fewer leave cores for evaluations beside training, and for others [default: an equal
     /// share of the cores].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), env = "ARCFACE_THREADS_PER_RANK")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_THREADS)), env = "ARCFACE_THREADS_PER_RANK")]
     threads_per_rank: Option<u32>,
     /// Name of this node, unique in the cluster [default: host name and process id].
     #[arg(long, value_name = "ID", env = "ARCFACE_NODE_ID")]
@@ -151,7 +151,26 @@ fn main() -> std::process::ExitCode {
     }
 }
 
+/// Variables from which libraries take a number of threads. They panic, or end the process, where so many cannot be had.
+const THREADS: [&str; 2] = ["RAYON_NUM_THREADS", device::THREADS_VARIABLE];
+/// More than a machine has cores. The agent passes `--threads-per-rank` on by the second of these variables.
+const MOST_THREADS: u32 = 4096;
+
+fn check_threads() -> Result<(), Failure> {
+    for variable in THREADS {
+        // What is no number is ignored by those who read it.
+        let value = std::env::var(variable).ok();
+        let threads = device::told_threads(value.as_deref());
+        if let Some(threads) = threads.filter(|threads| *threads > MOST_THREADS as usize) {
+            let message = format!("{variable}: {threads} threads are more than {MOST_THREADS}");
+            return Err(Failure::new(ExitCode::Usage, message).hint("unset it for one thread a core"));
+        }
+    }
+    Ok(())
+}
+
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    check_threads()?;
     match &cli.command {
         // Its lines go to the agent's log and to the job's.
         Some(Command::Rank(_)) => telemetry::init_logs(LogFormat::Text, "info"),

@@ -13,6 +13,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead, BufReader, Read},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -381,6 +382,35 @@ fn every_row_of_make_bench_runs_and_is_in_the_table() -> Result<()> {
     let output = quick(&path, &["nosuch"])?;
     ensure!(output.status.code() == Some(UNUSABLE), "{}", said(&output));
     ensure!(said(&output).lines().count() == 1, "{}", said(&output));
+    Ok(())
+}
+
+/// Its files are gigabytes at the default sizes, and a stopped run left them behind.
+#[test]
+fn a_benchmark_that_is_stopped_leaves_no_files() -> Result<()> {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let scratch = tempfile::tempdir()?;
+        let mut bench = Command::new(WORKER)
+            .args("bench ijb --images 400000 --templates 20000 --dim 512 --dir".split(' '))
+            .arg(scratch.path())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let written = || -> Result<bool> {
+            let folder = fs::read_dir(scratch.path())?.next().transpose()?;
+            Ok(folder.is_some_and(|folder| folder.path().join("IJBC/meta").is_dir()))
+        };
+        while !written()? {
+            ensure!(bench.try_wait()?.is_none(), "it ended by itself");
+            std::thread::yield_now();
+        }
+        kill(Pid::from_raw(bench.id().try_into()?), signal)?;
+        let status = bench.wait()?;
+        ensure!(status.signal() == Some(signal as i32), "{signal}: {status}");
+        ensure!(
+            fs::read_dir(scratch.path())?.next().is_none(),
+            "{signal}: files stay"
+        );
+    }
     Ok(())
 }
 

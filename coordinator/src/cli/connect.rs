@@ -46,6 +46,14 @@ pub enum CallError {
         /// Why not, short.
         cause: String,
     },
+    /// The coordinator answered that it cannot do it now: its store fails, or it stands by. Trying again may help.
+    #[error("the coordinator at {address} cannot answer now: {cause}")]
+    Unable {
+        /// Where it is.
+        address: String,
+        /// Why not, in its words.
+        cause: String,
+    },
     /// The coordinator said no.
     #[error("{}", .0.message())]
     Refused(Box<Status>),
@@ -53,6 +61,13 @@ pub enum CallError {
 
 impl CallError {
     fn of(address: &str, status: Status) -> Self {
+        // Only a coordinator says when to try again: what connections and proxies say has no such detail.
+        if status.code() == Code::Unavailable && status.get_details_retry_info().is_some() {
+            return Self::Unable {
+                address: address.into(),
+                cause: status.message().to_owned(),
+            };
+        }
         let lost = status.source().is_some() && matches!(status.code(), Code::Unknown | Code::Internal);
         if lost
             || matches!(
@@ -72,12 +87,21 @@ impl CallError {
         Self::Refused(Box::new(status))
     }
 
+    /// True if another coordinator, or a later attempt, may answer.
+    fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Unable { .. })
+    }
+
     /// What a person reads: a line for every bad field, else one.
     pub fn failures(&self) -> Vec<Failure> {
         match self {
             Self::Unreachable { .. } => vec![
                 Failure::new(ExitCode::Unreachable, self.to_string())
                     .hint("start one with `arcface-coordinator serve`, or name it (or several) with --coordinator or ARCFACE_COORDINATOR; one with TLS wants --tls-ca"),
+            ],
+            Self::Unable { .. } => vec![
+                Failure::new(ExitCode::Unreachable, self.to_string())
+                    .hint("running jobs go on; try again, and see the coordinator's log if it lasts"),
             ],
             Self::Refused(status) => refusals(status),
         }
@@ -286,7 +310,7 @@ impl Coordinator {
                     (CallError::Unreachable { address, cause }, None)
                 }
             };
-            let lost = matches!(error, CallError::Unreachable { .. }) && self.addresses.len() > 1;
+            let lost = error.may_pass() && self.addresses.len() > 1;
             if leader.is_none() && !lost {
                 return Err(error);
             }
@@ -617,6 +641,25 @@ mod tests {
         assert_eq!(code(Status::failed_precondition("no")), ExitCode::Unreachable);
         assert_eq!(code(Status::permission_denied("no")), ExitCode::Unreachable);
         assert_eq!(code(Status::unavailable("no")), ExitCode::Unreachable);
+    }
+
+    /// A coordinator whose store failed was said not to be there, with the advice to start one.
+    #[test]
+    fn a_coordinator_that_answers_is_reached() {
+        let said = |status: Status| CallError::of("h:1", status).failures()[0].message.clone();
+        let details = ErrorDetails::with_retry_info(Some(Duration::from_secs(1)));
+        assert_eq!(
+            said(Status::with_error_details(
+                Code::Unavailable,
+                "the store is full",
+                details
+            )),
+            "the coordinator at h:1 cannot answer now: the store is full"
+        );
+        assert_eq!(
+            said(Status::unavailable("no healthy upstream")),
+            "cannot reach the coordinator at h:1: no healthy upstream"
+        );
     }
 
     #[test]

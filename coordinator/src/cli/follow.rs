@@ -131,7 +131,11 @@ pub(super) async fn follow(
             Ok(Some(job)) => return Ok(job),
             Ok(None) => "it closed the connection".to_owned(),
             Err(error) => match error.downcast::<CallError>() {
-                Ok(CallError::Unreachable { cause, .. }) if attached_before => cause,
+                Ok(CallError::Unreachable { cause, .. } | CallError::Unable { cause, .. })
+                    if attached_before =>
+                {
+                    cause
+                }
                 Ok(error) => return Err(error.into()),
                 Err(error) => return Err(error),
             },

@@ -163,9 +163,10 @@ impl Job {
     /// A pass with what is ours on this device.
     fn pass_on(&self, device: Device) -> &'static Pass {
         let passes = match (device, self.precision) {
-            (Device::Cuda, Precision::Fp32) => &self.network.gpu_fp32,
+            (_, Precision::Fp32) => &self.network.fused_fp32,
+            (Device::Cpu, Precision::Bf16) => &self.network.cpu_bf16,
             (Device::Cuda, Precision::Bf16) => &self.network.gpu_bf16,
-            _ => return self.pass(),
+            (_, Precision::Fp16) => return self.pass(),
         };
         &passes[usize::from(self.gradient_checkpointing)]
     }

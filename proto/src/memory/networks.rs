@@ -74,13 +74,15 @@ pub struct Network {
     pub buffer_bytes: PerDim,
     /// Elements of the largest trainable parameter: the larger of the two numbers.
     pub largest: PerDim,
-    /// A pass in f32: with everything kept, and with the trunk's activations computed again.
+    /// A pass of libtorch's operations in f32: with everything kept, and with the trunk's activations computed again.
     pub fp32: [Pass; 2],
     /// The same in bf16 or fp16.
     pub half: [Pass; 2],
-    /// In f32 on a GPU, whose batch norms are one with what follows them (`worker/src/model/norm/`).
-    pub gpu_fp32: [Pass; 2],
-    /// The same in bf16.
+    /// In f32 with batch norms that are one with what follows them (`worker/src/model/norm/`), on the CPU or a GPU.
+    pub fused_fp32: [Pass; 2],
+    /// The same in bf16 on the CPU, which computes depthwise convolutions in f32.
+    pub cpu_bf16: [Pass; 2],
+    /// The same in bf16 on a GPU.
     pub gpu_bf16: [Pass; 2],
 }
 
@@ -125,11 +127,21 @@ mod tests {
             let half = network.half[0].kept.per_image;
             assert!(recomputed < kept, "{}", network.name);
             assert!(half < kept && 2 * half >= kept / 2, "{}", network.name);
-            for pass in network.fp32.iter().chain(&network.half).chain(&network.gpu_bf16) {
+            let fused = [network.fused_fp32, network.cpu_bf16, network.gpu_bf16];
+            for pass in network
+                .fp32
+                .iter()
+                .chain(&network.half)
+                .chain(fused.as_flattened())
+            {
                 assert!(pass.highest(64) >= pass.kept.per_image * 64, "{}", network.name);
             }
-            let on_gpu = [network.gpu_fp32, network.gpu_bf16].map(|passes| passes[0].kept.per_image);
-            assert!(on_gpu[0] <= kept && on_gpu[1] <= half, "{}", network.name);
+            let [fp32, on_cpu, on_gpu] = fused.map(|passes| passes[0].kept.per_image);
+            assert!(
+                fp32 <= kept && on_cpu <= half && on_gpu <= on_cpu,
+                "{}",
+                network.name
+            );
         }
     }
 }

@@ -272,7 +272,10 @@ mod tests {
         };
         let bytes = compressor.compress_to_vec(image).unwrap();
         let others = [decode_any(&bytes).map(drop), dimensions(&bytes).map(drop)];
-        for said in [decoded(&bytes, OtherSize::Refuse).map(drop)].into_iter().chain(others) {
+        for said in [decoded(&bytes, OtherSize::Refuse).map(drop)]
+            .into_iter()
+            .chain(others)
+        {
             let said = said.unwrap_err();
             assert!(
                 said.starts_with("the JPEG has the colours of print (CMYK), not RGB: convert it"),

@@ -63,7 +63,9 @@ fn parse(text: &str) -> Result<Vec<String>, String> {
     let lines = (0u32..).zip(text.lines());
     lines
         .map(|(label, line)| match line.split_once('\t') {
-            Some((number, name)) if number.parse() == Ok(label) && !name.contains('\t') => Ok(name.to_owned()),
+            Some((number, name)) if number.parse() == Ok(label) && !name.contains('\t') => {
+                Ok(name.to_owned())
+            }
             _ => Err(format!(
                 "line {}: {line:?} is not \"{label}<TAB>name\"",
                 label + 1

@@ -39,6 +39,14 @@ pub type Allowed = (&'static str, &'static str);
 
 /// How Python 3 writes bytes for protocols below 3: `_codecs.encode(text, "latin1")`. [`Value::bytes`] reads it.
 pub const CODECS_ENCODE: Allowed = ("_codecs", "encode");
+/// Python's own types of bytes, under the names of Python 3 and of Python 2, which Python 3 writes for protocols below 3. A call of
+/// one is a constant: no bytes, or those of a text. [`Value::bytes`] reads it.
+pub const BYTE_TYPES: [Allowed; 4] = [
+    ("builtins", "bytes"),
+    ("__builtin__", "bytes"),
+    ("builtins", "bytearray"),
+    ("__builtin__", "bytearray"),
+];
 
 /// Why a pickle is refused. Offsets are bytes from the start of the input to the operation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -306,21 +314,30 @@ impl<'p> Value<'p> {
         }
     }
 
-    /// Bytes, however Python wrote them: bytes, a Python 2 `str`, or `_codecs.encode(text, "latin1")`.
+    /// Bytes, however Python wrote them: bytes, a Python 2 `str`, `_codecs.encode(text, "latin1")`, or, where the caller allows
+    /// them, calls of [`BYTE_TYPES`]: `bytes()`, `bytearray()`, `bytearray(bytes)`, `bytearray(text, "latin-1")`.
     pub fn bytes(self) -> Option<Cow<'p, [u8]>> {
-        match self.view() {
-            View::Bytes(bytes) => Some(Cow::Borrowed(bytes)),
-            View::Object(object) if (object.module, object.name) == CODECS_ENCODE => {
+        let object = match self.view() {
+            View::Bytes(bytes) => return Some(Cow::Borrowed(bytes)),
+            View::Object(object) => object,
+            _ => return None,
+        };
+        let callable = (object.module, object.name);
+        let is_type = BYTE_TYPES.contains(&callable);
+        match object.args.len() {
+            0 if is_type => Some(Cow::Borrowed(&[])),
+            // No deeper: what Python writes is at hand here.
+            1 if is_type && object.name == "bytearray" => match object.args.get(0)?.view() {
+                View::Bytes(bytes) => Some(Cow::Borrowed(bytes)),
+                _ => None,
+            },
+            2 if callable == CODECS_ENCODE || is_type => {
                 let [text, codec] = object.args.exactly()?;
                 let (View::Str(text), View::Str("latin1" | "latin-1")) = (text.view(), codec.view()) else {
                     return None;
                 };
                 let bytes: Option<Vec<u8>> = text.chars().map(|c| u8::try_from(c).ok()).collect();
                 bytes.map(Cow::Owned)
-            }
-            // Python 3 writes empty bytes as `bytes()` for those protocols; only seen if the caller allows it.
-            View::Object(object) if object.name == "bytes" && object.args.is_empty() => {
-                Some(Cow::Borrowed(&[]))
             }
             _ => None,
         }

@@ -55,7 +55,10 @@ pub fn recode(bytes: Vec<u8>, how: &Recode) -> Result<Vec<u8>, Refused> {
     match (fits, again) {
         // The pixels are few: what makes it so long is beside them, and does not outlive another encoding.
         (true, false) if bytes.len() > MAX_IMAGE => Err(Refused {
-            message: format!("the file has {} bytes, more than the {MAX_IMAGE} of a record", bytes.len()),
+            message: format!(
+                "the file has {} bytes, more than the {MAX_IMAGE} of a record",
+                bytes.len()
+            ),
             hint: "--reencode 95 keeps its pixels alone",
         }),
         (true, false) => Ok(bytes),

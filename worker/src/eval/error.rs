@@ -31,7 +31,7 @@ pub enum EvalError {
         detail: String,
     },
     /// An image cannot be decoded.
-    #[error("{}: image {index}: {detail}", path.display())]
+    #[error("{}: image {}, counted from 1: {detail}", path.display(), .index + 1)]
     Image {
         /// File.
         path: PathBuf,
@@ -61,15 +61,15 @@ pub enum EvalError {
         pairs: usize,
     },
     /// An embedding has NaN or an infinity.
-    #[error("the embedding of image {row} is not finite")]
+    #[error("the embedding of image {}, counted from 1, is not finite", .row + 1)]
     NotFinite {
         /// Index of the image, from 0.
         row: usize,
     },
     /// The network failed.
-    #[error("embed images {first}..{end}: {cause:#}")]
+    #[error("embed images {} to {end}, counted from 1: {cause:#}", .first + 1)]
     Embed {
-        /// First image of the batch.
+        /// First image of the batch, from 0.
         first: usize,
         /// One past the last.
         end: usize,

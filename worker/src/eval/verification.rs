@@ -212,7 +212,7 @@ mod tests {
     fn a_network_that_fails_or_lies_is_named() {
         let mut fails = |_: &Tensor| anyhow::bail!("out of memory");
         let error = evaluate(&set(), 8, &mut fails).expect_err("failed").to_string();
-        assert_eq!(error, "embed images 0..8: out of memory");
+        assert_eq!(error, "embed images 1 to 8, counted from 1: out of memory");
         let mut lies = |images: &Tensor| {
             Ok(Tensor::ones(
                 [images.size()[0] - 1, 4],

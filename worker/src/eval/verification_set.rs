@@ -1,8 +1,10 @@
 //! A verification set (`lfw.bin` and its like): a pickled pair of a list of encoded images and a list of flags,
-//! two images a pair. Images may be bytes of any pickle protocol, Python 2 strings, or numpy arrays of bytes.
+//! two images a pair. Images may be bytes or bytearrays of any pickle protocol, Python 2 strings, or numpy arrays of bytes.
 
 use super::EvalError;
-use crate::data::pickle::{self, Allowed, CODECS_ENCODE, Limits, PickleError, Value, ValueId, Values, View};
+use crate::data::pickle::{
+    self, Allowed, BYTE_TYPES, CODECS_ENCODE, Limits, PickleError, Value, ValueId, Values, View,
+};
 use std::{
     borrow::Cow,
     collections::HashMap,
@@ -11,8 +13,12 @@ use std::{
 };
 
 /// All that a verification set may name: bytes, numpy arrays of bytes, numpy booleans (numpy 1 and 2).
-const ALLOWED: [Allowed; 7] = [
+const ALLOWED: [Allowed; 11] = [
     CODECS_ENCODE,
+    BYTE_TYPES[0],
+    BYTE_TYPES[1],
+    BYTE_TYPES[2],
+    BYTE_TYPES[3],
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("numpy.core.multiarray", "_reconstruct"),
@@ -154,12 +160,19 @@ fn read_images(list: Values, budget: usize) -> Result<Images, String> {
             continue;
         }
         let bytes = value.bytes().or_else(|| array_bytes(value, &["u1", "i1"]));
-        let bytes = bytes.ok_or_else(|| format!("image {index}: expected bytes, found {}", value.kind()))?;
+        let bytes = bytes.ok_or_else(|| {
+            format!(
+                "image {}, counted from 1: expected bytes, found {}",
+                index + 1,
+                value.kind()
+            )
+        })?;
         // A small pickle can build the same long text into bytes again and again; an honest one does not.
         total = total.saturating_add(bytes.len());
         if total > budget {
             return Err(format!(
-                "image {index}: the images are larger than the file that holds them"
+                "image {}, counted from 1: the images are larger than the file that holds them",
+                index + 1
             ));
         }
         let image = images.encoded.len() as u32;
@@ -181,7 +194,10 @@ fn read_flags(flags: Value) -> Result<Vec<bool>, String> {
             View::Int(number) => [false, true].get(usize::try_from(number).unwrap_or(2)).copied(),
             _ => scalar_bool(value),
         };
-        flag.ok_or_else(|| format!("flag {index}: expected True or False, found {}", value.kind()))
+        flag.ok_or_else(|| {
+            let (number, kind) = (index + 1, value.kind());
+            format!("flag {number}, counted from 1: expected True or False, found {kind}")
+        })
     };
     list.iter().enumerate().map(flag).collect()
 }
@@ -283,8 +299,67 @@ mod tests {
         assert!(
             parse(&file(b"wxy"))
                 .expect_err("shape")
-                .contains("image 0: expected bytes")
+                .contains("image 1, counted from 1: expected bytes")
         );
+    }
+
+    /// pickle.dumps(([b"a\xff", bytearray(b"b\xff")], [True]), protocol=2) of Python 3, and what Python 2 and protocol 3 make of it.
+    #[test]
+    fn bytes_and_bytearrays_of_every_python_are_images() {
+        let text = |bytes: &[u8]| {
+            let text: String = bytes.iter().map(|&byte| char::from(byte)).collect();
+            let mut out = vec![b'X'];
+            out.extend((text.len() as u32).to_le_bytes());
+            out.extend(text.as_bytes());
+            out
+        };
+        let call = |global: &str, args: &[Vec<u8>]| {
+            let (module, name) = global.split_once('.').expect("a global");
+            let global = format!("c{module}\n{name}\n").into_bytes();
+            [global, vec![b'('], args.concat(), b"tR".to_vec()].concat()
+        };
+        let file = |images: [Vec<u8>; 2]| {
+            let [first, second] = images;
+            [b"\x80\x02](".to_vec(), first, second, b"e]\x88a\x86.".to_vec()].concat()
+        };
+        let latin1 = |bytes: &[u8], codec: &[u8]| [text(bytes), text(codec)];
+        for array in [
+            call("__builtin__.bytearray", &latin1(b"b\xff", b"latin-1")),
+            call("builtins.bytearray", &latin1(b"b\xff", b"latin-1")),
+            call("builtins.bytearray", &[b"C\x02b\xff".to_vec()]),
+        ] {
+            let set = parse(&file([
+                call("_codecs.encode", &latin1(b"a\xff", b"latin1")),
+                array,
+            ]))
+            .expect("valid");
+            assert_eq!(
+                (set.encoded(0), set.encoded(1)),
+                (Some(&b"a\xff"[..]), Some(&b"b\xff"[..]))
+            );
+        }
+        // Empty bytes, which are then refused as an image, by their number.
+        let set = parse(&file([
+            call("__builtin__.bytes", &[]),
+            call("builtins.bytearray", &[]),
+        ]));
+        assert_eq!(set.expect("valid").encoded(1), Some(&b""[..]));
+        for other in [
+            call("__builtin__.bytes", &[b"K\x09".to_vec()]),
+            call("__builtin__.bytearray", &[b"J\xff\xff\xff\x7f".to_vec()]),
+            call("__builtin__.bytearray", &latin1(b"b", b"rot13")),
+            call("_codecs.encode", &[]),
+        ] {
+            let error = parse(&file([other, b"U\x01a".to_vec()])).expect_err("refused");
+            assert!(
+                error.contains("image 1, counted from 1: expected bytes"),
+                "{error}"
+            );
+        }
+        for foreign in ["__builtin__.eval", "builtins.list", "_codecs.decode"] {
+            let error = parse(&file([call(foreign, &[]), b"U\x01a".to_vec()])).expect_err("refused");
+            assert!(error.contains(&format!("foreign global {foreign}")), "{error}");
+        }
     }
 
     #[test]
@@ -297,8 +372,14 @@ mod tests {
             ),
             (b"](U\x01ae]\x88a\x86.", "1 images and 1 flags"),
             (b"]]\x86.", "0 images and 0 flags"),
-            (b"](U\x01aNe]\x88a\x86.", "image 1: expected bytes, found None"),
-            (b"](U\x01aU\x01be]K\x02a\x86.", "flag 0: expected True or False"),
+            (
+                b"](U\x01aNe]\x88a\x86.",
+                "image 2, counted from 1: expected bytes, found None",
+            ),
+            (
+                b"](U\x01aU\x01be]K\x02a\x86.",
+                "flag 1, counted from 1: expected True or False",
+            ),
             (b"cos\nsystem\n.", "foreign global os.system"),
         ] {
             let error = parse(bytes).expect_err("refused");

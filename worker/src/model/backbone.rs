@@ -7,11 +7,12 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     IMAGE_SIZE, fill,
-    footprint::{Place, Walk},
+    footprint::Walk,
     graph::{Graph, Trace, address},
     inference::Inference,
     init,
     layers::Network,
+    norm::Place,
     pass::{Computing, DropoutDraw, ForwardMode, Pass, Tap},
     registry::{self, REGISTRY, Registered},
     state::{Builder, Role, StateEntry},
@@ -426,9 +427,9 @@ impl Backbone {
     }
 
     /// What a training pass keeps, of one image.
-    pub(super) fn walk(&self, precision: Precision, place: Place) -> Walk {
+    pub(super) fn walk(&self, precision: Precision, fuses: Option<Place>) -> Walk {
         let mode = ForwardMode::training(precision, DropoutDraw::default());
-        let (mut walk, images) = Walk::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE], place);
+        let (mut walk, images) = Walk::new(&[1, 3, IMAGE_SIZE, IMAGE_SIZE], fuses);
         let mut pass = Pass::walking(&mode, &mut walk);
         tch::no_grad(|| {
             let mut x = self.network.stem(&images, &mut pass);

@@ -18,6 +18,7 @@ use tch::{Device, Kind, Tensor};
 use super::{
     backbone::{Backbone, BackboneConfig, ModelError},
     graph::Op,
+    norm::Place,
     registry::Registered,
     state::Role,
 };
@@ -84,23 +85,15 @@ pub(super) struct Walk {
     storage: Vec<Tensor>,
     /// Where the trunk's pieces begin and end: nodes before, and the value there. The first is the end of the stem.
     borders: Vec<(usize, ValueId)>,
-    on_gpu: bool,
-}
-
-/// What a pass is walked through for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// libtorch's operations.
-    Anywhere,
-    /// A GPU, whose batch norms are one with what follows them.
-    Gpu,
+    fuses: Option<Place>,
 }
 
 impl Walk {
-    /// A walk over images of shape `images`, and what to run the network on.
-    pub(super) fn new(images: &[i64], place: Place) -> (Self, Tensor) {
+    /// A walk over images of shape `images`, and what to run the network on. Batch norms are one with what follows them as in this
+    /// place, or all operations are libtorch's.
+    pub(super) fn new(images: &[i64], fuses: Option<Place>) -> (Self, Tensor) {
         let mut walk = Self {
-            on_gpu: place == Place::Gpu,
+            fuses,
             values: Vec::new(),
             nodes: Vec::new(),
             known: HashMap::new(),
@@ -110,6 +103,11 @@ impl Walk {
         let id = walk.value(images, Kind::Float, false);
         let images = walk.placeholder(id, images, Kind::Float);
         (walk, images)
+    }
+
+    /// Whose batch norms are one with what follows them.
+    pub(super) fn fuses(&self) -> Option<Place> {
+        self.fuses
     }
 
     /// Notes that `op`, which computes in `kind`, made `output` of `inputs`; gives what stands for it.
@@ -125,16 +123,8 @@ impl Walk {
         self.placeholder(made, &size, output_kind)
     }
 
-    /// Notes a batch norm that is one with what follows it; `None` where none is. Of what follows, nothing is kept.
-    pub(super) fn record_norm(
-        &mut self,
-        x: &Tensor,
-        channels: u64,
-        shortcut: Option<&Tensor>,
-    ) -> Option<Tensor> {
-        if !self.on_gpu {
-            return None;
-        }
+    /// Notes a batch norm that is one with what follows it, of which nothing is kept.
+    pub(super) fn record_norm(&mut self, x: &Tensor, channels: u64, shortcut: Option<&Tensor>) -> Tensor {
         let input = self.find(x);
         let shortcut = shortcut.map(|shortcut| self.find(shortcut));
         let (size, kind) = (x.size(), x.kind());
@@ -145,7 +135,7 @@ impl Walk {
             shortcut,
             ..Node::new(vec![input], output)
         });
-        Some(self.placeholder(output, &size, kind))
+        self.placeholder(output, &size, kind)
     }
 
     /// Notes a choice of tokens, which no exporter sees. Its derivative holds what it chose from, for the size.
@@ -177,7 +167,7 @@ impl Walk {
         match op {
             Op::Conv { weight, .. } | Op::Linear { weight, .. } => {
                 let kind = match op {
-                    Op::Conv { shape, .. } if !self.on_gpu => shape.kind_on_cpu(kind),
+                    Op::Conv { shape, .. } if self.fuses != Some(Place::Gpu) => shape.kind_on_cpu(kind),
                     _ => kind,
                 };
                 let weight = weight.numel() as u64;
@@ -524,10 +514,11 @@ pub fn sizes(network: &'static Registered) -> Result<Sizes, ModelError> {
             base: fixed_largest(&long, &short),
             per_dim: growing(&long) / 512,
         },
-        fp32: numbers(Precision::Fp32, Place::Anywhere),
-        half: numbers(Precision::Bf16, Place::Anywhere),
-        gpu_fp32: numbers(Precision::Fp32, Place::Gpu),
-        gpu_bf16: numbers(Precision::Bf16, Place::Gpu),
+        fp32: numbers(Precision::Fp32, None),
+        half: numbers(Precision::Bf16, None),
+        fused_fp32: numbers(Precision::Fp32, Some(Place::Cpu)),
+        cpu_bf16: numbers(Precision::Bf16, Some(Place::Cpu)),
+        gpu_bf16: numbers(Precision::Bf16, Some(Place::Gpu)),
     })
 }
 

@@ -361,9 +361,10 @@ impl BatchNorm {
         }
     }
 
-    /// The norm and what follows it in one pass over memory, where kernels of our own do that.
+    /// The norm and what follows it in one pass over memory, where functions of our own do that.
     fn in_one(&self, x: &Tensor, then: Then<'_>, pass: &mut Pass) -> Option<Tensor> {
-        if !pass.train() || self.frozen || !norm::takes_form(&x.size(), x.kind()) {
+        let place = pass.norm_place(x.device())?;
+        if !pass.train() || self.frozen || !norm::takes_form(place, &x.size(), x.kind()) {
             return None;
         }
         let shortcut = match then {
@@ -373,7 +374,6 @@ impl BatchNorm {
         if let Some(walked) = pass.walk_norm(x, self.weight.numel() as u64, shortcut) {
             return Some(walked);
         }
-        let kernels = pass.kernels()?;
         if !norm::is_laid_out(x) || shortcut.is_some_and(|shortcut| !norm::is_laid_out(shortcut)) {
             return None;
         }
@@ -388,7 +388,7 @@ impl BatchNorm {
             momentum: BATCH_NORM_MOMENTUM,
             eps: self.eps,
         };
-        Some(norm::batch_norm(kernels, x, &norm, then))
+        Some(norm::batch_norm(pass.kernels(), x, &norm, then))
     }
 
     fn values_per_channel(&self, x: &Tensor) -> i64 {

@@ -3,10 +3,11 @@
 use std::cell::Cell;
 
 use arcface_proto::spec::Precision;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::footprint::Walk;
 use super::graph::{Op, Trace};
+use super::norm::Place;
 use crate::kernels::Kernels;
 use crate::random::{self, Purpose, Stream};
 
@@ -144,14 +145,25 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// In a walk, a batch norm of so many channels that is one with what follows it; `None` where it is not.
+    /// Where a batch norm on this device is computed in one with what follows it; `None` where it is not.
+    pub(super) fn norm_place(&self, device: Device) -> Option<Place> {
+        match (&self.walk, self.computing) {
+            (Some(walk), _) => walk.fuses(),
+            (None, Computing::Kernels(_)) => Some(Place::Gpu),
+            (None, Computing::Usual) => (device == Device::Cpu).then_some(Place::Cpu),
+            (None, Computing::Plain) => None,
+        }
+    }
+
+    /// In a walk, a batch norm of so many channels that is one with what follows it; `None` where nobody walks.
     pub(super) fn walk_norm(
         &mut self,
         x: &Tensor,
         channels: u64,
         shortcut: Option<&Tensor>,
     ) -> Option<Tensor> {
-        self.walk.as_mut()?.record_norm(x, channels, shortcut)
+        let walk = self.walk.as_mut()?;
+        Some(walk.record_norm(x, channels, shortcut))
     }
 
     /// Notes, in a walk, that a part of the network ends in `x`.

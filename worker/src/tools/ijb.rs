@@ -122,8 +122,12 @@ pub fn measure(args: &IjbArgs) -> anyhow::Result<Evaluation> {
         // Before the work: a folder that cannot be made should not cost its time.
         fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
-    let layout = Layout::find(&args.root, args.protocol).map_err(failure)?;
-    let benchmark = Benchmark::open(layout, !args.no_identification).map_err(failure)?;
+    let benchmark = Layout::find(&args.root, args.protocol)
+        .and_then(|layout| Benchmark::open(layout, !args.no_identification))
+        .map_err(|error| match args.protocol.meant_instead(&args.root) {
+            Some(other) => failure(error).hint(format!("the folder has the lists of --protocol {other}")),
+            None => failure(error),
+        })?;
     let features: Box<dyn ImageFeatures> = match (&args.features, &args.network, &args.weights) {
         (Some(path), ..) => Box::new(open_features(path, &benchmark, args.options().settings.flip)?),
         (None, Some(network), Some(weights)) => Box::new(embed(args, &benchmark, network, weights)?),
@@ -244,6 +248,11 @@ fn failure(error: IjbError) -> Failure {
         IjbError::Line { path, .. } if path.extension().is_some_and(|ending| ending == "csv") => {
             "--no-identification measures 1:1 alone"
         }
+        IjbError::Line { path, .. } | IjbError::File { path, .. }
+            if path.parent().is_some_and(|folder| folder.ends_with("meta")) =>
+        {
+            "the lists belong together: take all files of meta/ from one release of the benchmark"
+        }
         IjbError::NotFinite { .. } => "the weights are damaged, or training diverged",
         _ => "",
     };
@@ -257,6 +266,7 @@ mod tests {
         eval::ijb::synthetic::{self, Sizes},
         model::{Backbone, BackboneConfig},
     };
+    use arcface_proto::failure::report as report_failure;
     use clap::Parser;
 
     #[derive(clap::Parser)]
@@ -334,6 +344,15 @@ mod tests {
             let failure = error.downcast_ref::<Failure>().expect("a failure");
             (failure.to_string(), failure.code)
         };
+        let words = ["--protocol", "ijbb", "--features", &features, "--root", &root];
+        let wrong = parse(&[&["ijb"], &words[..]].concat()).expect("valid");
+        let (text, code) = report_failure(measure(&wrong).expect_err("refused").as_ref());
+        assert!(
+            text.contains("neither IJBB/meta nor meta")
+                && text.ends_with("hint: the folder has the lists of --protocol ijbc")
+                && code == ExitCode::NotFound,
+            "{text}"
+        );
         let (text, code) = fail(&["--features", &features, "--root", "/nowhere"]);
         assert!(
             text.starts_with("/nowhere: there is neither IJBC/meta") && code == ExitCode::NotFound,

@@ -54,3 +54,63 @@ fn a_set_that_a_job_refuses_fails_every_check() {
     let (message, _) = tool(&["inspect", text(&bad.join("train.rec"))]).unwrap_err();
     assert!(message.contains("not a regular file"), "{message}");
 }
+
+/// Landmarks of another picture gave black crops, and a photograph in another size half a face.
+#[test]
+fn a_face_outside_of_its_photograph_is_named_or_left_out() {
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |name: &str| scratch.path().join(name);
+    for (number, name) in (0u32..).zip(["photographs/ann/1.png", "photographs/bob/1.png"]) {
+        picture(&at(name), number, 200);
+    }
+    let row = |image: &str, by: f64| {
+        let points = data::align::TEMPLATE.map(|[x, y]| format!("{},{}", x + by, y + by));
+        format!("{image},{}\n", points.join(","))
+    };
+    let (list, crops) = (at("photographs/faces.csv"), at("crops"));
+    let align = ["align", "--landmarks", text(&list), "-o", text(&crops)];
+    fs::write(&list, row("ann/1.png", 40.0) + &row("bob/1.png", 400.0)).unwrap();
+    let (message, code) = tool(&align).unwrap_err();
+    assert!(
+        message
+            .contains("bob/1.png: 5 of the face's 5 landmarks lie outside of the picture, which is 200x200")
+            && message.contains("hint: landmarks are pixels")
+            && code == ExitCode::Failed,
+        "{message}"
+    );
+    assert!(!crops.exists());
+    tool(&[&align[..], &["--skip-damaged"]].concat()).unwrap();
+    assert!(crops.join("ann/1.jpg").is_file() && !crops.join("bob").exists());
+}
+
+#[test]
+fn what_a_set_cannot_keep_is_named_before_it_is_packed() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (faces, out) = (scratch.path().join("faces"), scratch.path().join("out"));
+    picture(&faces.join("ann/1.jpg"), 0, 112);
+    picture(&faces.join("bob/long.jpg"), 1, 112);
+    let mut long = fs::read(faces.join("bob/long.jpg")).unwrap();
+    long.resize(17 << 20, 0);
+    fs::write(faces.join("bob/long.jpg"), long).unwrap();
+    let pack = ["pack", text(&faces), "-o", text(&out)];
+    let (message, code) = tool(&pack).unwrap_err();
+    assert!(
+        message.contains("bob/long.jpg: the file has 17825792 bytes, more than the 16777192 of a record")
+            && message.contains("hint: --reencode 95")
+            && code == ExitCode::Failed,
+        "{message}"
+    );
+    assert!(!out.join("train.rec").exists());
+    tool(&[&pack[..], &["--reencode", "95"]].concat()).unwrap();
+    tool(&["verify", text(&out)]).unwrap();
+
+    fs::rename(faces.join("bob"), faces.join("ann\tlee")).unwrap();
+    let (message, code) = tool(&[&pack[..], &["--force"]].concat()).unwrap_err();
+    assert!(
+        message.contains("the name \"ann\\tlee\" of an identity has a tab or a line end in it")
+            && message.contains("hint: rename the folder")
+            && code == ExitCode::Failed,
+        "{message}"
+    );
+    assert_eq!(names(&out), ["ann", "bob"], "the set before is as it was");
+}

@@ -112,12 +112,12 @@ mod tests {
             .iter()
             .map(|name| format!("{name} {points} 0.9\n"))
             .collect();
-        let placements: String = (1..)
+        let memberships: String = (1..)
             .zip(names)
             .map(|(i, name)| format!("{name} {i} {i}\n"))
             .collect();
         fs::write(layout.images(), images).expect("written");
-        fs::write(layout.placements(), placements).expect("written");
+        fs::write(layout.memberships(), memberships).expect("written");
         for (index, name) in names.iter().enumerate().filter(|(_, name)| !name.contains('/')) {
             let ramp = image::RgbImage::from_fn(112, 112, |x, _| image::Rgb([x as u8, index as u8, 0]));
             ramp.save_with_format(layout.loose_crop().join(name), image::ImageFormat::Png)
@@ -170,17 +170,20 @@ mod tests {
                 .to_string()
         };
         let text = said(&["1.jpg", "../../2.jpg"], &mut embed);
-        assert_eq!(text, "image 2: ../../2.jpg: leads out of the folder of images");
+        assert_eq!(
+            text,
+            "image 2, counted from 1: ../../2.jpg: leads out of the folder of images"
+        );
         let text = said(&["1.jpg", "missing/2.jpg"], &mut embed);
         assert!(
-            text.starts_with("image 2: ") && text.ends_with("no such file or folder"),
+            text.starts_with("image 2, counted from 1: ") && text.ends_with("no such file or folder"),
             "{text}"
         );
         let mut lies = |_: &Tensor| Ok(Tensor::zeros([7, 4], (Kind::Float, tch::Device::Cpu)));
         let text = said(&["1.jpg"], &mut lies);
         assert_eq!(
             text,
-            "embed images 0..1: embeddings have shape [7, 4], expected [1, D]"
+            "embed images 1 to 1, counted from 1: embeddings have shape [7, 4], expected [1, D]"
         );
     }
 }

@@ -35,13 +35,13 @@ pub enum IjbError {
         detail: String,
     },
     /// The features of an image have NaN or an infinity, or overflow when they are added up.
-    #[error("the features of image {image} are not finite")]
+    #[error("the features of image {image}, counted from 1, are not finite")]
     NotFinite {
         /// Line of the image in the list of images, from 1.
         image: usize,
     },
     /// Images cannot be turned into features.
-    #[error("image {image}: {detail}")]
+    #[error("image {image}, counted from 1: {detail}")]
     Image {
         /// Line of the image in the list of images, from 1.
         image: usize,
@@ -49,7 +49,7 @@ pub enum IjbError {
         detail: String,
     },
     /// The network failed.
-    #[error("embed images {first}..{end}: {cause:#}")]
+    #[error("embed images {} to {end}, counted from 1: {cause:#}", .first + 1)]
     Embed {
         /// First image of the batch, from 0.
         first: usize,

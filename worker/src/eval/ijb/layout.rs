@@ -43,6 +43,17 @@ impl Protocol {
             Self::Ijbc => ["G1", "G2"],
         }
     }
+
+    /// Name on the command line of another benchmark, whose lists are under `root` where this one's are not: the one that
+    /// was probably meant.
+    pub fn meant_instead(self, root: &Path) -> Option<&'static str> {
+        let is_there = |protocol| Layout::find(root, protocol).is_ok_and(|layout| layout.images().is_file());
+        let mut there = Self::ALL.into_iter().filter(|(_, protocol)| is_there(*protocol));
+        there
+            .next()
+            .filter(|(_, found)| *found != self && !is_there(self))
+            .map(|(name, _)| name)
+    }
 }
 
 impl fmt::Display for Protocol {
@@ -61,7 +72,7 @@ impl FromStr for Protocol {
         let known = Self::ALL.iter().find(|(known, _)| *known == name);
         known
             .map(|(_, protocol)| *protocol)
-            .ok_or_else(|| "is neither ijbb nor ijbc".into())
+            .ok_or_else(|| "is neither ijbb (IJB-B) nor ijbc (IJB-C)".into())
     }
 }
 
@@ -108,7 +119,7 @@ impl Layout {
     }
 
     /// A line per image: name, template, media.
-    pub fn placements(&self) -> PathBuf {
+    pub fn memberships(&self) -> PathBuf {
         self.meta("face_tid_mid.txt")
     }
 
@@ -155,6 +166,13 @@ mod tests {
             assert_eq!(layout.galleries()[1], expected);
         }
         assert!(Layout::find(dir.path(), Protocol::Ijbb).is_err());
+        // With lists it is the one that was meant, however it is named.
+        assert_eq!(Protocol::Ijbb.meant_instead(dir.path()), None);
+        fs::write(dir.path().join("IJBC/meta/ijbc_name_5pts_score.txt"), "").expect("written");
+        for root in [dir.path().to_owned(), dir.path().join("IJBC")] {
+            let meant = [Protocol::Ijbb, Protocol::Ijbc].map(|wrong| wrong.meant_instead(&root));
+            assert_eq!(meant, [Some("ijbc"), None], "{}", root.display());
+        }
         assert_eq!("ijbb".parse(), Ok(Protocol::Ijbb));
         assert!("ijba".parse::<Protocol>().is_err());
     }

@@ -25,9 +25,9 @@ pub struct Image {
     pub faceness: f32,
 }
 
-/// Where an image belongs.
+/// Which template an image is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Placement {
+pub struct Membership {
     /// Index of the template among the sorted ids.
     pub template: u32,
     /// Photograph or video that the image comes from.
@@ -103,7 +103,7 @@ impl MetaFile {
     }
 
     /// What `parse` makes of every line that is not blank.
-    fn map<T>(&self, parse: impl Fn(&[u8]) -> Result<T, String>) -> Result<Vec<T>, IjbError> {
+    fn map<'a, T>(&'a self, parse: impl Fn(&'a [u8]) -> Result<T, String>) -> Result<Vec<T>, IjbError> {
         lines(&self.bytes)
             .map(|(line, text)| parse(text).map_err(|detail| self.error(line, detail)))
             .collect()
@@ -197,26 +197,41 @@ pub fn read_images(layout: &Layout) -> Result<Vec<Image>, IjbError> {
     }
 }
 
-/// Template and media of `images` images, and the ids of all templates.
-pub fn read_placements(layout: &Layout, images: usize) -> Result<(Vec<Placement>, TemplateIds), IjbError> {
-    let file = MetaFile::open(layout.placements())?;
-    let rows: Vec<(u32, u32)> = file.map(|line| {
-        let [_, template, media] = columns::<3>(line)?;
-        Ok((number(template, "template")?, number(media, "media")?))
+/// Template and media of the images, which must be the same as in the list of images and in its order, and the ids of all
+/// templates.
+pub fn read_memberships(
+    layout: &Layout,
+    images: &[Image],
+) -> Result<(Vec<Membership>, TemplateIds), IjbError> {
+    let file = MetaFile::open(layout.memberships())?;
+    let rows: Vec<(&[u8], u32, u32)> = file.map(|line| {
+        let [name, template, media] = columns::<3>(line)?;
+        Ok((name, number(template, "template")?, number(media, "media")?))
     })?;
-    if rows.len() != images {
+    let list = layout.images();
+    if rows.len() != images.len() {
+        let (here, there) = (rows.len(), images.len());
+        let detail = format!("lists {here} images, but {} lists {there}", list.display());
+        return Err(IjbError::file(&file.path, detail));
+    }
+    let mut both = (1..).zip(rows.iter().zip(images));
+    if let Some((number, ((name, ..), image))) =
+        both.find(|(_, ((name, ..), image))| *name != image.name.as_bytes())
+    {
         let detail = format!(
-            "lists {} images, but {} lists {images}",
-            rows.len(),
-            layout.images().display()
+            "image {number}, counted from 1, is {} here and {} in {}",
+            excerpt(name),
+            excerpt(image.name.as_bytes()),
+            list.display()
         );
         return Err(IjbError::file(&file.path, detail));
     }
-    let ids = TemplateIds::new(rows.iter().map(|&(template, _)| template).collect());
-    let place =
-        |&(template, media): &(u32, u32)| ids.index(template).map(|template| Placement { template, media });
-    let placements: Option<Vec<Placement>> = rows.iter().map(place).collect();
-    Ok((placements.expect("every id was just put in"), ids))
+    let ids = TemplateIds::new(rows.iter().map(|&(_, template, _)| template).collect());
+    let place = |&(_, template, media): &(&[u8], u32, u32)| {
+        ids.index(template).map(|template| Membership { template, media })
+    };
+    let memberships: Option<Vec<Membership>> = rows.iter().map(place).collect();
+    Ok((memberships.expect("every id was just put in"), ids))
 }
 
 /// The list of pairs.
@@ -318,6 +333,27 @@ pub fn read_entries(path: &Path, ids: &TemplateIds) -> Result<Vec<Entry>, IjbErr
     }
 }
 
+/// Refuses lists that do not agree on who a template is.
+pub fn check_subjects(lists: &[(PathBuf, &[Entry])], ids: &TemplateIds) -> Result<(), IjbError> {
+    let mut known: Vec<Option<(u32, &Path)>> = vec![None; ids.ids().len()];
+    for (path, entries) in lists {
+        for entry in *entries {
+            let slot = &mut known[entry.template as usize];
+            let (subject, first) = *slot.get_or_insert((entry.subject, path));
+            if subject != entry.subject {
+                let detail = format!(
+                    "template {} is subject {} here and {subject} in {}",
+                    ids.ids()[entry.template as usize],
+                    entry.subject,
+                    first.display()
+                );
+                return Err(IjbError::file(path, detail));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn parse_entry(line: &[u8], ids: &TemplateIds) -> Result<Entry, String> {
     let mut columns = line.split(|&b| b == b',').map(<[u8]>::trim_ascii);
     let (Some(template), Some(subject)) = (columns.next(), columns.next()) else {
@@ -371,12 +407,12 @@ mod tests {
         );
         assert_eq!(images[0].faceness, 0.5);
 
-        scratch.write(&layout.placements(), "1.jpg 4294967295 9\n2.png 7 9\n");
-        let (placements, ids) = read_placements(&layout, 2).expect("read");
+        scratch.write(&layout.memberships(), "1.jpg 4294967295 9\n2.png 7 9\n");
+        let (memberships, ids) = read_memberships(&layout, &images).expect("read");
         assert_eq!(ids.ids(), [7, u32::MAX]);
         assert_eq!(
-            placements[0],
-            Placement {
+            memberships[0],
+            Membership {
                 template: 1,
                 media: 9
             }
@@ -441,8 +477,13 @@ mod tests {
         assert!(said(read_images(&layout)).contains("is not UTF-8"));
 
         scratch.write(&layout.images(), format!("{IMAGE}\n"));
+        let images = read_images(&layout).expect("read");
         for (text, expected) in [
             ("1.jpg 1 2\n2.jpg 1 2\n", "lists 2 images, but"),
+            (
+                "7.jpg 1 2\n",
+                "image 1, counted from 1, is 7.jpg here and 1.jpg in ",
+            ),
             ("1.jpg 1", ":1: 2 columns, expected 3"),
             ("1.jpg -1 2", ":1: template \"-1\" is not a whole number"),
             (
@@ -451,13 +492,15 @@ mod tests {
             ),
             (long.as_str(), "99999999...\" is not a whole number"),
         ] {
-            scratch.write(&layout.placements(), text);
-            let error = read_placements(&layout, 1).expect_err("refused").to_string();
+            scratch.write(&layout.memberships(), text);
+            let error = read_memberships(&layout, &images)
+                .expect_err("refused")
+                .to_string();
             assert!(error.contains(expected) && error.len() < 1000, "{error}");
         }
 
-        scratch.write(&layout.placements(), "1.jpg 5 2\n");
-        let (_, ids) = read_placements(&layout, 1).expect("read");
+        scratch.write(&layout.memberships(), "1.jpg 5 2\n");
+        let (_, ids) = read_memberships(&layout, &images).expect("read");
         for (text, expected) in [
             ("", "template_pair_label.txt: has no pair of the same person"),
             (
@@ -493,6 +536,18 @@ mod tests {
     }
 
     #[test]
+    fn lists_agree_on_who_a_template_is() {
+        let ids = TemplateIds::new(vec![40, 50]);
+        let entry = |template, subject| Entry { template, subject };
+        let (one, other) = ([entry(0, 1), entry(1, 2)], [entry(1, 3)]);
+        let lists = [("g1.csv".into(), &one[..]), ("g2.csv".into(), &one[..1])];
+        check_subjects(&lists, &ids).expect("the same");
+        let lists = [("g1.csv".into(), &one[..]), ("probes.csv".into(), &other[..])];
+        let error = check_subjects(&lists, &ids).expect_err("another").to_string();
+        assert_eq!(error, "probes.csv: template 50 is subject 3 here and 2 in g1.csv");
+    }
+
+    #[test]
     fn blocks_end_with_lines_and_errors_keep_their_line() {
         let text = b"aaa\nbb\n\ncccccccc\nd";
         for size in 0..30 {
@@ -503,8 +558,10 @@ mod tests {
         }
         // An error far behind the first block.
         let (scratch, layout) = Scratch::new();
-        scratch.write(&layout.placements(), "1.jpg 5 2\n");
-        let (_, ids) = read_placements(&layout, 1).expect("read");
+        scratch.write(&layout.images(), IMAGE);
+        scratch.write(&layout.memberships(), "1.jpg 5 2\n");
+        let images = read_images(&layout).expect("read");
+        let (_, ids) = read_memberships(&layout, &images).expect("read");
         let many = BLOCK / 6 * 2;
         scratch.write(&layout.pairs(), "5 5 1\n".repeat(many) + "5 5 x\n");
         let expected = format!(":{}: label \"x\" is neither 0 nor 1", many + 1);

@@ -55,24 +55,39 @@ struct Search {
     probes: Vec<Entry>,
 }
 
+impl Search {
+    fn open(layout: &Layout, ids: &TemplateIds) -> Result<Self, IjbError> {
+        let ([first, second], probes) = (layout.galleries(), layout.probes());
+        let found = Self {
+            galleries: [
+                meta::read_entries(&first, ids)?,
+                meta::read_entries(&second, ids)?,
+            ],
+            probes: meta::read_entries(&probes, ids)?,
+        };
+        let [of_first, of_second] = found.galleries.each_ref().map(Vec::as_slice);
+        let lists = [
+            (first, of_first),
+            (second, of_second),
+            (probes, &found.probes[..]),
+        ];
+        meta::check_subjects(&lists, ids)?;
+        Ok(found)
+    }
+}
+
 impl Benchmark {
     /// Reads the lists of images and, if the files are there and `search` is set, of galleries and probes.
     pub fn open(layout: Layout, search: bool) -> Result<Self, IjbError> {
         let images = meta::read_images(&layout)?;
-        let (placements, ids) = meta::read_placements(&layout, images.len())?;
-        let members = Members::of(&placements, ids.ids().len());
+        let (memberships, ids) = meta::read_memberships(&layout, &images)?;
+        let members = Members::of(&memberships, ids.ids().len());
         let [first, second] = layout.galleries();
         let is_there = [&first, &second, &layout.probes()]
             .iter()
             .any(|path| path.exists());
         let search = match search && is_there {
-            true => Some(Search {
-                galleries: [
-                    meta::read_entries(&first, &ids)?,
-                    meta::read_entries(&second, &ids)?,
-                ],
-                probes: meta::read_entries(&layout.probes(), &ids)?,
-            }),
+            true => Some(Search::open(&layout, &ids)?),
             false => None,
         };
         Ok(Self {

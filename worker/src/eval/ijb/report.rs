@@ -101,10 +101,14 @@ fn identification_json(found: &Identification) -> Value {
     })
 }
 
-/// Share of the probes that are found in the gallery that holds their person.
+/// Share of the searches for a person of the gallery that find it, over both galleries. In the benchmarks every probe's person is in
+/// one of them, so that there are as many such searches as probes, which the reference divides by; in other lists a person may
+/// be in both, or in none.
 pub fn mean_top(found: &Identification) -> [f64; 3] {
     let [(.., first), (.., second)] = &found.galleries;
-    std::array::from_fn(|rank| (first.hits[rank] + second.hits[rank]) as f64 / found.probes as f64)
+    // Without any, nothing is found.
+    let searches = (first.mated + second.mated).max(1) as f64;
+    std::array::from_fn(|rank| (first.hits[rank] + second.hits[rank]) as f64 / searches)
 }
 
 /// Mean of both galleries at each rate of false alarms.
@@ -302,5 +306,46 @@ pub fn det_chart(evaluation: &Evaluation) -> Chart {
             points: roc_points(e).into_iter().map(misses).take_while(shown).collect(),
             bars: Vec::new(),
         }],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::identification::OpenSet;
+    use super::*;
+
+    fn found(probes: usize, mated: [usize; 2], hits: [usize; 2]) -> Identification {
+        let gallery = |index: usize| {
+            let open = OpenSet {
+                mated: mated[index],
+                unmated: probes - mated[index],
+                hits: [hits[index]; 3],
+                thresholds: None,
+                tpir: None,
+            };
+            ("G", 1, open)
+        };
+        Identification {
+            probes,
+            fars: Vec::new(),
+            galleries: [gallery(0), gallery(1)],
+            joined: Err("not of interest".into()),
+        }
+    }
+
+    /// Divided by the probes it was 200 % where every person was in both galleries.
+    #[test]
+    fn what_is_searched_for_in_both_galleries_counts_twice() {
+        for (probes, mated, hits, share) in [
+            // As in the benchmarks: each probe's person is in one of them.
+            (10, [6, 4], [3, 4], 0.7),
+            (10, [10, 10], [10, 10], 1.0),
+            (10, [10, 4], [10, 0], 10.0 / 14.0),
+            // Strangers cannot be found.
+            (10, [4, 0], [2, 0], 0.5),
+            (10, [0, 0], [0, 0], 0.0),
+        ] {
+            assert_eq!(mean_top(&found(probes, mated, hits)), [share; 3], "{mated:?}");
+        }
     }
 }

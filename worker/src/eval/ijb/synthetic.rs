@@ -86,7 +86,7 @@ pub fn write(root: &Path, sizes: &Sizes) -> Result<PathBuf, IjbError> {
             )
         })
     })?;
-    put(&layout.placements(), |out| {
+    put(&layout.memberships(), |out| {
         (0..sizes.images).try_for_each(|image| {
             // Four frames of one video, then four photographs.
             let media = if image % 8 < 4 { image - image % 8 } else { image };

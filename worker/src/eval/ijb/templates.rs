@@ -2,7 +2,7 @@
 //! and precision of the reference: images are added in f32, templates are normalised and compared in f64, so that
 //! close scores keep their order.
 
-use super::{IjbError, features::ImageFeatures, meta::Pairs, meta::Placement};
+use super::{IjbError, features::ImageFeatures, meta::Membership, meta::Pairs};
 use rayon::prelude::*;
 use std::fmt;
 
@@ -59,16 +59,16 @@ pub struct Members {
 
 impl Members {
     /// Groups images by template, media and place in the list.
-    pub fn of(placements: &[Placement], templates: usize) -> Self {
+    pub fn of(memberships: &[Membership], templates: usize) -> Self {
         // The list fits into memory, so its indices fit.
-        let mut order: Vec<u32> = (0..placements.len() as u32).collect();
+        let mut order: Vec<u32> = (0..memberships.len() as u32).collect();
         order.sort_by_key(|&image| {
-            let place = placements[image as usize];
-            (place.template, place.media)
+            let image = memberships[image as usize];
+            (image.template, image.media)
         });
         let mut start = vec![0; templates + 1];
-        for place in placements {
-            start[place.template as usize + 1] += 1;
+        for image in memberships {
+            start[image.template as usize + 1] += 1;
         }
         for template in 0..templates {
             start[template + 1] += start[template];
@@ -76,7 +76,7 @@ impl Members {
         Self {
             start,
             order,
-            media: placements.iter().map(|place| place.media).collect(),
+            media: memberships.iter().map(|image| image.media).collect(),
         }
     }
 
@@ -250,9 +250,9 @@ mod tests {
     use super::*;
 
     /// Three templates; template 0 has a video of two images and a photograph between them.
-    fn placements() -> Vec<Placement> {
+    fn memberships() -> Vec<Membership> {
         [(0, 7), (1, 9), (0, 3), (0, 7), (2, 7)]
-            .map(|(template, media)| Placement { template, media })
+            .map(|(template, media)| Membership { template, media })
             .to_vec()
     }
 
@@ -272,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_video_counts_as_one_photograph() {
-        let members = Members::of(&placements(), 3);
+        let members = Members::of(&memberships(), 3);
         let faceness = [0.5, 1.0, 1.0, 0.5, 1.0];
         let pool = |settings| pool(&features(), &members, &faceness, settings).expect("finite");
         let close = |found: &[f64], x: f64, y: f64| {
@@ -336,7 +336,7 @@ mod tests {
 
     #[test]
     fn features_without_a_value_are_named() {
-        let members = Members::of(&placements(), 3);
+        let members = Members::of(&memberships(), 3);
         for bad in [f32::NAN, f32::INFINITY, 3e38] {
             let mut features = features();
             features.feat[6] = bad;

@@ -44,7 +44,8 @@ fn rust(networks: &[Sizes]) -> String {
         line(format!("        largest: {},", per_dim(n.largest)));
         line(format!("        fp32: {},", passes(&n.fp32)));
         line(format!("        half: {},", passes(&n.half)));
-        line(format!("        gpu_fp32: {},", passes(&n.gpu_fp32)));
+        line(format!("        fused_fp32: {},", passes(&n.fused_fp32)));
+        line(format!("        cpu_bf16: {},", passes(&n.cpu_bf16)));
         line(format!("        gpu_bf16: {},\n    }},", passes(&n.gpu_bf16)));
     }
     line("];".into());
@@ -74,7 +75,7 @@ fn the_planners_table_is_what_the_networks_are() {
 /// What computes there in a test.
 fn kernels(place: Place) -> Option<Kernels> {
     match place {
-        Place::Anywhere => None,
+        Place::Cpu => None,
         #[cfg(cuda_twin)]
         Place::Gpu => Some(Kernels::new(
             std::sync::Arc::new(crate::kernels::twin::launcher::TwinLauncher::new(8)),
@@ -112,13 +113,13 @@ fn measured(network: &str, precision: Precision, recomputes: bool, images: i64, 
 /// The rules of what autograd keeps, against libtorch's allocator. The way back has the libraries' workspaces on top, which
 /// are `beyond` at most, as a share of what is counted.
 fn check(network: &str, precision: Precision, recomputes: bool, beyond: f64) {
-    check_at(network, precision, recomputes, beyond, Place::Anywhere);
+    check_at(network, precision, recomputes, beyond, Place::Cpu);
 }
 
 fn check_at(network: &str, precision: Precision, recomputes: bool, beyond: f64, place: Place) {
     const IMAGES: u64 = 8;
     let backbone = Backbone::outline(&BackboneConfig::new(network, 512)).expect("registered");
-    let numbers = backbone.walk(precision, place).numbers(recomputes);
+    let numbers = backbone.walk(precision, Some(place)).numbers(recomputes);
     let kept = numbers.kept.bytes(IMAGES) as f64;
     let highest = numbers.highest(IMAGES) as f64;
     let [measured_kept, measured_highest] = measured(network, precision, recomputes, IMAGES as i64, place);
@@ -146,6 +147,19 @@ fn what_is_counted_of_convolutional_networks_is_what_they_take() {
     // oneDNN's workspaces hold f32 copies of maps where the machine has no bf16 of its own.
     check("tiny", Precision::Bf16, false, 0.06);
     check("mbf", Precision::Bf16, false, 0.20);
+}
+
+/// One line of the table is for both.
+#[test]
+fn in_f32_a_gpu_keeps_what_the_cpu_keeps() {
+    for network in REGISTRY {
+        let backbone = Backbone::outline(&BackboneConfig::new(network.name, 512)).expect("registered");
+        for recomputes in [false, true] {
+            let [cpu, gpu] = [Place::Cpu, Place::Gpu]
+                .map(|place| backbone.walk(Precision::Fp32, Some(place)).numbers(recomputes));
+            assert_eq!(cpu, gpu, "{}", network.name);
+        }
+    }
 }
 
 /// What a GPU's kernels keep, by their twins, which are given the same tensors.

@@ -1,5 +1,7 @@
 // Batch norm with what follows it as one function of autograd's: here is what autograd wants to know, and the numbers come from
-// kernels.rs, which starts the kernels of norm.cu.
+// kernels.rs, which starts the kernels of norm.cu, or from cpu.cpp.
+
+#include "cpu.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
@@ -20,6 +22,8 @@ void arcface_norm_release(const void* kernels);
 
 namespace {
 
+using arcface::NormBackward;
+using arcface::NormForward;
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -35,7 +39,7 @@ struct Kernels : torch::CustomClassHolder {
     ~Kernels() override { arcface_norm_release(kernels); }
 };
 
-// Beside what is differentiated.
+// Beside what is differentiated. Without kernels the CPU computes.
 struct Settings {
     Tensor running_mean;
     Tensor running_var;
@@ -51,16 +55,22 @@ struct Norm : torch::autograd::Function<Norm> {
         const Tensor slope = some_slope.value_or(Tensor()), shortcut = some_shortcut.value_or(Tensor());
         Tensor y = at::empty_like(x);
         Tensor mean = at::empty_like(weight), inverse = at::empty_like(weight);
-        const void* tensors[] = {
-            borrow(x), borrow(weight), borrow(bias), borrow(slope), borrow(shortcut), borrow(settings.running_mean),
-            borrow(settings.running_var), borrow(mean), borrow(inverse), borrow(y),
-        };
-        char reason[REASON] = "";
-        TORCH_CHECK(arcface_norm_forward(settings.kernels->kernels, tensors, settings.eps, settings.momentum, reason,
-                                         sizeof reason),
-                    reason);
+        if (settings.kernels) {
+            const void* tensors[] = {
+                borrow(x), borrow(weight), borrow(bias), borrow(slope), borrow(shortcut), borrow(settings.running_mean),
+                borrow(settings.running_var), borrow(mean), borrow(inverse), borrow(y),
+            };
+            char reason[REASON] = "";
+            TORCH_CHECK(arcface_norm_forward(settings.kernels->kernels, tensors, settings.eps, settings.momentum,
+                                             reason, sizeof reason),
+                        reason);
+            ctx->saved_data["kernels"] = c10::IValue::make_capsule(settings.kernels);
+        } else {
+            const auto& [running_mean, running_var, eps, momentum, kernels] = settings;
+            NormForward{x, weight, bias, slope, shortcut, running_mean, running_var, mean, inverse, y}.compute(eps,
+                                                                                                              momentum);
+        }
         ctx->save_for_backward({x, weight, bias, slope, mean, inverse});
-        ctx->saved_data["kernels"] = c10::IValue::make_capsule(settings.kernels);
         ctx->saved_data["shortcut"] = shortcut.defined();
         return y;
     }
@@ -72,15 +82,21 @@ struct Norm : torch::autograd::Function<Norm> {
         Tensor grad_x = at::empty_like(x);
         Tensor grad_weight = at::empty_like(weight), grad_bias = at::empty_like(bias);
         Tensor grad_slope = slope.defined() ? at::empty_like(slope) : Tensor();
-        const void* tensors[] = {
-            borrow(x), borrow(grad), borrow(saved[4]), borrow(saved[5]), borrow(weight), borrow(bias), borrow(slope),
-            borrow(grad_weight), borrow(grad_bias), borrow(grad_slope), borrow(grad_x),
-        };
-        const auto kernels = ctx->saved_data["kernels"].toCapsule();
-        char reason[REASON] = "";
-        TORCH_CHECK(arcface_norm_backward(static_cast<const Kernels*>(kernels.get())->kernels, tensors, reason,
-                                          sizeof reason),
-                    reason);
+        const Tensor &mean = saved[4], &inverse = saved[5];
+        if (const auto found = ctx->saved_data.find("kernels"); found != ctx->saved_data.end()) {
+            const void* tensors[] = {
+                borrow(x), borrow(grad), borrow(mean), borrow(inverse), borrow(weight), borrow(bias), borrow(slope),
+                borrow(grad_weight), borrow(grad_bias), borrow(grad_slope), borrow(grad_x),
+            };
+            const auto kernels = found->second.toCapsule();
+            char reason[REASON] = "";
+            TORCH_CHECK(arcface_norm_backward(static_cast<const Kernels*>(kernels.get())->kernels, tensors, reason,
+                                              sizeof reason),
+                        reason);
+        } else {
+            NormBackward{x, grad, mean, inverse, weight, bias, slope, grad_weight, grad_bias, grad_slope, grad_x}
+                .compute();
+        }
         const Tensor grad_shortcut = ctx->saved_data["shortcut"].toBool() ? grad : Tensor();
         return {grad_x, grad_weight, grad_bias, grad_slope, grad_shortcut, Tensor()};
     }
@@ -96,11 +112,11 @@ std::optional<Tensor> maybe(const void* tensor) {
 } // namespace
 
 // y of x, or null with the reason in `error`. `tensors`: x, weight, bias, slope, shortcut, running mean and variance, of which
-// the last four may be null. Takes the handle `kernels`, whatever happens.
+// the last four may be null. Takes the handle `kernels`, whatever happens; the CPU computes if that is null.
 extern "C" void* arcface_norm(const void* kernels, const void* const* tensors, double eps, double momentum, char* error,
                               size_t length) {
     try {
-        auto holder = c10::make_intrusive<Kernels>(kernels);
+        auto holder = kernels == nullptr ? c10::intrusive_ptr<Kernels>() : c10::make_intrusive<Kernels>(kernels);
         const Settings settings{maybe(tensors[5]).value_or(Tensor()), maybe(tensors[6]).value_or(Tensor()), eps,
                                 momentum, std::move(holder)};
         return new Tensor(Norm::apply(given(tensors[0]), given(tensors[1]), given(tensors[2]), maybe(tensors[3]),

@@ -1,5 +1,5 @@
-//! Batch norm on a GPU, with the rectifier or the sum that follows it in the same pass over memory (`norm.cu`), as one function
-//! of autograd's (`autograd.cpp`). libtorch reads and writes what lies between them, and keeps it for the way back.
+//! Batch norm with the rectifier or the sum that follows it in the same pass over memory (`norm.cu` on a GPU, `cpu.cpp`), as one
+//! function of autograd's (`autograd.cpp`). libtorch reads and writes what lies between them, and keeps it for the way back.
 //!
 //! For activations `[N, C, H, W]` with channels innermost, in f32 and bf16, whose statistics are the batch's. Everything else
 //! is libtorch's (`layers.rs`). In bf16 what lies between norm and rectifier is not rounded, which libtorch's is.
@@ -68,13 +68,26 @@ pub enum Then<'a> {
     Add(&'a Tensor),
 }
 
-/// True if [`batch_norm`] takes activations of this form.
-pub fn takes_form(size: &[i64], kind: Kind) -> bool {
+/// Where it is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On the CPU.
+    Cpu,
+    /// By the kernels.
+    Gpu,
+}
+
+/// True if [`batch_norm`] takes activations of this form there.
+pub fn takes_form(place: Place, size: &[i64], kind: Kind) -> bool {
     let &[_, channels, ..] = size else { return false };
     let groups = channels / GROUP;
-    // A block's threads lie along a row.
-    let fits =
-        channels % GROUP == 0 && groups > 0 && groups <= i64::from(BLOCK) && groups & (groups - 1) == 0;
+    let fits = match place {
+        Place::Cpu => true,
+        // A block's threads lie along a row.
+        Place::Gpu => {
+            channels % GROUP == 0 && groups > 0 && groups <= i64::from(BLOCK) && groups & (groups - 1) == 0
+        }
+    };
     size.len() == 4 && fits && matches!(kind, Kind::Float | Kind::BFloat16) && !size.contains(&0)
 }
 
@@ -95,11 +108,11 @@ unsafe extern "C" {
 }
 
 /// `x` normalised by the batch's statistics, and what follows: the form and kind of `x`, which [`takes_form`] and
-/// [`is_laid_out`] have found good.
+/// [`is_laid_out`] have found good. Without kernels the CPU computes.
 ///
 /// # Panics
 /// If the tensors do not fit, as tch's own functions do.
-pub fn batch_norm(kernels: &Kernels, x: &Tensor, norm: &Norm<'_>, then: Then<'_>) -> Tensor {
+pub fn batch_norm(kernels: Option<&Kernels>, x: &Tensor, norm: &Norm<'_>, then: Then<'_>) -> Tensor {
     let (slope, shortcut) = match then {
         Then::Nothing => (None, None),
         Then::PRelu(slope) => (Some(slope), None),
@@ -119,7 +132,7 @@ pub fn batch_norm(kernels: &Kernels, x: &Tensor, norm: &Norm<'_>, then: Then<'_>
     // SAFETY: all pointers but null are to tensors that outlive the call. The handle goes to C++.
     made("batch norm", |error, length| unsafe {
         arcface_norm(
-            kernels::handle(kernels),
+            kernels.map_or(std::ptr::null(), kernels::handle),
             tensors.as_ptr(),
             norm.eps,
             norm.momentum,

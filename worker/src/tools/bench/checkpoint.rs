@@ -1,13 +1,16 @@
 //! What a checkpoint costs: the copy that training waits for, and the writing, digests and reading that it does not; in turn with what
 //! the disk does by itself with as many bytes.
 
-use super::timing::{median, min, time};
+use super::{
+    scratch::Scratch,
+    timing::{median, min, time},
+};
 use crate::checkpoint::{self, Checkpoint, NamedTensor, PartKind, manifest, write};
 use arcface_proto::{types::ClassRange, v1::CheckpointManifest};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
@@ -19,6 +22,8 @@ const CHUNK: usize = 4 << 20;
 /// One part of weights and momentum.
 pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> anyhow::Result<Value> {
     let range = ClassRange { lo: 0, hi: classes };
+    let scratch = Scratch::new(dir, "checkpoint")?;
+    let scratch = scratch.path();
     let rows = || Tensor::rand([classes.into(), dim.into()], (Kind::Float, Device::Cpu));
     let state = [("weight", rows()), ("momentum", rows())];
     let borrowed = state.each_ref().map(|(name, tensor)| (*name, tensor));
@@ -31,9 +36,7 @@ pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> a
         Ok(())
     })?;
 
-    let scratch = dir.join(format!(".bench-checkpoint-{}", std::process::id()));
-    let _remove = Scratch(scratch.clone());
-    let mut part = checkpoint::write_part(&scratch, PartKind::Head(range), &copy)?;
+    let mut part = checkpoint::write_part(scratch, PartKind::Head(range), &copy)?;
     let (ours, raw) = (scratch.join(&part.file), scratch.join("raw"));
     let mut contents = fs::read(&ours)?;
     let mut times: [Vec<f64>; 5] = Default::default();
@@ -45,7 +48,7 @@ pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> a
             }
         };
         let begin = Instant::now();
-        part = checkpoint::write_part(&scratch, PartKind::Head(range), &copy)?;
+        part = checkpoint::write_part(scratch, PartKind::Head(range), &copy)?;
         put(WRITE, since(begin));
         let begin = Instant::now();
         write_raw(&raw, &contents)?;
@@ -54,10 +57,10 @@ pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> a
         read_raw(&raw, &mut contents)?;
         put(RAW_WRITE_AND_READ, since(begin));
 
-        let manifest = manifest_of(&scratch, &part, classes)?;
+        let manifest = manifest_of(scratch, &part, classes)?;
         forget(&ours)?;
         let begin = Instant::now();
-        Checkpoint::open(&scratch, manifest)?.head_rows(range)?;
+        Checkpoint::open(scratch, manifest)?.head_rows(range)?;
         put(READ, since(begin));
         forget(&raw)?;
         let begin = Instant::now();
@@ -70,12 +73,12 @@ pub(super) fn measure(repetitions: u32, classes: u32, dim: u32, dir: &Path) -> a
         Ok(())
     })?;
     drop(contents);
-    let manifest = manifest_of(&scratch, &part, classes)?;
+    let manifest = manifest_of(scratch, &part, classes)?;
     let verifying = time(repetitions, |_| {
-        Ok(Checkpoint::open(&scratch, manifest.clone())?.verify()?)
+        Ok(Checkpoint::open(scratch, manifest.clone())?.verify()?)
     })?;
     let from_memory = time(repetitions, |_| {
-        Checkpoint::open(&scratch, manifest.clone())?.head_rows(range)?;
+        Checkpoint::open(scratch, manifest.clone())?.head_rows(range)?;
         Ok(())
     })?;
     let per_second = |milliseconds: f64| bytes as f64 / (milliseconds / 1e3);
@@ -161,14 +164,4 @@ fn read_raw(path: &Path, contents: &mut [u8]) -> anyhow::Result<()> {
 fn forget(path: &Path) -> anyhow::Result<()> {
     checkpoint::forget(&File::open(path)?);
     Ok(())
-}
-
-/// A directory that goes when the benchmark does, also after an error.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What cannot be removed stays in sight of the user, who chose the place.
-        drop(fs::remove_dir_all(&self.0));
-    }
 }

@@ -2,6 +2,7 @@
 
 use super::{
     memory,
+    scratch::Scratch,
     timing::{median, min},
 };
 use crate::eval::ijb::{
@@ -11,7 +12,6 @@ use crate::eval::ijb::{
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -42,16 +42,6 @@ pub struct IjbArgs {
     dir: PathBuf,
 }
 
-/// A folder that is removed at the end.
-struct Drawn(PathBuf);
-
-impl Drop for Drawn {
-    fn drop(&mut self) {
-        // Nothing else can be done about a folder that cannot be removed.
-        fs::remove_dir_all(&self.0).ok();
-    }
-}
-
 /// The result as JSON.
 pub(super) fn measure(repetitions: u32, args: &IjbArgs) -> anyhow::Result<Value> {
     let sizes = Sizes {
@@ -61,12 +51,11 @@ pub(super) fn measure(repetitions: u32, args: &IjbArgs) -> anyhow::Result<Value>
         dim: args.dim,
         ..Sizes::IJBC
     };
-    let folder = Drawn(args.dir.join(format!(".bench-ijb.{}", std::process::id())));
-    fs::create_dir(&folder.0).with_context(|| format!("create {}", folder.0.display()))?;
-    let path = synthetic::write(&folder.0, &sizes)?;
+    let folder = Scratch::new(&args.dir, "ijb")?;
+    let path = synthetic::write(folder.path(), &sizes)?;
     let is_new_peak = memory::forget_peak();
     let runs: Vec<Run> = (0..repetitions)
-        .map(|_| one(&folder.0, &path, args))
+        .map(|_| one(folder.path(), &path, args))
         .collect::<anyhow::Result<_>>()?;
     let totals: Vec<f64> = runs.iter().map(|run| run.total).collect();
     let last = runs.last().context("at least one repetition")?;

@@ -9,6 +9,7 @@ mod head;
 mod ijb;
 mod loader;
 mod memory;
+mod scratch;
 mod step;
 mod table;
 mod timing;
