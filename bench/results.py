@@ -29,11 +29,27 @@ class Interrupted(Exception):
     """Somebody wants the program to end."""
 
 
+class Interruption:
+    """Whether it came, and whether it waits: a process that has just been started is nobody's until its name is kept."""
+
+    came = False
+    waits = False
+
+    @classmethod
+    def let_in(cls):
+        """It waits no longer."""
+        cls.waits = False
+        if cls.came:
+            raise Interrupted
+
+
 def until_interrupted():
     """Ctrl-C and SIGTERM end a measurement in order, also where a shell started this program with signals ignored."""
 
     def end(number, frame):
-        raise Interrupted
+        Interruption.came = True
+        if not Interruption.waits:
+            raise Interrupted
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
@@ -165,14 +181,19 @@ def run(command, environment=None):
 def output(command, environment=None):
     """What a command prints."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **streams, text=True, env=environment) as process:
-        try:
-            printed, errors = process.communicate()
-        except Interrupted:
-            # It may have started others, which it ends then.
-            process.terminate()
-            process.communicate()
-            raise
+    Interruption.waits = True
+    try:
+        with subprocess.Popen(command, **streams, text=True, env=environment) as process:
+            try:
+                Interruption.let_in()
+                printed, errors = process.communicate()
+            except Interrupted:
+                # It may have started others, which it ends then.
+                process.terminate()
+                process.communicate()
+                raise
+    finally:
+        Interruption.waits = False
     if process.returncode != 0:
         said = [line for line in errors.splitlines() if line.strip() and not line.startswith("hint:")]
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"

@@ -33,6 +33,8 @@ fn main() {
                 // Nobody looks at the flags of floating-point exceptions: both ways of a choice may be computed, which is what
                 // makes the loops vectors.
                 .flag("-fno-trapping-math")
+                // Vectors are passed to functions that become part of their callers: there is no interface to be compatible with.
+                .flag("-Wno-psabi")
                 // Without it at::parallel_for is a loop on one thread.
                 .flag("-fopenmp")
                 .include(format!("{dir}/include"))

@@ -171,18 +171,6 @@ fn shuffling_keeps_every_record() {
     let (from, to) = (scratch.path().join("from"), scratch.path().join("to"));
     synth(&from);
     tool(&["shuffle", from.to_str().unwrap(), "-o", to.to_str().unwrap()]).unwrap();
-    let records = |dir: &Path| -> Vec<(u32, Vec<u8>)> {
-        let set = data::open_path(dir, None).unwrap();
-        (0..set.len())
-            .map(|index| {
-                let record = set.record(index).unwrap();
-                let data::Image::Encoded(bytes, _) = record.image else {
-                    panic!("records are encoded");
-                };
-                (record.label, bytes.into_owned())
-            })
-            .collect()
-    };
     let (mut before, mut after) = (records(&from), records(&to));
     assert_ne!(before, after);
     before.sort();

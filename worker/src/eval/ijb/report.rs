@@ -101,13 +101,12 @@ fn identification_json(found: &Identification) -> Value {
     })
 }
 
-/// Share of the searches for a person of the gallery that find it, over both galleries. In the benchmarks every probe's person is in
-/// one of them, so that there are as many such searches as probes, which the reference divides by; in other lists a person may
-/// be in both, or in none.
+/// Share of the searches that find their person, over both galleries. In the benchmarks every probe's person is in one of them; in
+/// other lists a search for somebody of neither finds nothing, as in the reference, and one for somebody of both counts twice, where
+/// the reference divides by the probes all the same and comes to 200 %.
 pub fn mean_top(found: &Identification) -> [f64; 3] {
     let [(.., first), (.., second)] = &found.galleries;
-    // Without any, nothing is found.
-    let searches = (first.mated + second.mated).max(1) as f64;
+    let searches = found.probes.max(first.mated + second.mated) as f64;
     std::array::from_fn(|rank| (first.hits[rank] + second.hits[rank]) as f64 / searches)
 }
 
@@ -341,8 +340,8 @@ mod tests {
             (10, [6, 4], [3, 4], 0.7),
             (10, [10, 10], [10, 10], 1.0),
             (10, [10, 4], [10, 0], 10.0 / 14.0),
-            // Strangers cannot be found.
-            (10, [4, 0], [2, 0], 0.5),
+            // Strangers are not found.
+            (10, [4, 0], [2, 0], 0.2),
             (10, [0, 0], [0, 0], 0.0),
         ] {
             assert_eq!(mean_top(&found(probes, mated, hits)), [share; 3], "{mated:?}");
