@@ -80,6 +80,12 @@ def all_rows(has_bf16):
             f"JPEG of 112x112, B 128, threads: {threads}; wait for a batch",
             f"loader --data jpeg --batch 128 --threads {threads} --repetitions 200",
         )
+    for form, where in [("planes", "by the loader"), ("pixels", "by a GPU, not measured")]:
+        rows[f"loader-jpeg-dali-{form}"] = (
+            REST,
+            f"the same with one thread and augment dali, looks changed {where}",
+            f"loader --data jpeg --batch 128 --threads 1 --augment dali --form {form} --repetitions 200",
+        )
     rows["loader-cache"] = (
         REST, "the same from data.cache, 1 thread", "loader --data jpeg --batch 128 --threads 1 --cache 1GiB --repetitions 200",
     )

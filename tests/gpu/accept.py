@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 # Of the first loss, and of any loss after it: steps carry a difference on, at this job's rate tenfold in some five of them.
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-3}
+# Of the first loss, where looks are changed on the device; unchanged ones have to be farther from it.
+CHANGED_TOLERANCE = 1e-4
 LOSS_TOLERANCE = {"fp32": 1e-2, "bf16": 3e-2}
 NETWORKS = ["r18", "r50", "mbf", "vit_t"]
 SIDE = 112
@@ -163,7 +165,7 @@ class Accept:
     def bench(self, *arguments, timeout=300):
         return json.loads(self.run(self.worker, "bench", *arguments, "--output", "json", timeout=timeout))
 
-    def job(self, name, precision="fp32", *, steps=20, rate=1.0, model="", more=""):
+    def job(self, name, precision="fp32", *, steps=20, rate=1.0, model="", data="", more=""):
         """A job file that is the same for every device but for its output."""
         text = f"""output = "{name}"
 [job]
@@ -180,6 +182,7 @@ sample_rate = {rate}
 rec = "synthetic"
 num_image = {32 * steps}
 num_workers = 2
+{data}
 [train]
 batch_size = 32
 num_epoch = 1
@@ -217,9 +220,12 @@ def differences(ours, expected):
     return {"first loss": each[0], "worst loss": max(each)}
 
 
-def compare_losses(ours, expected, precision):
+def compare_losses(ours, expected, precision, changed=False):
     figures = differences(ours, expected)
     limits = {"first loss": FIRST_LOSS_TOLERANCE[precision], "worst loss": LOSS_TOLERANCE[precision]}
+    if changed:
+        # A grey level of a changed image may be the next one.
+        limits["first loss"] = max(limits["first loss"], CHANGED_TOLERANCE)
     for name, limit in limits.items():
         if not figures[name] <= limit:
             raise Failed(f"{precision}: {name} differs by {figures[name]:.1e} of itself, more than {limit:.0e}")
@@ -260,12 +266,15 @@ def embeddings(accept):
 def training(accept):
     """Losses of a short training, head and optimizer with it, against the CPU's."""
     adamw = 'optimizer = "adamw"\nweight_decay = 0.05'
+    changed = {"data": 'augment = "dali"'}
     # By name: what the job has, whose losses on the CPU are its own, and precisions.
     cases = {
         "whole": ({}, "whole", ["fp32", "bf16"]),
         "sampled": ({"rate": 0.3}, "sampled", ["fp32"]),
         "accumulated": ({"more": "gradient_acc = 2"}, "accumulated", ["fp32"]),
         "adamw": ({"more": adamw}, "adamw", ["fp32"]),
+        "changed": (changed, "changed", ["fp32", "bf16"]),
+        "changed_graphs": ({**changed, "more": "cuda_graph = true"}, "changed", ["fp32"]),
         "graphs": ({"more": "cuda_graph = true"}, "whole", ["fp32", "bf16"]),
         "accumulated_graphs": ({"more": "gradient_acc = 2\ncuda_graph = true"}, "accumulated", ["fp32"]),
         "recomputed_graphs": (
@@ -276,6 +285,8 @@ def training(accept):
     for name, (case, same, precisions) in cases.items():
         if same not in on_cpu:
             on_cpu[same] = accept.train(accept.job(f"{same}_cpu", **case), "cpu")
+            if same == "changed" and differences(on_cpu[same], on_cpu["whole"])["first loss"] < 10 * CHANGED_TOLERANCE:
+                raise Failed("changed looks do not change the loss: nothing would be proved")
         # What cannot be recorded runs all the same.
         graphs = "graphs" in name and accept.device == "cuda"
         for precision in precisions[:1] if accept.quick else precisions:
@@ -283,7 +294,7 @@ def training(accept):
             ours = accept.train(job, accept.device, says=["runs as CUDA graphs"] if graphs else [])
             figures[f"{name} {precision}"] = differences(ours, on_cpu[same])
             try:
-                compare_losses(ours, on_cpu[same], precision)
+                compare_losses(ours, on_cpu[same], precision, changed=same == "changed")
             except Failed as problem:
                 failed.append(f"{name}: {problem}")
         if accept.quick:

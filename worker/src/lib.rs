@@ -17,6 +17,7 @@ pub mod kernels;
 pub mod model;
 pub mod nvrtc;
 pub mod optim;
+pub mod panics;
 pub mod paths;
 pub mod progress;
 pub mod random;

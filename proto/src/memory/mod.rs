@@ -45,6 +45,8 @@ pub struct Job {
     pub embedding_size: u64,
     /// Activations are computed again on the way back.
     pub gradient_checkpointing: bool,
+    /// Batch norms take their running statistics.
+    pub freeze_batch_norm: bool,
     /// Identities C over all ranks.
     pub num_classes: u64,
     /// Centres a class.
@@ -82,6 +84,7 @@ impl Job {
             network: Network::find(&spec.model.network)?,
             embedding_size: spec.model.embedding_size.into(),
             gradient_checkpointing: spec.model.gradient_checkpointing,
+            freeze_batch_norm: spec.model.freeze_batch_norm,
             num_classes: num_classes.into(),
             centers,
             sample_rate: spec.head.sample_rate,
@@ -160,8 +163,11 @@ impl Job {
         &passes[usize::from(self.gradient_checkpointing)]
     }
 
-    /// A pass with what is ours on this device.
+    /// A pass with what is ours on this device: batch norms that are not frozen.
     fn pass_on(&self, device: Device) -> &'static Pass {
+        if self.freeze_batch_norm {
+            return self.pass();
+        }
         let passes = match (device, self.precision) {
             (_, Precision::Fp32) => &self.network.fused_fp32,
             (Device::Cpu, Precision::Bf16) => &self.network.cpu_bf16,

@@ -206,6 +206,7 @@ mod tests {
                 network: Network::find("tiny").expect("a line"),
                 embedding_size: 512,
                 gradient_checkpointing: false,
+                freeze_batch_norm: false,
                 num_classes: classes,
                 centers: 1,
                 sample_rate: rate,

@@ -86,6 +86,27 @@ fn the_published_memory_of_the_reference_is_its_account() {
     }
 }
 
+/// Frozen norms are libtorch's: nothing is one with what follows it.
+#[test]
+fn frozen_batch_norms_keep_more() {
+    for precision in ["fp32", "bf16", "fp16"] {
+        for device in DEVICES {
+            let with = |freeze_batch_norm| {
+                let mut spec = spec("r18", 64, precision, 1.0);
+                spec.model.freeze_batch_norm = freeze_batch_norm;
+                let job = Job::of(&spec, 10_000, 1).expect("known");
+                ours(&job, device).total()
+            };
+            let (frozen, moving) = (with(true), with(false));
+            let more = precision != "fp16";
+            assert!(
+                frozen > moving || !more && frozen == moving,
+                "{precision} {device:?}: {frozen} {moving}"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_line_says_what_it_is_made_of() {
     let job = Job::of(&spec("r50", 128, "fp32", 1.0), 1_000_000, 8).expect("known");

@@ -1,8 +1,11 @@
 //! Random changes of a training image. Pure.
 
 mod appearance;
+mod batch;
 
-use appearance::Appearance;
+pub use appearance::Appearance;
+pub use batch::{Filters, Looks};
+
 use arcface_proto::spec::Augment;
 
 use super::decode::{Pixels, SIDE};
@@ -17,10 +20,11 @@ pub fn flips(augment: Augment, seed: u64, epoch: u64, index: u64) -> bool {
     }
 }
 
-/// Changes how the image at `index` looks in `epoch`, if the job wants that; a function of the numbers, as the flip is.
-pub fn change(augment: Augment, seed: u64, epoch: u64, index: u64, pixels: &mut Pixels) {
-    if augment == Augment::Dali {
-        Appearance::draw(seed, epoch, index).apply(pixels);
+/// How the image at `index` is to look in `epoch`; a function of the numbers, as the flip is.
+pub fn appearance(augment: Augment, seed: u64, epoch: u64, index: u64) -> Appearance {
+    match augment {
+        Augment::None | Augment::Flip => Appearance::default(),
+        Augment::Dali => Appearance::draw(seed, epoch, index),
     }
 }
 
@@ -54,7 +58,7 @@ mod tests {
         let changed = |augment| -> usize {
             let differs = |index: &u64| {
                 let mut pixels = plain;
-                change(augment, 1, 0, *index, &mut pixels);
+                appearance(augment, 1, 0, *index).apply(&mut pixels);
                 pixels != plain
             };
             (0..200).filter(differs).count()

@@ -22,7 +22,7 @@ use crate::{device, slices, timings::Timings};
 
 use super::{
     DataError, Dataset, ImageCache, MicroBatch,
-    augment::{change, flips, mirror},
+    augment::{Appearance, Looks, appearance, flips, mirror},
     decode::{PIXEL_BYTES, Pixels, SIDE},
     planes, read_counted,
 };
@@ -49,16 +49,18 @@ pub struct LoaderOptions {
 pub enum Form {
     /// `[b, 3, 112, 112]` f32, normalised: what the network takes.
     Planes,
-    /// `[b, 112, 112, 3]` u8 in pinned memory, a quarter of the bytes: for a GPU, which makes planes of it
-    /// ([`planes::of_pixels`]).
+    /// `[b, 112, 112, 3]` u8 in pinned memory, a quarter of the bytes: for a GPU, which changes how they look
+    /// ([`Batch::looks`]) and makes planes of them ([`planes::of_pixels`]).
     Pixels,
 }
 
 /// A micro-batch on the CPU.
 #[derive(Debug)]
 pub struct Batch {
-    /// In the loader's form, mirrored and changed; b may be 0.
+    /// In the loader's form, mirrored; b may be 0.
     pub images: Tensor,
+    /// How pixels are yet to be changed; planes are made of changed ones.
+    pub looks: Option<Looks>,
     /// `[b]` i64, identities over all ranks.
     pub labels: Tensor,
     /// What it is.
@@ -344,12 +346,14 @@ fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> 
             Ok(label) => labels.push(i64::from(label)),
             Err(error) => return Some(Err(error)),
         }
-        change(options.augment, options.seed, micro.epoch, index, &mut pixels);
+        let look = appearance(options.augment, options.seed, micro.epoch, index);
         let flip = flips(options.augment, options.seed, micro.epoch, index);
-        images.set(row, &mut pixels, flip);
+        images.set(row, &mut pixels, look, flip);
     }
+    let (images, looks) = images.finish();
     Some(Ok(Batch {
-        images: images.into_tensor(),
+        images,
+        looks,
         labels: match rows {
             0 => Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu)),
             _ => Tensor::from_slice(&labels),
@@ -362,6 +366,8 @@ fn load(shared: &Shared, micro: MicroBatch) -> Option<Result<Batch, DataError>> 
 struct Images {
     form: Form,
     tensor: Tensor,
+    /// Of those that are pixels.
+    looks: Vec<Appearance>,
 }
 
 impl Images {
@@ -372,12 +378,17 @@ impl Images {
             Form::Planes => Tensor::empty([rows, 3, side, side], (Kind::Float, tch::Device::Cpu)),
             Form::Pixels => Tensor::empty([rows, side, side, 3], (Kind::Uint8, tch::Device::Cpu)),
         };
-        Self { form, tensor }
+        Self {
+            form,
+            tensor,
+            looks: Vec::new(),
+        }
     }
 
-    fn set(&mut self, row: usize, pixels: &mut Pixels, flip: bool) {
+    fn set(&mut self, row: usize, pixels: &mut Pixels, look: Appearance, flip: bool) {
         match self.form {
             Form::Planes => {
+                look.apply(pixels);
                 let images = slices::floats_mut(&mut self.tensor);
                 planes::normalise(pixels, flip, &mut images.as_chunks_mut().0[row]);
             }
@@ -386,14 +397,16 @@ impl Images {
                     mirror(pixels);
                 }
                 slices::bytes_mut(&mut self.tensor).as_chunks_mut().0[row] = *pixels;
+                // Mirrored first: no change knows left from right.
+                self.looks.push(look);
             }
         }
     }
 
-    fn into_tensor(self) -> Tensor {
+    fn finish(self) -> (Tensor, Option<Looks>) {
         match self.form {
-            Form::Planes => self.tensor,
-            Form::Pixels => device::pinned(self.tensor),
+            Form::Planes => (self.tensor, None),
+            Form::Pixels => (device::pinned(self.tensor), Looks::of(&self.looks)),
         }
     }
 }
@@ -401,13 +414,14 @@ impl Images {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{Image, Pixels, Record, sampler::Epochs},
+        super::{Image, Pixels, Record, sampler::Epochs, synthetic},
         *,
     };
 
-    /// Image i has all pixels i % 256 and label i; image `broken` is an error, image `panics` a panic.
+    /// Image i has all pixels i % 256, or is a face, and has label i; image `broken` is an error, image `panics` a panic.
     struct Numbers {
         len: u64,
+        faces: bool,
         broken: Option<u64>,
         panics: Option<u64>,
     }
@@ -430,7 +444,10 @@ mod tests {
             if self.broken == Some(index) {
                 return Err(DataError::record(self.name(index), "broken"));
             }
-            let pixels: Box<Pixels> = Box::new([index as u8; PIXEL_BYTES]);
+            let mut pixels: Box<Pixels> = Box::new([index as u8; PIXEL_BYTES]);
+            if self.faces {
+                synthetic::draw(1, index, 0, &mut pixels);
+            }
             Ok(Record {
                 label: index as u32,
                 image: Image::Pixels(pixels),
@@ -441,6 +458,7 @@ mod tests {
     fn numbers(len: u64) -> Numbers {
         Numbers {
             len,
+            faces: false,
             broken: None,
             panics: None,
         }
@@ -532,13 +550,17 @@ mod tests {
     #[test]
     fn what_the_cache_has_is_not_read_again() {
         let epochs = Epochs::new(12, 6, 3).unwrap();
+        let numbers = |len| Numbers {
+            faces: true,
+            ..numbers(len)
+        };
         let load = |dataset: Numbers, cache: Option<Arc<ImageCache>>, steps| {
             let options = LoaderOptions {
                 threads: 2,
                 augment: Augment::Dali,
                 seed: 3,
                 prefetch: 2,
-                form: Form::Pixels,
+                form: Form::Planes,
                 cache,
             };
             let mut loader = Loader::new(Arc::new(dataset), epochs.plan(0, 1, 6, steps), options);

@@ -5,7 +5,9 @@
 //! Unsafe, because libtorch's graphs are reached across the C interface.
 #![allow(unsafe_code)]
 
+use crate::panics;
 use std::{
+    any::Any,
     ffi::{CStr, c_char, c_int, c_void},
     panic::{AssertUnwindSafe, catch_unwind},
     ptr::NonNull,
@@ -84,13 +86,13 @@ impl Recorder {
         let graph = match ended {
             Ok(()) => CudaGraph(raw),
             Err(CudaGraphError::Refused(reason) | CudaGraphError::BrokenOff(reason)) => {
-                let reason = made.err().map_or(reason, |panic| first_line(&said(&*panic)));
+                let reason = made.err().map_or(reason, |panic| first_line(said(&*panic)));
                 return Err(CudaGraphError::BrokenOff(reason));
             }
         };
         match made {
             Ok(made) => Ok((graph, made)),
-            Err(panic) => Err(CudaGraphError::Refused(first_line(&said(&*panic)))),
+            Err(panic) => Err(CudaGraphError::Refused(first_line(said(&*panic)))),
         }
     }
 }
@@ -103,11 +105,8 @@ impl Drop for Recorder {
 }
 
 /// What a panic says.
-fn said(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or(panic.downcast_ref::<&str>().copied())
-        .unwrap_or("the recording panicked")
-        .to_owned()
+fn said(panic: &(dyn Any + Send)) -> &str {
+    panics::text(panic).unwrap_or("the recording panicked")
 }
 
 /// A recorded graph and the memory that it works in.
@@ -153,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_panic_says_why() {
-        let of = |work: fn()| said(&*catch_unwind(work).expect_err("it panics"));
+        let of = |work: fn()| said(&*catch_unwind(work).expect_err("it panics")).to_owned();
         assert_eq!(of(|| panic!("{} of two", 1)), "1 of two");
         assert_eq!(of(|| panic!("as it is")), "as it is");
         assert_eq!(of(|| std::panic::panic_any(3)), "the recording panicked");

@@ -3,6 +3,7 @@
 
 use super::failure::RankFailure;
 use super::step::Trainer;
+use crate::panics;
 use std::any::Any;
 use std::fmt;
 use std::fs;
@@ -89,10 +90,7 @@ pub fn of_machine() -> Option<u64> {
 
 /// The failure that a panic stands for, if it is about memory.
 pub fn out_of_memory(panic: &(dyn Any + Send), account: Option<&Account>) -> Option<RankFailure> {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())?;
+    let text = panics::text(panic)?;
     // "CUDA out of memory. Tried to allocate 2.00 GiB. ..": two sentences tell all that is worth a line. "can't allocate memory: you
     // tried to allocate 4096 bytes. ..": one.
     let of_gpu = text.find(OUT_OF_MEMORY).map(|at| (at, 2));

@@ -13,7 +13,7 @@ use super::phases::Phases;
 use super::same_data::check_same_data;
 use super::step::{StepSettings, Trainer, Window};
 use crate::collective::Collective;
-use crate::data::{self, Dataset, Epochs, ImageCache};
+use crate::data::{self, Dataset, Epochs, ImageCache, augment::Filters};
 use crate::device::Placement;
 use crate::export;
 use crate::head::{self, HeadConfig};
@@ -156,6 +156,7 @@ impl Prepared {
             phases: Phases::default(),
             sight: Sight::default(),
             captured: CapturedSteps::new(job.spec.train.cuda_graph),
+            filters: Filters::default(),
             backbone,
             params,
             comm,

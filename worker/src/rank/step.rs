@@ -19,7 +19,7 @@ use super::gradients::{GradientSum, Summed};
 use super::nonfinite::{Guard, Samples, Site, Verdict};
 use super::phases::Phases;
 use crate::collective::Collective;
-use crate::data::{Batch, DataError, Epochs, planes::normalised};
+use crate::data::{Batch, DataError, Epochs, augment::Filters, planes::normalised};
 use crate::device::{CudaGraphError, Placement};
 use crate::head::Head;
 use crate::model::{Backbone, DropoutDraw, ForwardMode, Role, TrainingPass, let_go_of_gradient};
@@ -184,6 +184,8 @@ pub struct Trainer {
     pub sight: Sight,
     /// The network's way there and back where a GPU repeats it by itself.
     pub captured: CapturedSteps,
+    /// What changes the looks of a GPU's images.
+    pub filters: Filters,
 }
 
 /// The way there that a micro-batch went, for the way back.
@@ -262,7 +264,10 @@ impl Trainer {
             },
         );
         let way = self.phases.time("forward", || {
-            let images = self.placement.take(&batch.images);
+            let mut images = self.placement.take(&batch.images);
+            if let Some(looks) = &batch.looks {
+                looks.apply(&mut images, &mut self.filters);
+            }
             let parts = self.sum.parts(self.comm.world_size());
             let (backbone, params) = (&self.backbone, &mut self.params);
             match self

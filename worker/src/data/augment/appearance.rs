@@ -4,11 +4,16 @@
 use crate::data::decode::{PIXEL_BYTES, Pixels, SIDE};
 use crate::random::{Purpose, Stream};
 use image::{ImageBuffer, Rgb, imageops};
+use std::ops::RangeInclusive;
 
-/// Chance of a smaller image that is made large again, and the range of its side in pixels.
-const RESIZE: (f64, f64, f64) = (0.1, 56.0, 89.0);
-/// Chance of a Gaussian blur; its radius is 1 or 2 pixels.
+/// Chance of a smaller image that is made large again.
+const RESIZE: f64 = 0.1;
+/// Its side in pixels.
+pub(super) const SIDES: RangeInclusive<u32> = 56..=89;
+/// Chance of a Gaussian blur.
 const BLUR: f64 = 0.2;
+/// Its radius in pixels.
+pub(super) const RADII: [usize; 2] = [1, 2];
 /// Chance of another hue and saturation: a turn of 0 to 20 degrees, a factor of 1 to 1.2.
 const COLOUR: (f64, f64, f64) = (0.2, 20.0, 1.2);
 /// Chance of an image without colour.
@@ -23,16 +28,16 @@ const RGB_TO_YIQ: [[f64; 3]; 3] = [
 /// Back, as that standard rounds it.
 const YIQ_TO_RGB: [[f64; 3]; 3] = [[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107, 1.705]];
 
-/// What becomes of one image in one epoch.
+/// What becomes of one image in one epoch; by default nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Appearance {
     /// Side of the smaller image in between.
-    side: Option<u32>,
+    pub(super) side: Option<u32>,
     /// Radius of the blur in pixels.
-    radius: Option<usize>,
+    pub(super) radius: Option<usize>,
     /// Turn of the hue in degrees, and factor of the saturation.
-    colour: Option<(f64, f64)>,
-    grey: bool,
+    pub(super) colour: Option<(f64, f64)>,
+    pub(super) grey: bool,
 }
 
 impl Appearance {
@@ -41,13 +46,14 @@ impl Appearance {
     pub fn draw(seed: u64, epoch: u64, index: u64) -> Self {
         let mut draws = Stream::new(seed, Purpose::Appearance, epoch, index);
         // Everything is drawn always, so that one chance does not move the draws of the next.
-        let (small, side) = (draws.next_uniform(), draws.next_in(RESIZE.1, RESIZE.2));
+        let [least, most] = [SIDES.start(), SIDES.end()].map(|side| f64::from(*side));
+        let (small, side) = (draws.next_uniform(), draws.next_in(least, most));
         let (blurred, wide) = (draws.next_uniform(), draws.next_uniform());
         let (coloured, turn) = (draws.next_uniform(), draws.next_in(0.0, COLOUR.1));
         let saturation = draws.next_in(1.0, COLOUR.2);
         Self {
-            side: (small < RESIZE.0).then_some(side.round() as u32),
-            radius: (blurred < BLUR).then_some(if wide < 0.5 { 1 } else { 2 }),
+            side: (small < RESIZE).then_some(side.round() as u32),
+            radius: (blurred < BLUR).then_some(RADII[usize::from(wide >= 0.5)]),
             colour: (coloured < COLOUR.0).then_some((turn, saturation)),
             grey: draws.next_uniform() < GREY,
         }
@@ -62,10 +68,10 @@ impl Appearance {
             blur(pixels, radius);
         }
         if let Some((turn, saturation)) = self.colour {
-            recolour(pixels, turn, saturation);
+            recolour(pixels, colour_matrix(turn, saturation));
         }
         if self.grey {
-            recolour(pixels, 0.0, 0.0);
+            recolour(pixels, grey_matrix());
         }
     }
 }
@@ -82,7 +88,7 @@ fn resize(pixels: &mut Pixels, side: u32) {
 }
 
 /// Weights of a Gaussian window of `2 * radius + 1` pixels, whose deviation follows from its size as in OpenCV and DALI.
-fn window(radius: usize) -> Vec<f32> {
+pub(super) fn window(radius: usize) -> Vec<f32> {
     let sigma = (radius as f64 - 1.0) * 0.3 + 0.8;
     let weight = |i: usize| (-(i as f64 - radius as f64).powi(2) / (2.0 * sigma * sigma)).exp();
     let weights: Vec<f64> = (0..=2 * radius).map(weight).collect();
@@ -91,7 +97,7 @@ fn window(radius: usize) -> Vec<f32> {
 }
 
 /// Mirrored at the border, whose own pixel is not repeated.
-fn mirrored(at: isize) -> usize {
+pub(super) fn mirrored(at: isize) -> usize {
     let last = SIDE as isize - 1;
     let at = at.abs();
     (if at > last { 2 * last - at } else { at }) as usize
@@ -126,7 +132,7 @@ fn blur(pixels: &mut Pixels, radius: usize) {
 }
 
 /// One matrix for the way to luma and chroma, the turn and scale of the chroma, and the way back.
-fn colour_matrix(turn: f64, saturation: f64) -> [[f32; 3]; 3] {
+pub(super) fn colour_matrix(turn: f64, saturation: f64) -> [[f32; 3]; 3] {
     let (sin, cos) = turn.to_radians().sin_cos();
     let (sin, cos) = (sin * saturation, cos * saturation);
     let change = [[1.0, 0.0, 0.0], [0.0, cos, sin], [0.0, -sin, cos]];
@@ -134,12 +140,16 @@ fn colour_matrix(turn: f64, saturation: f64) -> [[f32; 3]; 3] {
     matrix.map(|row| row.map(|value| value as f32))
 }
 
+/// The luma in every channel.
+pub(super) fn grey_matrix() -> [[f32; 3]; 3] {
+    colour_matrix(0.0, 0.0)
+}
+
 fn product(a: &[[f64; 3]; 3], b: &[[f64; 3]; 3]) -> [[f64; 3]; 3] {
     std::array::from_fn(|i| std::array::from_fn(|j| (0..3).map(|k| a[i][k] * b[k][j]).sum()))
 }
 
-fn recolour(pixels: &mut Pixels, turn: f64, saturation: f64) {
-    let matrix = colour_matrix(turn, saturation);
+fn recolour(pixels: &mut Pixels, matrix: [[f32; 3]; 3]) {
     for pixel in pixels.as_chunks_mut::<3>().0 {
         let rgb = pixel.map(f32::from);
         *pixel = matrix.map(|row| level(row[0] * rgb[0] + row[1] * rgb[1] + row[2] * rgb[2]));
@@ -254,13 +264,13 @@ mod tests {
     #[test]
     fn grey_is_the_luma_and_no_change_is_none() {
         let mut pixels = picture();
-        recolour(&mut pixels, 0.0, 1.0);
+        recolour(&mut pixels, colour_matrix(0.0, 1.0));
         let off = pixels.iter().zip(&picture()).map(|(a, b)| a.abs_diff(*b)).max();
         assert!(
             off <= Some(1),
             "the standard's two matrices are inverse to three digits: {off:?}"
         );
-        recolour(&mut pixels, 0.0, 0.0);
+        recolour(&mut pixels, grey_matrix());
         for (grey, rgb) in pixels.as_chunks::<3>().0.iter().zip(picture().as_chunks::<3>().0) {
             let luma = 0.299 * f64::from(rgb[0]) + 0.587 * f64::from(rgb[1]) + 0.114 * f64::from(rgb[2]);
             assert!(
@@ -275,9 +285,9 @@ mod tests {
     fn hue_and_saturation_do_what_they_are_called() {
         let [mut strong, mut turned] =
             [[150u8, 100, 100]; 2].map(|rgb| -> Pixels { std::array::from_fn(|i| rgb[i % 3]) });
-        recolour(&mut strong, 0.0, 1.2);
+        recolour(&mut strong, colour_matrix(0.0, 1.2));
         assert!(strong[0] > 155 && strong[1] < 100, "{:?}", &strong[..3]);
-        recolour(&mut turned, 120.0, 1.0);
+        recolour(&mut turned, colour_matrix(120.0, 1.0));
         assert!(turned[0] < turned[1].max(turned[2]), "{:?}", &turned[..3]);
     }
 }

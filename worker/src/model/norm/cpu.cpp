@@ -202,7 +202,9 @@ void forward(const NormForward& f, double eps, double momentum) {
     float *mean = numbers_to_write<float>(f.mean), *inverse = numbers_to_write<float>(f.inverse);
     for (int64_t c = 0; c < channels; ++c) {
         const double count = static_cast<double>(rows), distance = sums[c] / count;
-        const double variance = std::max(0.0, sums[channels + c] / count - distance * distance);
+        const double spread = sums[channels + c] / count - distance * distance;
+        // Rounding may make it less than nothing; NaN stays NaN, which std::max would hide.
+        const double variance = spread < 0.0 ? 0.0 : spread;
         mean[c] = static_cast<float>(middle.data()[c] + distance);
         inverse[c] = static_cast<float>(1.0 / std::sqrt(variance + eps));
         if (f.running_mean.defined()) {
@@ -250,15 +252,30 @@ void backward(const NormBackward& b) {
     });
 }
 
+// Pointers know no lengths: what the loops above take for granted.
+void check(const Tensor& x, std::initializer_list<const Tensor*> like_x, std::initializer_list<const Tensor*> by_channel) {
+    const auto innermost = [](const Tensor& t) { return t.permute({0, 2, 3, 1}).is_contiguous(); };
+    TORCH_CHECK(x.dim() == 4 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) && innermost(x),
+                "activations of ", x.scalar_type(), " ", x.sizes(), " with strides ", x.strides());
+    for (const Tensor* t : like_x) {
+        TORCH_CHECK(!t->defined() || (t->sizes() == x.sizes() && t->scalar_type() == x.scalar_type() && innermost(*t)),
+                    "beside activations of ", x.scalar_type(), " ", x.sizes(), " are ", t->scalar_type(), " ", t->sizes());
+    }
+    for (const Tensor* t : by_channel) {
+        TORCH_CHECK(!t->defined() || (t->scalar_type() == at::kFloat && t->is_contiguous() && t->numel() == x.size(1)),
+                    "for ", x.size(1), " channels are ", t->scalar_type(), " ", t->sizes());
+    }
+}
+
 } // namespace
 
 void NormForward::compute(double eps, double momentum) const {
-    TORCH_CHECK(!shortcut.defined() || (shortcut.sizes() == x.sizes() && shortcut.scalar_type() == x.scalar_type()),
-                "a shortcut of ", x.sizes(), " is ", shortcut.sizes());
+    check(x, {&shortcut, &y}, {&weight, &bias, &slope, &running_mean, &running_var, &mean, &inverse});
     x.scalar_type() == at::kFloat ? forward<float>(*this, eps, momentum) : forward<Bf16>(*this, eps, momentum);
 }
 
 void NormBackward::compute() const {
+    check(x, {&grad, &grad_x}, {&mean, &inverse, &weight, &bias, &slope, &grad_weight, &grad_bias, &grad_slope});
     x.scalar_type() == at::kFloat ? backward<float>(*this) : backward<Bf16>(*this);
 }
 

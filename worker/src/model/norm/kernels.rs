@@ -6,14 +6,18 @@
 use std::{
     ffi::{c_char, c_void},
     mem::ManuallyDrop,
+    panic::{AssertUnwindSafe, catch_unwind},
     ptr,
 };
 
 use tch::{Kind, Tensor};
 
-use crate::kernels::{
-    Kernels, Started,
-    launch::{BLOCK, Element, GROUP, Shape},
+use crate::{
+    kernels::{
+        Kernels, Started,
+        launch::{BLOCK, Element, GROUP, Shape},
+    },
+    panics,
 };
 use Element::{Bf16, F32};
 
@@ -66,10 +70,13 @@ unsafe fn with<const N: usize>(
     // SAFETY: as the caller says.
     let all: [Option<ManuallyDrop<Tensor>>; N] =
         std::array::from_fn(|at| unsafe { borrowed(*tensors.add(at)) });
-    let Err(problem) = work(std::array::from_fn(|at| all[at].as_deref())) else {
-        return true;
+    let work = || work(std::array::from_fn(|at| all[at].as_deref()));
+    // libtorch's own operations panic, where a GPU's memory is full among others, and no panic passes through C.
+    let text = match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(())) => return true,
+        Ok(Err(problem)) => problem.to_string(),
+        Err(panic) => panics::text(panic.as_ref()).unwrap_or("a panic").to_owned(),
     };
-    let text = problem.to_string();
     let count = text.len().min(length.saturating_sub(1));
     // SAFETY: as the caller says; there is room for the text and its end.
     unsafe {

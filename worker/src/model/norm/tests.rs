@@ -339,7 +339,7 @@ fn a_shortcut_of_another_form_is_refused() {
 }
 
 #[test]
-#[should_panic(expected = "batch norm: a shortcut of [2, 8, 3, 3] is [1, 8, 3, 3]")]
+#[should_panic(expected = "batch norm: beside activations of Float [2, 8, 3, 3] are Float [1, 8, 3, 3]")]
 fn a_shortcut_of_another_form_is_refused_on_the_cpu_too() {
     add_another_form(None);
 }

@@ -1,6 +1,9 @@
 //! How fast batches are read, decoded and augmented.
 
-use super::timing::{median, min, time};
+use super::{
+    choice,
+    timing::{median, min, time},
+};
 use crate::data::{
     self, DataError, Dataset, Epochs, Form, Image, ImageCache, Loader, LoaderOptions, OtherSize, Record,
     decode::{PIXEL_BYTES, SIDE},
@@ -18,16 +21,39 @@ const JPEG: &str = "jpeg";
 /// How many of them there are.
 const JPEGS: u64 = 1000;
 
-/// Batches as training would wait for them.
-pub(super) fn measure(
-    repetitions: u32,
-    data: &str,
+/// Arguments of `bench loader`.
+#[derive(clap::Args, Debug)]
+pub struct LoaderArgs {
+    /// Training data: .rec, image folder, "synthetic" (drawn when asked for), or "jpeg" (drawn before, as JPEG of quality 95).
+    #[arg(long, default_value = synthetic::NAME)]
+    data: String,
+    /// Images of a batch.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
+    /// Decoding threads.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,
+    /// Memory in which decoded images are kept, as in 4GiB; default: none.
+    #[arg(long, value_parser = arcface_proto::memory::size::parse)]
     cache: Option<u64>,
-) -> anyhow::Result<Value> {
+    /// Random changes: none, flip or dali.
+    #[arg(long, default_value = "flip", value_parser = choice::<Augment>)]
+    augment: Augment,
+    /// What becomes of them: "planes" for a CPU, or "pixels" for a GPU, which changes how they look and normalises them itself.
+    #[arg(long, default_value = "planes", value_parser = ["planes", "pixels"])]
+    form: String,
+}
+
+/// Batches as training would wait for them.
+pub(super) fn measure(repetitions: u32, args: &LoaderArgs) -> anyhow::Result<Value> {
+    let &LoaderArgs {
+        batch,
+        threads,
+        augment,
+        ..
+    } = args;
     let steps = u64::from(repetitions) + 1;
-    let dataset: Arc<dyn Dataset> = match data {
+    let dataset: Arc<dyn Dataset> = match args.data.as_str() {
         synthetic::NAME => Arc::new(SyntheticFaces::new(1, 1000, steps * u64::from(batch))),
         JPEG => Arc::new(DrawnJpegs::draw()?),
         path => data::open_path(path.as_ref(), None)?,
@@ -37,11 +63,14 @@ pub(super) fn measure(
     let plan = Epochs::new(dataset.len(), batch.into(), 1)?.plan(0, 1, batch, 0..steps);
     let options = LoaderOptions {
         threads: threads.into(),
-        augment: Augment::Flip,
+        augment,
         seed: 1,
         prefetch: 4,
-        form: Form::Planes,
-        cache: cache.map(|bytes| Arc::new(ImageCache::new(bytes))),
+        form: match args.form.as_str() {
+            "pixels" => Form::Pixels,
+            _ => Form::Planes,
+        },
+        cache: args.cache.map(|bytes| Arc::new(ImageCache::new(bytes))),
     };
     let mut loader = Loader::new(dataset, plan, options);
     let begin = Instant::now();
@@ -53,6 +82,7 @@ pub(super) fn measure(
     let loaded = loader.loaded();
     Ok(json!({
         "bench": "loader", "data": description, "batch": batch, "threads": threads,
+        "augment": augment.as_str(), "form": args.form,
         "bytes_an_image": loaded.bytes.checked_div(loaded.samples - loaded.cached),
         "cached_share": loaded.cached as f64 / loaded.samples as f64,
         "median_ms": median(&times), "min_ms": min(&times),

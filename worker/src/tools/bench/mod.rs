@@ -62,20 +62,7 @@ pub enum Part {
     /// The operations between ranks of this machine: over loopback, or between its GPUs.
     Collective(collective::CollectiveArgs),
     /// Reading, decoding and augmenting batches; a repetition is one batch as training would wait for it.
-    Loader {
-        /// Training data: .rec, image folder, "synthetic" (drawn when asked for), or "jpeg" (drawn before, as JPEG of quality 95).
-        #[arg(long, default_value = "synthetic")]
-        data: String,
-        /// Images of a batch.
-        #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
-        batch: u32,
-        /// Decoding threads.
-        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
-        threads: u16,
-        /// Memory in which decoded images are kept, as in 4GiB; default: none.
-        #[arg(long, value_parser = arcface_proto::memory::size::parse)]
-        cache: Option<u64>,
-    },
+    Loader(loader::LoaderArgs),
     /// The 1:1 numbers of a drawn benchmark of IJB-C's size: wall time by phase and peak memory.
     Ijb(ijb::IjbArgs),
     /// One head part: the copy that training waits for, writing (with the reading again), digest, verifying and reading.
@@ -126,12 +113,7 @@ pub fn measure(args: &BenchArgs) -> anyhow::Result<Value> {
         Part::Step(args) => step::measure(repetitions, args)?,
         Part::Table(args) => table::measure(repetitions, args)?,
         Part::Collective(args) => collective::measure(repetitions, args)?,
-        Part::Loader {
-            data,
-            batch,
-            threads,
-            cache,
-        } => loader::measure(repetitions, data, *batch, *threads, *cache)?,
+        Part::Loader(args) => loader::measure(repetitions, args)?,
         Part::Ijb(args) => ijb::measure(repetitions, args)?,
         Part::Checkpoint { classes, dim, dir } => checkpoint::measure(repetitions, *classes, *dim, dir)?,
     };
@@ -259,6 +241,10 @@ mod tests {
             ),
             ("bench collective --ranks 1 --mib 1 --repetitions 1", "bytes"),
             ("bench loader --batch 2 --repetitions 2", "images_per_second"),
+            (
+                "bench loader --batch 2 --augment dali --form pixels --repetitions 2",
+                "images_per_second",
+            ),
             (checkpoint.as_str(), "copy_median_ms"),
             (checkpoint.as_str(), "read_median_ms"),
         ] {

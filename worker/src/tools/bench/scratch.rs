@@ -6,18 +6,15 @@ use nix::sys::signal::{SigSet, Signal, raise};
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     thread,
 };
 
 /// A new folder, removed at the end.
 pub(super) struct Scratch {
     path: PathBuf,
-    /// A signal came, and is about to end the process.
-    ends: Arc<AtomicBool>,
+    /// Held by who removes the folder: after a signal until that has ended the process.
+    end: Arc<Mutex<()>>,
 }
 
 impl Scratch {
@@ -25,10 +22,10 @@ impl Scratch {
     /// now on signals go to a thread that removes the folder first.
     pub(super) fn new(parent: &Path, purpose: &str) -> anyhow::Result<Self> {
         let path = parent.join(format!(".bench-{purpose}.{}", std::process::id()));
-        let ends = Arc::default();
-        remove_when_told_to_end(path.clone(), Arc::clone(&ends))?;
+        let end = Arc::default();
+        remove_when_told_to_end(path.clone(), Arc::clone(&end))?;
         fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
-        Ok(Self { path, ends })
+        Ok(Self { path, end })
     }
 
     /// Where it is.
@@ -39,17 +36,15 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // A benchmark whose folder was taken away fails, and would tell that before the signal ends it.
-        while self.ends.load(Ordering::SeqCst) {
-            thread::park();
-        }
+        // A benchmark whose folder was taken away fails, and would tell that before the signal ends it: it waits here.
+        let _turn = self.end.lock().unwrap_or_else(PoisonError::into_inner);
         // What cannot be removed stays in sight of the user, who chose the place.
         fs::remove_dir_all(&self.path).unwrap_or_default();
     }
 }
 
 /// Starts the thread that waits for the signals. It is not awaited: it ends the process, or ends with it.
-fn remove_when_told_to_end(path: PathBuf, ends: Arc<AtomicBool>) -> anyhow::Result<()> {
+fn remove_when_told_to_end(path: PathBuf, end: Arc<Mutex<()>>) -> anyhow::Result<()> {
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
     // Threads that begin later inherit it.
     signals.thread_block().context("hold signals back")?;
@@ -59,7 +54,7 @@ fn remove_when_told_to_end(path: PathBuf, ends: Arc<AtomicBool>) -> anyhow::Resu
             let Ok(signal) = signals.wait() else {
                 return;
             };
-            ends.store(true, Ordering::SeqCst);
+            let _turn = end.lock().unwrap_or_else(PoisonError::into_inner);
             // What is written meanwhile may make one attempt fail; none has to succeed.
             for _ in 0..100 {
                 if fs::remove_dir_all(&path).is_ok() || !path.exists() {
@@ -70,12 +65,6 @@ fn remove_when_told_to_end(path: PathBuf, ends: Arc<AtomicBool>) -> anyhow::Resu
             if signals.thread_unblock().is_ok() {
                 raise(signal).unwrap_or_default();
             }
-            // It did not: whoever waits in `drop` must not wait for ever.
-            #[expect(
-                clippy::disallowed_methods,
-                reason = "a signal ends the process, whatever its disposition; nothing of this thread is left to be written"
-            )]
-            std::process::exit(128 + signal as i32);
         })
         .context("start a thread")?;
     Ok(())

@@ -8,7 +8,10 @@ use super::{
 };
 use crate::tools::place::PlaceArgs;
 use crate::{
-    data::{Batch, MicroBatch},
+    data::{
+        Batch, MicroBatch,
+        augment::{Looks, appearance},
+    },
     device,
     model::allocations::Allocations,
     rank::{
@@ -20,7 +23,7 @@ use crate::{
 use arcface_proto::{
     convert,
     failure::{ExitCode, Failure},
-    spec::{HeadImplementation, Optimizer, Precision},
+    spec::{Augment, HeadImplementation, Optimizer, Precision},
     v1,
 };
 use serde_json::{Value, json};
@@ -59,6 +62,9 @@ pub struct StepArgs {
     /// On a GPU, run the network as CUDA graphs instead of launch by launch (train.cuda_graph).
     #[arg(long)]
     cuda_graph: bool,
+    /// Change how the images look, as a GPU does it in a job with data.augment = "dali"; not on a CPU, whose images come changed.
+    #[arg(long)]
+    change_looks: bool,
     /// Update rule: sgd or adamw.
     #[arg(long, default_value = "sgd", value_parser = choice::<Optimizer>)]
     optimizer: Optimizer,
@@ -109,6 +115,10 @@ pub(super) fn measure(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value
 }
 
 fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
+    if args.change_looks && args.place.name() == "cpu" {
+        let message = "--change-looks is for a GPU: a CPU is given images that are changed already";
+        return Err(Failure::new(ExitCode::Usage, message).into());
+    }
     let threads = args.threads.map_or(device::cores(), usize::from);
     tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
     let before = memory::resident();
@@ -129,8 +139,18 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
     let labels = Tensor::randint(i64::from(args.classes), [rows], (Kind::Int64, Device::Cpu));
     let mut stepped = 0;
     let mut step = |trainer: &mut Trainer| {
+        let looks = trainer
+            .placement
+            .gpu()
+            .filter(|_| args.change_looks)
+            .and_then(|_| {
+                let looks =
+                    (0..u64::from(args.batch)).map(|image| appearance(Augment::Dali, 1, stepped, image));
+                Looks::of(&looks.collect::<Vec<_>>())
+            });
         let batch = Batch {
             images: images.shallow_clone(),
+            looks,
             labels: labels.shallow_clone(),
             micro: MicroBatch {
                 epoch: 0,
@@ -164,7 +184,7 @@ fn alone(repetitions: u32, args: &StepArgs) -> anyhow::Result<Value> {
         "sample_rate": args.rate, "threads": threads, "state_bytes": state_bytes(&mut trainer), "peak_bytes": peak,
         "process_peak_bytes": process_peak, "tensor_peak_bytes": tensor_peak,
         "optimizer": args.optimizer.as_str(), "gradient_checkpointing": trainer.backbone.config().gradient_checkpointing,
-        "world": args.world, "cuda_graph": trainer.captured.graphs().is_some(), "median_ms": median(&times), "min_ms": min(&times), "variation": variation(&times),
+        "change_looks": args.change_looks, "world": args.world, "cuda_graph": trainer.captured.graphs().is_some(), "median_ms": median(&times), "min_ms": min(&times), "variation": variation(&times),
         "samples_per_second": f64::from(args.batch) * 1e3 / median(&times),
     }))
 }
@@ -267,6 +287,9 @@ fn arguments(args: &StepArgs, precision: Precision, implementation: HeadImplemen
     }
     if args.gradient_checkpointing {
         arguments.push("--gradient-checkpointing".to_owned());
+    }
+    if args.change_looks {
+        arguments.push("--change-looks".to_owned());
     }
     arguments
 }
