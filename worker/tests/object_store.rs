@@ -59,10 +59,10 @@ fn backbone() -> Vec<NamedTensor> {
 
 fn written(location: &Location, world: u32, step: u64) -> Result<CheckpointManifest> {
     let directory = location.directory(&format!("step-{step:010}-g1"));
-    let mut parts = vec![location.write_part(&directory, PartKind::Backbone, &backbone())?];
+    let mut parts = vec![location.write_part(&directory, PartKind::Backbone, &backbone(), &|| {})?];
     for rank in 0..world {
         let classes = ClassRange::of_rank(CLASSES, rank, world);
-        parts.push(location.write_part(&directory, PartKind::Head(classes), &rows(classes))?);
+        parts.push(location.write_part(&directory, PartKind::Head(classes), &rows(classes), &|| {})?);
     }
     let manifest = CheckpointManifest {
         format: manifest::FORMAT,

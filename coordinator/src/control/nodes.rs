@@ -108,6 +108,10 @@ impl Control {
                 self.happened(&id, listed).await;
             }
         }
+        // A drain outlives the coordinator that was asked for it; what its jobs were told does not.
+        if self.drains.contains(&node) {
+            self.leave(&node).await;
+        }
         self.stop_strays(&node, now);
         for id in copies_of {
             match self.jobs.get_mut(&id) {
@@ -401,6 +405,10 @@ impl Control {
         tracing::info!(%node, draining, "drain changed");
         if draining {
             self.leave(&node).await;
+        } else {
+            for id in self.jobs_on(&node) {
+                self.happened(&id, Event::Stay { node: node.clone() }).await;
+            }
         }
         let now = self.clock.now();
         let member = self.members.members().get(&node);

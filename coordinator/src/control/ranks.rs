@@ -517,7 +517,12 @@ impl Control {
         let id = entry.job.id.clone();
         match entry.job.checkpoint_step {
             // Repeated after its answer was lost, or written again by a generation that resumed from it.
-            Some(newest) if request.step == newest => return Ok(true),
+            Some(newest) if request.step == newest => {
+                if rank.rank == 0 {
+                    self.tell_of_newest(&id).await?;
+                }
+                return Ok(true);
+            }
             Some(newest) if request.step < newest => {
                 let refused = format!(
                     "step {} is older than the committed checkpoint of step {newest}",
@@ -583,6 +588,32 @@ impl Control {
         Ok(true)
     }
 
+    /// Tells rank 0 of the newest checkpoint again: a coordinator may have died between the commit and the word of it.
+    async fn tell_of_newest(&mut self, id: &JobId) -> Result<(), ControlError> {
+        let mut records = self.list_all(&keys::checkpoints(id)).await?;
+        records.extend(self.list_all(&keys::damaged_checkpoints(id)).await?);
+        let kept: Result<Vec<String>, _> = records.iter().map(directory).collect();
+        let newest = self.jobs.get(id).and_then(|entry| entry.resume.clone());
+        let committed = CheckpointCommitted {
+            manifest: newest,
+            expired_directories: Vec::new(),
+            // One that cannot be read would have no place on the list: without a list, nothing is swept.
+            kept_directories: kept.unwrap_or_default(),
+        };
+        self.tell_of_checkpoint(id, committed);
+        Ok(())
+    }
+
+    fn tell_of_checkpoint(&mut self, id: &JobId, committed: CheckpointCommitted) {
+        let command = report_response::Command::CheckpointCommitted(committed);
+        self.tell_rank_0(
+            id,
+            ReportResponse {
+                command: Some(command),
+            },
+        );
+    }
+
     /// What is kept beside the newest checkpoint, and what goes. Damaged ones are kept and do not count.
     async fn retention(
         &self,
@@ -590,9 +621,6 @@ impl Control {
         keep: usize,
         newest: &CheckpointManifest,
     ) -> Result<Retention, ControlError> {
-        let directory = |record: &crate::store::Entry| {
-            CheckpointManifest::decode(record.value.as_slice()).map(|manifest| manifest.directory)
-        };
         let old = self.list_all(&keys::checkpoints(id)).await?;
         let surplus = (old.len() + 1).saturating_sub(keep.max(1));
         let mut retention = Retention {
@@ -639,12 +667,11 @@ impl Control {
         entry.history += 1;
         let event = watch_job_response::Event::Checkpoint(manifest);
         entry.watchers.publish(from_unix_ms(now.unix_ms), &event);
-        let command = report_response::Command::CheckpointCommitted(committed);
-        self.tell_rank_0(
-            id,
-            ReportResponse {
-                command: Some(command),
-            },
-        );
+        self.tell_of_checkpoint(id, committed);
     }
+}
+
+/// Where the checkpoint of a record lies.
+fn directory(record: &crate::store::Entry) -> Result<String, prost::DecodeError> {
+    CheckpointManifest::decode(record.value.as_slice()).map(|manifest| manifest.directory)
 }

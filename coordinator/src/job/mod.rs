@@ -537,6 +537,11 @@ pub enum Event {
         /// Node.
         node: NodeId,
     },
+    /// It need not be left after all.
+    Stay {
+        /// Node.
+        node: NodeId,
+    },
     /// There is room for a world of so many ranks, or no more than the job has.
     Room(Option<u32>),
     /// Time passed.

@@ -102,6 +102,7 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
         } => next.damaged(*generation, *rank, message, *left)?,
         Event::Cancel { reason } => next.cancel(reason),
         Event::Drain { node } => next.drain(node),
+        Event::Stay { node } => next.stay(node),
         Event::Room(world_size) => next.job.room = *world_size,
         Event::Tick => next.tick(),
     }
@@ -422,12 +423,8 @@ impl Transition<'_> {
             .step
             .saturating_sub(resumed.unwrap_or(0))
             .saturating_sub(1);
-        let later_s = later_steps as f64
-            * if step_seconds.is_finite() {
-                step_seconds.max(0.0)
-            } else {
-                0.0
-            };
+        let each_s = step_seconds.is_finite().then_some(step_seconds.max(0.0));
+        let later_s = later_steps as f64 * each_s.unwrap_or_default();
         for index in 0..self.job.recoveries.len() {
             let now = self.now;
             let recovery = &mut self.job.recoveries[index];
@@ -606,6 +603,10 @@ impl Transition<'_> {
             self.job.leaving = Some(node.clone());
             self.effect(Effect::CheckpointNow);
         }
+    }
+
+    fn stay(&mut self, node: &NodeId) {
+        self.job.leaving.take_if(|leaving| leaving == node);
     }
 
     fn tick(&mut self) {

@@ -160,6 +160,7 @@ fn parse(line: &str, job: &Job) -> (Event, Now) {
             reason: words.text("why"),
         },
         "drain" => Event::Drain { node: words.node() },
+        "stay" => Event::Stay { node: words.node() },
         "room" => Event::Room(words.0.get("ranks").map(|ranks| ranks.parse().expect("ranks"))),
         "tick" => Event::Tick,
         other => panic!("unknown event {other:?}"),
@@ -294,6 +295,7 @@ fn any_event() -> impl Strategy<Value = Event> {
             generation, rank, message: String::new(), left: left.then_some(0) }),
         1 => Just(Event::Cancel { reason: String::new() }),
         1 => node().prop_map(|node| Event::Drain { node }),
+        1 => node().prop_map(|node| Event::Stay { node }),
         1 => proptest::option::of(1u32..5).prop_map(Event::Room),
         2 => Just(Event::Tick),
     ]

@@ -6,7 +6,7 @@ mod download;
 mod remote;
 mod upload;
 
-use super::{Checkpoint, CheckpointError, NamedTensor, PartKind, write};
+use super::{Checkpoint, CheckpointError, NamedTensor, PartKind, disk::Real, write};
 use arcface_proto::{
     types::{ClassRange, JobId},
     v1::{CheckpointManifest, CheckpointPart},
@@ -77,16 +77,25 @@ impl Location {
 
     /// Writes one part of the checkpoint in `directory`, see [`write::write_part`]. When this returns, the part is durable, was
     /// read again, and is described by the result. After an error nobody can commit it; [`Self::remove`] takes away what there
-    /// may be of it.
+    /// may be of it. `alive` is called as bytes go out and come back.
     pub fn write_part(
         &self,
         directory: &str,
         kind: PartKind,
         tensors: &[NamedTensor],
+        alive: &dyn Fn(),
     ) -> Result<CheckpointPart, CheckpointError> {
         match &self.base {
-            Base::Local(base) => write::write_part(&base.join(directory), kind, tensors),
-            Base::Remote(store) => store.write_part(directory, kind, tensors),
+            Base::Local(base) => write::write_part_on(&Real, &base.join(directory), kind, tensors, alive),
+            Base::Remote(store) => store.write_part(directory, kind, tensors, alive),
+        }
+    }
+
+    /// Makes the place, and its own name durable: what is written in it later would be lost with that.
+    pub fn make(&self) -> Result<(), CheckpointError> {
+        match &self.base {
+            Base::Local(base) => write::make_place(&base.join(&self.folder)),
+            Base::Remote(_) => Ok(()),
         }
     }
 
@@ -106,11 +115,19 @@ impl Location {
         }
     }
 
-    /// Names of the directories here that hold no manifest.
-    pub fn without_manifest(&self) -> Result<Vec<String>, CheckpointError> {
+    /// Names of the directories here.
+    pub fn names(&self) -> Result<Vec<String>, CheckpointError> {
         match &self.base {
-            Base::Local(base) => write::without_manifest(&base.join(&self.folder)),
-            Base::Remote(store) => store.without_manifest(&self.folder),
+            Base::Local(base) => write::names(&base.join(&self.folder)),
+            Base::Remote(store) => store.names(&self.folder),
+        }
+    }
+
+    /// The manifest beside the parts of a directory; none if there is none.
+    pub fn manifest_of(&self, directory: &str) -> Result<Option<CheckpointManifest>, CheckpointError> {
+        match &self.base {
+            Base::Local(base) => write::manifest_of(&base.join(directory)),
+            Base::Remote(store) => store.manifest_of(directory),
         }
     }
 

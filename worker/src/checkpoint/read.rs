@@ -78,7 +78,9 @@ impl Checkpoint {
         };
         for part in checkpoint.needed(classes)? {
             let file = fetch(part)?;
-            let found = prove_file(dir.join(&part.file), file, part).map_err(CheckpointError::of_scratch)?;
+            let mut found =
+                prove_file(dir.join(&part.file), file, part).map_err(CheckpointError::of_scratch)?;
+            found.is_scratch = true;
             proven.insert(part.file.clone(), Proven::Open(Arc::new(found)));
         }
         Ok(Self {
@@ -371,7 +373,12 @@ fn prove_file(path: PathBuf, mut file: File, part: &CheckpointPart) -> Result<Pa
         file.read_exact_at(&mut start[8..], 8).map_err(&failed)?;
     }
     let tensors = stored(&start, part.bytes).map_err(|detail| CheckpointError::layout(&path, detail))?;
-    Ok(Part { path, file, tensors })
+    Ok(Part {
+        path,
+        file,
+        is_scratch: false,
+        tensors,
+    })
 }
 
 /// All tensors of a part, which share the memory that it was read into. Nothing of it is looked at before its digest was compared.
@@ -496,6 +503,8 @@ pub struct MappedRows {
 struct Part {
     path: PathBuf,
     file: File,
+    /// It was fetched: what is read of it says nothing about the checkpoint.
+    is_scratch: bool,
     tensors: Vec<Stored>,
 }
 
@@ -556,14 +565,20 @@ impl Part {
 
     /// Reads `len` bytes at `start` into `flat`, a contiguous tensor of one dimension and as many bytes.
     fn copy_in(&self, stored: &Stored, start: u64, len: u64, flat: &Tensor) -> Result<(), CheckpointError> {
-        let failed = CheckpointError::io("read", &self.path, len);
+        let failed = |error| match (
+            CheckpointError::io("read", &self.path, len)(error),
+            self.is_scratch,
+        ) {
+            (error, true) => error.of_scratch(),
+            (error, false) => error,
+        };
         let size = stored.kind.elt_size_in_bytes();
         let mut buffer = vec![0; CHUNK.min(len as usize)];
         let (mut at, mut element) = (start, 0);
         let mut left = len as usize;
         while left > 0 {
             let chunk = &mut buffer[..CHUNK.min(left)];
-            self.file.read_exact_at(chunk, at).map_err(&failed)?;
+            self.file.read_exact_at(chunk, at).map_err(failed)?;
             let count = (chunk.len() / size) as i64;
             Tensor::f_from_data_size(chunk, &[count], stored.kind)
                 .and_then(|values| flat.f_narrow(0, element, count)?.f_copy_(&values))

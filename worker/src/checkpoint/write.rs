@@ -16,7 +16,7 @@ use safetensors::Dtype;
 use std::{
     collections::{HashMap, HashSet},
     fs::{self, File},
-    io,
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -55,14 +55,16 @@ pub fn write_part(
     kind: PartKind,
     tensors: &[NamedTensor],
 ) -> Result<CheckpointPart, CheckpointError> {
-    write_part_on(&Real, dir, kind, tensors)
+    write_part_on(&Real, dir, kind, tensors, &|| {})
 }
 
+/// The same; `alive` is called as bytes go out and come back.
 pub(super) fn write_part_on(
     disk: &dyn Disk,
     dir: &Path,
     kind: PartKind,
     tensors: &[NamedTensor],
+    alive: &dyn Fn(),
 ) -> Result<CheckpointPart, CheckpointError> {
     let part = Encoding::new(dir, kind, tensors)?;
     let path = dir.join(&part.file);
@@ -71,13 +73,14 @@ pub(super) fn write_part_on(
     let mut digest = String::new();
     replace(disk, &path, bytes, |out| {
         digest = part.write(&mut |chunk| {
+            alive();
             disk.write(out, chunk)
                 .map_err(CheckpointError::io("write", &path, bytes))
         })?;
         Ok(())
     })?;
     let part = part.described(digest);
-    read_again(disk, &path, &part)?;
+    read_again(disk, &path, &part, alive)?;
     Ok(part)
 }
 
@@ -166,8 +169,15 @@ impl<'t> Encoding<'t> {
 
 /// Compares a part, as the disk gives it back, with what was meant. One that is not the same is removed: it would only
 /// take room.
-fn read_again(disk: &dyn Disk, path: &Path, part: &CheckpointPart) -> Result<(), CheckpointError> {
-    let read = disk.reopen(path).and_then(|mut file| digest::of_all(&mut file));
+fn read_again(
+    disk: &dyn Disk,
+    path: &Path,
+    part: &CheckpointPart,
+    alive: &dyn Fn(),
+) -> Result<(), CheckpointError> {
+    let read = disk
+        .reopen(path)
+        .and_then(|file| digest::of_all(&mut Shown { file, alive }));
     let got = read.map_err(CheckpointError::io("read again", path, part.bytes))?;
     if got == part.blake3 {
         return Ok(());
@@ -180,6 +190,19 @@ fn read_again(disk: &dyn Disk, path: &Path, part: &CheckpointPart) -> Result<(),
         expected: part.blake3.clone(),
         got,
     })
+}
+
+/// A file whose reader is told that bytes come.
+struct Shown<'a> {
+    file: File,
+    alive: &'a dyn Fn(),
+}
+
+impl Read for Shown<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (self.alive)();
+        self.file.read(buffer)
+    }
 }
 
 /// Writes `dir/manifest.json`, all or nothing.
@@ -229,20 +252,40 @@ pub(super) fn remove_on(disk: &dyn Disk, output: &Path, directory: &str) -> Resu
     gone_is_fine(disk.remove_dir_all(&path))
 }
 
-/// Names of the directories in `dir` that hold no manifest: what is being written, or never came to its end.
-pub fn without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> {
-    let failed = CheckpointError::io("list", dir, 0);
+/// Names of the directories in `dir`.
+pub fn names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     let mut names = Vec::new();
     let mut look = || -> io::Result<()> {
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
-            let is_bare = entry.file_type()?.is_dir() && !entry.path().join(manifest::FILE).try_exists()?;
-            names.extend(is_bare.then(|| entry.file_name().into_string().ok()).flatten());
+            if entry.file_type()?.is_dir() {
+                names.extend(entry.file_name().into_string().ok());
+            }
         }
         Ok(())
     };
-    look().map_err(failed)?;
+    look().map_err(CheckpointError::io("list", dir, 0))?;
     Ok(names)
+}
+
+/// The manifest in `dir`; none if there is no file.
+pub fn manifest_of(dir: &Path) -> Result<Option<CheckpointManifest>, CheckpointError> {
+    match dir.join(manifest::FILE).try_exists() {
+        Ok(false) => Ok(None),
+        Ok(true) => manifest::read_manifest(dir).map(Some),
+        Err(error) => Err(CheckpointError::io("look for", &dir.join(manifest::FILE), 0)(
+            error,
+        )),
+    }
+}
+
+/// Makes `dir` and its parents; the names of the last three are durable then, whoever made them. A parent that cannot be opened is not ours.
+pub fn make_place(dir: &Path) -> Result<(), CheckpointError> {
+    make_dir(&Real, dir)?;
+    for parent in dir.ancestors().skip(1).take(3) {
+        sync_dir(&Real, parent).unwrap_or_default();
+    }
+    Ok(())
 }
 
 /// The tensors with their stored kinds, widest first so that each is aligned in the file.

@@ -1,26 +1,20 @@
 //! Checkpoints of a running rank: one fast copy on the training thread, everything slow (files, digests, commit,
-//! retention) on a thread of its own. What the copy holds, and how it is taken back, stands here and nowhere else.
+//! retention) on a thread of its own ([`Writer`]). What the copy holds, and how it is taken back, stands here and nowhere else.
+
+mod writer;
+
+pub use writer::{Failures, Writer, settle};
 
 use super::failure::RankFailure;
 use super::step::Trainer;
-use crate::checkpoint::{Checkpoint, Location, NamedTensor, PartKind, TrainState, write};
+use crate::checkpoint::{Checkpoint, CheckpointError, Location, NamedTensor, PartKind, TrainState, write};
 use crate::optim::GradScaler;
-use arcface_proto::v1::{CheckpointCommitted, CheckpointPart, CommitCheckpointRequest};
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::thread::JoinHandle;
-use std::time::Instant;
+use arcface_proto::v1::{CheckpointPart, CommitCheckpointRequest};
+use std::collections::HashMap;
 use tch::{Kind, Tensor};
-use tracing::{info, warn};
 
-/// Copies in memory at once: one being written, one waiting. A third checkpoint waits until one of them is on the disk,
-/// while training goes on. Their memory is used again and again: fresh pages would cost more than the copying.
-const COPIES: usize = 2;
-/// Commits that wait for the thread beside them; there is at most one a copy and those of before.
-const WAITING_COMMITS: usize = 16;
+/// Memory of an older copy, by part.
+pub type Room = Vec<Vec<NamedTensor>>;
 
 /// A rank's part of a checkpoint, copied.
 pub struct Snapshot {
@@ -67,11 +61,10 @@ pub fn name(step: u64, generation: u64) -> String {
     format!("step-{step:010}-g{generation}")
 }
 
-/// The generation that a [`name`] tells.
-fn generation_of(name: &str) -> Option<u64> {
+/// The step and the generation that a [`name`] tells.
+fn named(name: &str) -> Option<(u64, u64)> {
     let (step, generation) = name.strip_prefix("step-")?.split_once("-g")?;
-    step.parse::<u64>().ok()?;
-    generation.parse().ok()
+    Some((step.parse().ok()?, generation.parse().ok()?))
 }
 
 /// Copies what this rank keeps in a checkpoint.
@@ -111,12 +104,20 @@ pub fn snapshot_into(trainer: &mut Trainer, state: TrainState, num_classes: u32,
     }
 }
 
-/// Takes a committed checkpoint back, at whatever world size it was written.
+/// Takes a committed checkpoint back, at whatever world size it was written. `in_memory`: it was put together from copies in the
+/// memory of nodes, and says nothing about what is in the store.
 ///
 /// # Errors
 /// Damaged or missing parts, or tensors of another network or optimizer.
-pub fn restore(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<TrainState, RankFailure> {
-    let unusable = |error| RankFailure::checkpoint(checkpoint.manifest(), &error);
+pub fn restore(
+    trainer: &mut Trainer,
+    checkpoint: &Checkpoint,
+    in_memory: bool,
+) -> Result<TrainState, RankFailure> {
+    let unusable = |error: CheckpointError| match in_memory {
+        true => RankFailure::copies(checkpoint.manifest(), "", &error),
+        false => RankFailure::checkpoint(checkpoint.manifest(), &error),
+    };
     let backbone = checkpoint.backbone().map_err(unusable)?;
     let mut tensors: HashMap<String, Tensor> = backbone.into_iter().collect();
     trainer
@@ -165,257 +166,4 @@ fn copied(tensors: &[(String, Tensor)], room: Vec<NamedTensor>) -> Vec<NamedTens
         .map(|(name, tensor)| (name.as_str(), tensor))
         .collect();
     write::snapshot(&borrowed, room)
-}
-
-enum Job {
-    Write(Box<Snapshot>),
-    Committed(Box<CheckpointCommitted>),
-}
-
-/// Memory of an older copy, by part.
-pub type Room = Vec<Vec<NamedTensor>>;
-
-/// What went wrong with checkpoints so far. Clones count together.
-#[derive(Clone, Debug, Default)]
-pub struct Failures(Arc<[AtomicU64; 3]>);
-
-/// What can go wrong: writing the parts, putting the manifest beside them, removing what is not kept.
-#[derive(Clone, Copy)]
-enum Stage {
-    Write,
-    Manifest,
-    Remove,
-}
-
-impl Failures {
-    fn count(&self, stage: Stage) {
-        self.0[stage as usize].fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// How many, by stage.
-    pub fn read(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
-        ["write", "manifest", "remove"].into_iter().zip(counts)
-    }
-}
-
-/// The thread that writes.
-pub struct Writer {
-    location: Location,
-    failures: Failures,
-    jobs: Option<SyncSender<Job>>,
-    /// Memory that the thread has written out.
-    returned: Receiver<Room>,
-    /// What has come back of it.
-    room: RefCell<Vec<Room>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Writer {
-    /// Starts it for a location and this generation. `commit` is told of parts that are durable.
-    pub fn start(
-        location: Location,
-        generation: u64,
-        commit: impl Fn(CommitCheckpointRequest) + Send + 'static,
-    ) -> Self {
-        let (jobs, receiver) = sync_channel(COPIES + WAITING_COMMITS);
-        let (give_back, returned) = sync_channel(COPIES);
-        for _ in 0..COPIES {
-            // As many as the channel holds.
-            drop(give_back.try_send(Room::new()));
-        }
-        let place = location.clone();
-        let failures = Failures::default();
-        let failed = failures.clone();
-        let thread = std::thread::spawn(move || {
-            let mut written = Written {
-                generation,
-                failures: failed,
-                ..Written::default()
-            };
-            for job in receiver {
-                match job {
-                    Job::Write(snapshot) => {
-                        written.write(&place, &snapshot, &commit);
-                        let room = snapshot.parts.into_iter().map(|(_, tensors)| tensors);
-                        // The training thread is at its end if it is not taken back.
-                        drop(give_back.try_send(room.collect()));
-                    }
-                    Job::Committed(committed) => {
-                        settle(&place, &committed, &written.failures);
-                        written.sweep(&place, &committed);
-                    }
-                }
-            }
-        });
-        Self {
-            location,
-            failures,
-            jobs: Some(jobs),
-            returned,
-            room: RefCell::default(),
-            thread: Some(thread),
-        }
-    }
-
-    /// What went wrong so far.
-    pub fn failures(&self) -> &Failures {
-        &self.failures
-    }
-
-    /// True while there is no room for another copy. Room does not go away but by [`Writer::room`].
-    pub fn is_busy(&self) -> bool {
-        let mut room = self.room.borrow_mut();
-        loop {
-            match self.returned.try_recv() {
-                Ok(returned) => room.push(returned),
-                Err(TryRecvError::Empty) => return room.is_empty(),
-                // Without the thread nothing is written, and [`Writer::write`] says so.
-                Err(TryRecvError::Disconnected) => return false,
-            }
-        }
-    }
-
-    /// The memory for a copy; waits for it while the writer is busy. Memory that has been used before comes first: where no
-    /// two checkpoints overlap, there is never more than one copy.
-    pub fn room(&self) -> Room {
-        if self.is_busy() {
-            return self.returned.recv().unwrap_or_default();
-        }
-        let mut room = self.room.borrow_mut();
-        room.sort_by_key(Vec::len);
-        room.pop().unwrap_or_default()
-    }
-
-    /// Writes the parts and asks for their commit.
-    pub fn write(&self, snapshot: Snapshot) {
-        self.send(Job::Write(Box::new(snapshot)));
-    }
-
-    /// A checkpoint was committed: its manifest is put beside the parts, expired ones are removed. For rank 0 alone.
-    pub fn committed(&self, committed: CheckpointCommitted) {
-        self.send(Job::Committed(Box::new(committed)));
-    }
-
-    /// Waits until everything was done; gives the location back.
-    pub fn finish(mut self) -> Location {
-        drop(self.jobs.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic there was printed there; the checkpoint was not committed.
-            thread.join().unwrap_or_default();
-        }
-        self.location
-    }
-
-    fn send(&self, job: Job) {
-        if self.jobs.as_ref().is_none_or(|jobs| jobs.send(job).is_err()) {
-            warn!("the checkpoint thread is gone: no more checkpoints");
-        }
-    }
-}
-
-/// What this generation has written and not seen committed.
-#[derive(Default)]
-struct Written {
-    generation: u64,
-    /// What earlier generations left unfinished is gone.
-    swept_before: bool,
-    /// Directories by step.
-    steps: BTreeMap<u64, String>,
-    failures: Failures,
-}
-
-impl Written {
-    /// A checkpoint that cannot be written is a warning: the older ones stand, and training goes on. Nobody can commit it
-    /// without this rank's parts, so what there is of it goes: a full disk has better use for the room.
-    fn write(&mut self, location: &Location, snapshot: &Snapshot, commit: &impl Fn(CommitCheckpointRequest)) {
-        let step = snapshot.state.step;
-        let directory = directory(location, step, self.generation);
-        let begin = Instant::now();
-        let written: Result<Vec<_>, _> = snapshot
-            .parts
-            .iter()
-            .map(|(kind, tensors)| location.write_part(&directory, *kind, tensors))
-            .collect();
-        match written {
-            Ok(parts) => {
-                self.steps.insert(step, directory.clone());
-                let took = begin.elapsed();
-                commit(CommitCheckpointRequest {
-                    persist_seconds: Some(took.as_secs_f64()),
-                    ..snapshot.announce(directory, parts)
-                });
-            }
-            Err(error) => {
-                self.failures.count(Stage::Write);
-                warn!(step, "no checkpoint, training goes on: {error}");
-                if let Err(error) = location.remove(&directory) {
-                    self.failures.count(Stage::Remove);
-                    warn!(step, "what was written of it stays: {error}");
-                }
-            }
-        }
-    }
-
-    /// A checkpoint of this generation was committed: those before it that were not never will be, a peer could not write
-    /// its parts, or its generation died over them. Only what the coordinator says is kept counts; without its list nothing
-    /// is removed.
-    fn sweep(&mut self, location: &Location, committed: &CheckpointCommitted) {
-        let Some(manifest) = &committed.manifest else {
-            return;
-        };
-        let later = self.steps.split_off(&manifest.step);
-        let mut older: Vec<String> = std::mem::replace(&mut self.steps, later).into_values().collect();
-        let kept = &committed.kept_directories;
-        if kept.is_empty() {
-            return;
-        }
-        if !self.swept_before {
-            self.swept_before = true;
-            older.extend(self.unfinished_before(location));
-        }
-        for directory in older {
-            if kept.contains(&directory) {
-                continue;
-            }
-            if let Err(error) = location.remove(&directory) {
-                self.failures.count(Stage::Remove);
-                warn!("cannot remove {directory}, which was never committed: {error}");
-            }
-        }
-    }
-
-    /// What earlier generations began and did not come to a manifest with.
-    fn unfinished_before(&self, location: &Location) -> Vec<String> {
-        let names = location.without_manifest().unwrap_or_else(|error| {
-            self.failures.count(Stage::Remove);
-            warn!("cannot look for checkpoints that were never committed: {error}");
-            Vec::new()
-        });
-        let earlier = |name: &String| generation_of(name).is_some_and(|written| written < self.generation);
-        let names = names.into_iter().filter(earlier);
-        names.map(|name| location.directory(&name)).collect()
-    }
-}
-
-/// Puts the manifest of a committed checkpoint beside its parts, and removes the expired ones.
-pub fn settle(location: &Location, committed: &CheckpointCommitted, failures: &Failures) {
-    if let Some(manifest) = &committed.manifest {
-        match location.write_manifest(manifest) {
-            Ok(()) => info!(
-                step = manifest.step,
-                "checkpoint committed: {}", manifest.directory
-            ),
-            Err(error) => {
-                failures.count(Stage::Manifest);
-                warn!(step = manifest.step, "no manifest beside the checkpoint: {error}");
-            }
-        }
-    }
-    for expired in &committed.expired_directories {
-        if let Err(error) = location.remove(expired) {
-            failures.count(Stage::Remove);
-            warn!("cannot remove the expired checkpoint {expired}: {error}");
-        }
-    }
 }

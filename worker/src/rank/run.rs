@@ -174,7 +174,7 @@ fn work(
     let begin = Instant::now();
     let start = match &checkpoint {
         Some(checkpoint) => {
-            let state = checkpoints::restore(&mut trainer, checkpoint)?;
+            let state = checkpoints::restore(&mut trainer, checkpoint, !assignment.resume_copies.is_empty())?;
             info!(
                 step = state.step,
                 "resumed from {}",
@@ -186,7 +186,8 @@ fn work(
     };
     restoring += begin.elapsed();
     let restore_seconds = checkpoint.is_some().then_some(restoring.as_secs_f64());
-    drop(checkpoint);
+    let in_store = checkpoint.filter(|_| assignment.resume_copies.is_empty());
+    let resumed = in_store.map(|checkpoint| checkpoint.manifest().clone());
     // All ranks hold the same state before anyone says that training begins.
     trainer.comm.barrier()?;
     loading.end(SystemTime::now());
@@ -212,6 +213,9 @@ fn work(
         committer.commit(request);
     };
     let writer = Writer::start(location, assignment.generation, commit);
+    if let (0, Some(manifest)) = (rank, resumed) {
+        writer.resumed(manifest);
+    }
     let mut sinks = Sinks {
         output,
         log,
@@ -231,7 +235,7 @@ fn work(
     let log = sinks.log.take();
     let finished = finished?;
     board.enter(Activity::Finishing);
-    conclude(reporter, writer, rank, finished.step);
+    conclude(reporter, writer, rank, finished.step, board);
     if let Some(mut log) = log {
         let TrainingFinished { step, reason } = &finished;
         let reason = match reason.as_str() {
@@ -306,9 +310,10 @@ fn resumable(
 
 /// Waits until the last checkpoint is durable, committed and described. Every rank does: a coordinator that dies before it has
 /// heard of all parts has to be told of each again.
-fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64) {
+fn conclude(reporter: &mut Reporter, writer: Writer, rank: u32, step: u64, board: &Board) {
     let failures = writer.failures().clone();
-    let location = writer.finish();
+    // It may be long, on a slow disk or a thin line: as long as bytes move, the rank does not hang.
+    let location = writer.finish(&|| board.enter(Activity::Finishing));
     if !reporter.wait_for_commits(LAST_WORD) {
         warn!("the last checkpoint was not committed: the coordinator is away, or a peer still writes");
         return;

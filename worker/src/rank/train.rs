@@ -184,6 +184,10 @@ pub fn train(
         });
         evaluations.heard(trainer, said, sinks)?;
         evaluations.after_step(trainer, due, done, sinks)?;
+        if due.model && rank == 0 {
+            // A slow disk is no step that hangs.
+            trainer.phases.begin("checkpoint");
+        }
         if due.model
             && rank == 0
             && let Err(failure) = outputs::write_model(&sinks.output, &trainer.backbone)
@@ -275,8 +279,11 @@ fn checkpoint(
 ) {
     let Some(writer) = sinks.writer else { return };
     let state = position(trainer, job, done);
-    let room = writer.room();
-    let stop = trainer.phases.begin("checkpoint");
+    let phases = &trainer.phases;
+    let waits = || _ = phases.begin("checkpoint");
+    waits();
+    let room = writer.room(&waits);
+    let stop = phases.begin("checkpoint");
     let snapshot = checkpoints::snapshot_into(trainer, state, job.num_classes, room);
     writer.write(snapshot);
     let stall = stop.elapsed();

@@ -146,21 +146,28 @@ impl Remote {
         })
     }
 
-    /// Names of the checkpoints in a folder that have no manifest.
-    pub(super) fn without_manifest(&self, folder: &str) -> Result<Vec<String>, CheckpointError> {
+    /// Names of the checkpoints in a folder.
+    pub(super) fn names(&self, folder: &str) -> Result<Vec<String>, CheckpointError> {
         let all = self.name(folder, "")?;
-        let failed = |error| self.failed("list", folder, "", &error);
-        self.runtime.block_on(async {
-            let found = self.store.list_with_delimiter(Some(&all)).await.map_err(failed)?;
-            let mut names = Vec::new();
-            for checkpoint in found.common_prefixes {
-                match self.store.head(&checkpoint.clone().join(manifest::FILE)).await {
-                    Err(Error::NotFound { .. }) => names.extend(checkpoint.filename().map(str::to_owned)),
-                    found => drop(found.map_err(failed)?),
-                }
-            }
-            Ok(names)
-        })
+        let found = self.runtime.block_on(self.store.list_with_delimiter(Some(&all)));
+        let found = found.map_err(|error| self.failed("list", folder, "", &error))?;
+        let names = found.common_prefixes.into_iter();
+        Ok(names
+            .filter_map(|name| name.filename().map(str::to_owned))
+            .collect())
+    }
+
+    /// The manifest of a checkpoint; none if there is none.
+    pub(super) fn manifest_of(&self, directory: &str) -> Result<Option<CheckpointManifest>, CheckpointError> {
+        let name = self.name(directory, manifest::FILE)?;
+        let found = self
+            .runtime
+            .block_on(async { self.store.get(&name).await?.bytes().await });
+        match found {
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.failed("read", directory, manifest::FILE, &error)),
+            Ok(text) => manifest::parse(&self.path(directory, manifest::FILE), &text).map(Some),
+        }
     }
 
     /// Removes one object that is of no use. Nothing can be done about a failure: the error that led here is on its way.

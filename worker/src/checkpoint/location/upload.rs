@@ -19,6 +19,7 @@ impl Remote {
         directory: &str,
         kind: PartKind,
         tensors: &[NamedTensor],
+        alive: &dyn Fn(),
     ) -> Result<CheckpointPart, CheckpointError> {
         let part = Encoding::new(&self.path(directory, ""), kind, tensors)?;
         let file = part.file.clone();
@@ -27,13 +28,17 @@ impl Remote {
         let mut meter = Meter::new("uploading", self.path(directory, &file), part.bytes);
         let mut upload = Upload::begin(self, &name, part.bytes).map_err(failed)?;
         let digest = part.write(&mut |chunk| {
+            alive();
             meter.add(chunk.len() as u64);
             upload.write(chunk).map_err(failed)
         })?;
         upload.finish().map_err(failed)?;
 
         let part = part.described(digest);
-        let got = self.read(directory, &part, &mut |_| Ok(()))?;
+        let got = self.read(directory, &part, &mut |_| {
+            alive();
+            Ok(())
+        })?;
         if got != part.blake3 {
             self.discard(&name);
             return Err(CheckpointError::Digest {

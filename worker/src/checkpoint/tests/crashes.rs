@@ -220,9 +220,21 @@ fn write_on(
     let mut durable = Vec::new();
     let kinds = [(0, 4), (4, 8)].map(|(lo, hi)| PartKind::Head(ClassRange { lo, hi }));
     let result = (|| {
-        durable.push(write::write_part_on(disk, dir, PartKind::Backbone, &backbone())?);
+        durable.push(write::write_part_on(
+            disk,
+            dir,
+            PartKind::Backbone,
+            &backbone(),
+            &|| {},
+        )?);
         for kind in kinds {
-            durable.push(write::write_part_on(disk, dir, kind, &head(kind.classes()))?);
+            durable.push(write::write_part_on(
+                disk,
+                dir,
+                kind,
+                &head(kind.classes()),
+                &|| {},
+            )?);
         }
         let manifest = CheckpointManifest {
             format: manifest::FORMAT,
@@ -309,8 +321,15 @@ fn a_part_that_is_written_again_is_the_old_or_the_new_one() {
     });
     let cells = at_every_operation(
         |disk, root| {
-            write::write_part_on(&quick(), root, PartKind::Backbone, &versions[0]).expect("the old one");
-            drop(write::write_part_on(disk, root, PartKind::Backbone, &versions[1]));
+            write::write_part_on(&quick(), root, PartKind::Backbone, &versions[0], &|| {})
+                .expect("the old one");
+            drop(write::write_part_on(
+                disk,
+                root,
+                PartKind::Backbone,
+                &versions[1],
+                &|| {},
+            ));
         },
         |root, fault| {
             let found = fs::read(root.join("backbone.safetensors")).expect("one of them");
@@ -375,7 +394,7 @@ impl Disk for Liar {
 #[test]
 fn a_part_that_does_not_come_back_is_never_told_to_be_durable() {
     let dir = tempfile::tempdir().expect("scratch");
-    let error = write::write_part_on(&Liar, dir.path(), PartKind::Backbone, &backbone())
+    let error = write::write_part_on(&Liar, dir.path(), PartKind::Backbone, &backbone(), &|| {})
         .expect_err("lost")
         .to_string();
     assert!(

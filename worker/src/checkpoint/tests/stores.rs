@@ -247,10 +247,10 @@ fn write_to(
     world: u32,
     directory: &str,
 ) -> std::result::Result<CheckpointManifest, CheckpointError> {
-    let mut parts = vec![location.write_part(directory, PartKind::Backbone, &backbone())?];
+    let mut parts = vec![location.write_part(directory, PartKind::Backbone, &backbone(), &|| {})?];
     for rank in 0..world {
         let classes = ClassRange::of_rank(CLASSES, rank, world);
-        parts.push(location.write_part(directory, PartKind::Head(classes), &head(classes))?);
+        parts.push(location.write_part(directory, PartKind::Head(classes), &head(classes), &|| {})?);
     }
     Ok(CheckpointManifest {
         format: manifest::FORMAT,
@@ -302,12 +302,11 @@ fn a_store_keeps_what_a_directory_keeps() {
     location.check().expect("it answers");
     assert_eq!(location.directory("step-0000001234-g3"), DIRECTORY);
     let manifest = write_to(&location, 3, DIRECTORY).expect("written");
-    assert_eq!(
-        location.without_manifest().expect("listed"),
-        ["step-0000001234-g3"]
-    );
+    assert_eq!(location.names().expect("listed"), ["step-0000001234-g3"]);
+    assert_eq!(location.manifest_of(DIRECTORY).expect("answered"), None);
     location.write_manifest(&manifest).expect("written");
-    assert_eq!(location.without_manifest().expect("listed"), [""; 0]);
+    let found = location.manifest_of(DIRECTORY).expect("answered");
+    assert_eq!(found.as_ref(), Some(&manifest));
     let names = [
         "backbone.safetensors",
         "head-0-4.safetensors",
@@ -527,7 +526,7 @@ fn nothing_outside_of_the_place_is_touched() {
             "{directory:?}: {refused}"
         );
         location
-            .write_part(directory, PartKind::Backbone, &backbone())
+            .write_part(directory, PartKind::Backbone, &backbone(), &|| {})
             .expect_err(directory);
     }
     assert_eq!(objects(&memory), ["other/object"]);
@@ -541,7 +540,7 @@ fn numbers_that_are_not_finite_abort_the_upload() {
     tensors.push(("bad".into(), Tensor::from_slice(&[f32::NAN; 100])));
     let error = store
         .location()
-        .write_part(DIRECTORY, PartKind::Backbone, &tensors)
+        .write_part(DIRECTORY, PartKind::Backbone, &tensors, &|| {})
         .expect_err("NaN");
     assert!(matches!(error, CheckpointError::Tensor { .. }), "{error}");
     let log = store.log.lock().expect("log");

@@ -3,7 +3,7 @@
 use super::updates::steps;
 use super::*;
 use crate::checkpoint::{Location, location::Remote};
-use arcface_proto::v1::{CheckpointCommitted, CommitCheckpointRequest};
+use arcface_proto::v1::{CheckpointCommitted, CheckpointPart, CommitCheckpointRequest};
 use object_store::{RetryConfig, aws::AmazonS3Builder};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -71,7 +71,7 @@ fn train_at(
     };
     let finished = train(trainer, job, 0, &mut sinks).expect("trained");
     assert_eq!(finished.step, job.end_step);
-    writer.finish();
+    writer.finish(&|| {});
 }
 
 /// Steps that ranks asked to commit, by rank.
@@ -236,7 +236,7 @@ fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
         for step in [10, 20, 30, 40] {
             let mut state = crate::rank::train::position(trainer, job, 1);
             state.step = step;
-            let room = writer.room();
+            let room = writer.room(&|| {});
             writer.write(checkpoints::snapshot_into(trainer, state, job.num_classes, room));
             requests.push(parts.recv().expect("written"));
         }
@@ -252,7 +252,7 @@ fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
         let directory = |step| checkpoints::directory(&Location::output(output), step, 1);
         // Of 10 we were never told, but the coordinator has it; 20 lacks the parts of a peer; 40 is on its way.
         writer.committed(told(2, vec![directory(30), directory(10)]));
-        writer.finish();
+        writer.finish(&|| {});
         let exists = |step| output.join(directory(step)).exists();
         assert_eq!(
             [10, 20, 30, 40].map(exists),
@@ -262,8 +262,42 @@ fn what_was_never_committed_is_swept_and_what_is_kept_is_not() {
     });
 }
 
+/// The manifest of a checkpoint of this name, as a job commits it.
+fn described(name: &str, job: &str) -> CheckpointManifest {
+    let part = |file: &str, class_hi| CheckpointPart {
+        file: file.into(),
+        blake3: "0".repeat(64),
+        class_hi,
+        ..Default::default()
+    };
+    CheckpointManifest {
+        format: 1,
+        job_id: job.into(),
+        num_classes: 10,
+        directory: format!("checkpoints/{name}"),
+        parts: vec![part("backbone.safetensors", 0), part("head-0-10.safetensors", 10)],
+        ..Default::default()
+    }
+}
+
+/// A rank 0 may die between the commit and its manifest: the next one puts it there.
 #[test]
-fn what_earlier_generations_left_unfinished_goes_with_the_first_commit() {
+fn a_generation_describes_what_it_resumes_from() {
+    let scratch = tempfile::tempdir().unwrap();
+    let location = Location::output(scratch.path());
+    let manifest = described("step-0000000010-g1", "job-ours");
+    std::fs::create_dir_all(scratch.path().join(&manifest.directory)).expect("made");
+    let writer = Writer::start(location.clone(), 2, |_| {});
+    writer.resumed(manifest.clone());
+    let location = writer.finish(&|| {});
+    assert_eq!(
+        location.manifest_of(&manifest.directory).expect("read"),
+        Some(manifest)
+    );
+}
+
+#[test]
+fn what_earlier_generations_left_goes_with_the_first_commit() {
     let scratch = tempfile::tempdir().unwrap();
     let folder = scratch.path().join("checkpoints");
     let make = |name: &str, files: &[&str]| {
@@ -282,21 +316,34 @@ fn what_earlier_generations_left_unfinished_goes_with_the_first_commit() {
     make("step-0000000020-g4", &[]);
     make("step-mine-g1", &[]);
     make("notes", &[]);
-    let writer = Writer::start(Location::output(scratch.path()), 3, |_| {});
-    let told = |kept: &[&str]| CheckpointCommitted {
+    // Of this generation: a peer could not write its parts, and wrote some of them after rank 0 had removed what there was.
+    make("step-0000000025-g3", &["head-0-5.safetensors"]);
+    // Not kept any more, and the coordinator died that was to say so; and one of a job that had the same output.
+    let location = Location::output(scratch.path());
+    for (step, job) in [(5, "job-ours"), (6, "job-theirs")] {
+        let manifest = described(&format!("step-{step:010}-g2"), job);
+        make(&format!("step-{step:010}-g2"), &[]);
+        location.write_manifest(&manifest).expect("written");
+    }
+    let writer = Writer::start(location, 3, |_| {});
+    let told = |step, name: &str, kept: &[&str]| CheckpointCommitted {
         manifest: Some(CheckpointManifest {
-            step: 35,
-            directory: "checkpoints/step-0000000035-g3".into(),
-            ..Default::default()
+            step,
+            ..described(name, "job-ours")
         }),
         expired_directories: vec![],
         kept_directories: kept.iter().map(|name| format!("checkpoints/{name}")).collect(),
     };
     make("step-0000000035-g3", &[]);
-    // Without a list nothing is swept.
-    writer.committed(told(&[]));
-    writer.committed(told(&["step-0000000035-g3", "step-0000000030-g1"]));
-    writer.finish();
+    // Without a list nothing is swept, nor with one that is older than what its generation committed last.
+    writer.committed(told(35, "step-0000000035-g3", &[]));
+    writer.committed(told(10, "step-0000000010-g1", &["step-0000000010-g1"]));
+    writer.committed(told(
+        35,
+        "step-0000000035-g3",
+        &["step-0000000035-g3", "step-0000000030-g1"],
+    ));
+    writer.finish(&|| {});
     let mut left: Vec<String> = left_behind(scratch.path())
         .iter()
         .map(|path| path.file_name().expect("a name").to_string_lossy().into_owned())
@@ -306,7 +353,7 @@ fn what_earlier_generations_left_unfinished_goes_with_the_first_commit() {
         left,
         [
             "notes",
-            "step-0000000010-g1",
+            "step-0000000006-g2",
             "step-0000000020-g4",
             "step-0000000030-g1",
             "step-0000000035-g3",
@@ -387,7 +434,9 @@ fn nothing_is_forgotten_in_a_checkpoint() {
         let dir = scratch.path().join(&manifest.directory);
         let resumed = on_ranks(&spec, 2, |rank, trainer, job| {
             let checkpoint = Checkpoint::open(&dir, manifest.clone()).expect("whole");
-            let at = checkpoints::restore(trainer, &checkpoint).expect("restored").step;
+            let at = checkpoints::restore(trainer, &checkpoint, false)
+                .expect("restored")
+                .step;
             let losses = losses(rank, trainer, job, at, scratch.path());
             (losses, trainer.scaler, state(trainer))
         });

@@ -35,7 +35,7 @@ fn in_pieces(spec: &JobSpec, pieces: &[(u64, u32)]) -> (WorldState, Vec<u64>) {
         let ranks = on_ranks(&piece, world_size, |rank, trainer, job| {
             if let Some((dir, manifest)) = &manifest {
                 let checkpoint = Checkpoint::open(dir, manifest.clone()).expect("a checkpoint");
-                checkpoints::restore(trainer, &checkpoint).expect("restored");
+                checkpoints::restore(trainer, &checkpoint, false).expect("restored");
             }
             let slices = (start..end).flat_map(|step| {
                 let (epoch, epoch_step) = (

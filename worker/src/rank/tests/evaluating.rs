@@ -287,7 +287,7 @@ fn resume(
 ) -> [Lived; 2] {
     let ranks = on_ranks(spec, 2, |rank, trainer, job| {
         let checkpoint = Checkpoint::open(&dir.join("c"), manifest.clone()).expect("a checkpoint");
-        let at = checkpoints::restore(trainer, &checkpoint).expect("restored");
+        let at = checkpoints::restore(trainer, &checkpoint, false).expect("restored");
         live(rank, trainer, job, at.step, output, earlier)
     });
     ranks.try_into().ok().expect("two ranks")

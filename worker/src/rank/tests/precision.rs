@@ -180,7 +180,7 @@ fn the_loss_scale_survives_a_restart() {
     assert_eq!(manifest.scaler.map(|scaler| scaler.scale), Some(2f64.powi(57)));
     let resumed = on_ranks(&spec, 2, |_, trainer, job| {
         let checkpoint = Checkpoint::open(&scratch.path().join("c"), manifest.clone()).expect("whole");
-        checkpoints::restore(trainer, &checkpoint).expect("restored");
+        checkpoints::restore(trainer, &checkpoint, false).expect("restored");
         steps(trainer, job, 3..6);
         (trainer.scaler, state(trainer))
     });
@@ -203,7 +203,7 @@ fn the_loss_scale_survives_a_restart() {
     };
     on_ranks(&spec, 1, |_, trainer, _| {
         let checkpoint = Checkpoint::open(&scratch.path().join("c"), without.clone()).expect("whole");
-        let refused = checkpoints::restore(trainer, &checkpoint).expect_err("no loss scale");
+        let refused = checkpoints::restore(trainer, &checkpoint, false).expect_err("no loss scale");
         assert!(refused.message.contains("loss scale"), "{refused}");
     });
 }
