@@ -9,7 +9,7 @@ const F32: u64 = 4;
 const IMAGE: u64 = 3 * 112 * 112 * F32;
 /// Batches that wait decoded, `PREFETCH` in `worker/src/rank/train.rs`. They are in the memory of the process, not of a GPU.
 const AHEAD: u64 = 4;
-/// Copies of the state in memory at once, `COPIES` in `worker/src/rank/checkpoints.rs`.
+/// Copies of the state in memory at once, `COPIES` in `worker/src/rank/checkpoints/writer.rs`.
 const COPIES: u64 = 2;
 /// Images of a batch of an evaluation beside training, `BATCH` in `worker/src/rank/evaluate/background.rs`.
 const EVALUATION_BATCH: u64 = 32;
@@ -22,6 +22,8 @@ const PANEL: u64 = 32;
 const LANE_CLASSES: u64 = 240;
 const MOST_LANES: u64 = 32;
 const LANE_ELEMENTS: u64 = 16 << 20;
+/// Terms that wait for the update take this part of weights and optimizer state at most, `KEPT_PART` in `worker/src/head/tiled/mod.rs`.
+const KEPT_PART: u64 = 25;
 
 /// The process and libtorch on a CPU: code, threads' stacks, compiled convolutions. Measured with `bench step --network tiny`
 /// on the 2 cores of `docs/planning.md`; more cores take a little more.
@@ -254,7 +256,7 @@ fn copies_of_update(job: &Job) -> u64 {
     }
 }
 
-/// The tiled head on a CPU (`worker/src/head/tiled/`): micro-batches as operands until the update, sums of the lanes.
+/// The tiled head on a CPU (`worker/src/head/tiled/`): micro-batches as operands until the update, sums of the lanes, kept terms.
 fn tiled_head_cpu(job: &Job) -> Vec<Line> {
     let batch = job.rows_of_all();
     let (padded, columns) = (
@@ -269,11 +271,20 @@ fn tiled_head_cpu(job: &Job) -> Vec<Line> {
         .div_ceil(LANE_CLASSES)
         .clamp(1, MOST_LANES.min(by_memory));
     let sums = product([lanes, elements, F32]);
+    let of_state = product([job.shard(), job.embedding_size, F32, 1 + job.slots()]) / KEPT_PART;
+    let term = match job.precision {
+        Precision::Fp32 => F32,
+        Precision::Bf16 | Precision::Fp16 => F32 / 2,
+    };
+    let kept = product([job.sampled(), columns, term]).min(of_state);
     vec![Line::new(
         Part::HeadWorkspace,
-        product([job.pending(), micro]).saturating_add(sums),
+        product([job.pending(), micro])
+            .saturating_add(sums)
+            .saturating_add(kept),
         format!(
-            "{} micro-batches as operands, 3 x {columns} x {padded} x 4 B each; {lanes} sums of {batch} x {padded} x 4 B",
+            "{} micro-batches as operands, 3 x {columns} x {padded} x 4 B each; {lanes} sums of {batch} x {padded} x 4 B; \
+             {kept} B of terms for the update",
             job.pending()
         ),
     )]

@@ -32,7 +32,7 @@ impl Looks {
     pub fn of(images: &[Appearance]) -> Option<Self> {
         let filters = |number: &dyn Fn(&Appearance) -> Option<usize>| {
             let number = |image: &Appearance| number(image).map(|number| number as i64);
-            Change::of(images, number, |numbers| Tensor::from_slice(numbers))
+            Change::of(images, number, Tensor::from_slice)
         };
         let matrices = |matrix: &dyn Fn(&Appearance) -> Option<[[f32; 3]; 3]>| {
             let tensor = |all: &[[[f32; 3]; 3]]| {

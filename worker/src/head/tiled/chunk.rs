@@ -3,6 +3,7 @@
 
 use super::{
     buffer::Buffer,
+    kept::{Rows, RowsMut},
     kernel::{
         exponentials::{Exponentials, Largest},
         gemm::{Format, Left, Order, Out, Right, Shape, multiply},
@@ -178,8 +179,13 @@ impl Chunk {
             inner,
         };
         multiply(isa, geometry.format, shape, left, right, out, Order::RowsFirst);
+        self.note_targets(micro, taking, places);
+    }
+
+    /// Notes which of these places are targets.
+    fn note_targets(&mut self, micro: &Micro, taking: Taking<'_>, places: Range<usize>) {
         self.targets.clear();
-        if self.rows == 0 {
+        if places.is_empty() {
             return;
         }
         let last = taking.row(places.end - 1);
@@ -292,40 +298,58 @@ impl Chunk {
         }
     }
 
+    /// Leaves the terms to the update, of as many of the chunk's first rows as `kept` has.
+    pub fn leave(&self, isa: Isa, geometry: Geometry, micro: &Micro, kept: &mut RowsMut<'_>) {
+        let kept = kept.take(self.rows);
+        let rows = kept.inverse.len();
+        kept.inverse.copy_from_slice(&self.inverse[..rows]);
+        let words = kept.words.chunks_exact_mut(kept.stride);
+        let cosines = self.cosines.words().chunks_exact(micro.columns + SKEW);
+        match geometry.format {
+            Format::F32 => cosines
+                .zip(words)
+                .for_each(|(row, words)| words[..micro.columns].copy_from_slice(&row[..micro.columns])),
+            Format::Bf16 => pair_terms(isa, micro, self.cosines.floats(), words),
+        }
+    }
+
+    /// Gradient by rows whose terms were left by the other pass: nothing need be loaded.
+    pub fn gradient_of(
+        &mut self,
+        isa: Isa,
+        geometry: Geometry,
+        micro: &Micro,
+        taking: Taking<'_>,
+        places: Range<usize>,
+        kept: Rows<'_>,
+    ) {
+        self.rows = places.len();
+        self.inverse.clear();
+        self.inverse.extend_from_slice(kept.inverse);
+        self.note_targets(micro, taking, places);
+        let left = rows_of(kept.words, kept.stride);
+        weigh(isa, geometry, micro, self.rows, left, &mut self.gradient, false);
+        self.add_targets(isa, geometry, micro);
+    }
+
     /// Gradient by the loaded rows, from the terms; adds to that of earlier micro-batches.
     pub fn gradient(&mut self, isa: Isa, geometry: Geometry, micro: &Micro, add: bool) {
-        let Geometry { padded, format, .. } = geometry;
-        let stride = micro.columns + SKEW;
-        let (right, inner) = micro.for_gradient(geometry);
-        let left = match format {
-            Format::F32 => rows_of(self.cosines.words(), stride),
+        let left = match geometry.format {
+            Format::F32 => rows_of(self.cosines.words(), micro.columns + SKEW),
             Format::Bf16 => {
                 let half = micro.columns / 2 + SKEW;
                 self.terms.reserve(self.rows * half);
-                let rows = self.cosines.floats().chunks_exact(stride);
-                for (row, words) in rows
-                    .zip(self.terms.words_mut().chunks_exact_mut(half))
-                    .take(self.rows)
-                {
-                    let halves = bytemuck::cast_slice_mut(&mut words[..micro.columns / 2]);
-                    let row = &row[..micro.columns];
-                    isa.run(PairNeighbours { row, halves });
-                }
+                let words = self.terms.words_mut().chunks_exact_mut(half).take(self.rows);
+                pair_terms(isa, micro, self.cosines.floats(), words);
                 rows_of(self.terms.words(), half)
             }
         };
-        self.gradient.reserve(self.rows * (padded + SKEW));
-        let shape = Shape {
-            rows: self.rows,
-            columns: padded,
-            inner,
-        };
-        let out = Out {
-            values: self.gradient.floats_mut(),
-            row: padded + SKEW,
-            add,
-        };
-        multiply(isa, format, shape, left, right, out, Order::RowsFirst);
+        weigh(isa, geometry, micro, self.rows, left, &mut self.gradient, add);
+        self.add_targets(isa, geometry, micro);
+    }
+
+    /// Adds what the targets' own terms give.
+    fn add_targets(&mut self, isa: Isa, geometry: Geometry, micro: &Micro) {
         for index in 0..self.targets.len() {
             let (row, sample) = self.targets[index];
             let factor = (micro.targets[self.first_target + index].gradient * micro.share) as f32;
@@ -343,6 +367,42 @@ impl Chunk {
     pub fn gradient_row(&mut self, row: usize, geometry: Geometry) -> &mut [f32] {
         &mut self.gradient.floats_mut()[row * (geometry.padded + SKEW)..][..geometry.dim]
     }
+}
+
+/// Rows of terms in pairs of neighbours, as bf16.
+fn pair_terms<'a>(isa: Isa, micro: &Micro, terms: &[f32], words: impl Iterator<Item = &'a mut [u32]>) {
+    let rows = terms.chunks_exact(micro.columns + SKEW);
+    for (row, words) in rows.zip(words) {
+        let halves = bytemuck::cast_slice_mut(&mut words[..micro.columns / 2]);
+        let row = &row[..micro.columns];
+        isa.run(PairNeighbours { row, halves });
+    }
+}
+
+/// Embeddings weighted by terms, `(+)=` into `gradient`.
+fn weigh(
+    isa: Isa,
+    geometry: Geometry,
+    micro: &Micro,
+    rows: usize,
+    left: Left<'_>,
+    gradient: &mut Buffer,
+    add: bool,
+) {
+    let Geometry { padded, format, .. } = geometry;
+    let (right, inner) = micro.for_gradient(geometry);
+    gradient.reserve(rows * (padded + SKEW));
+    let shape = Shape {
+        rows,
+        columns: padded,
+        inner,
+    };
+    let out = Out {
+        values: gradient.floats_mut(),
+        row: padded + SKEW,
+        add,
+    };
+    multiply(isa, format, shape, left, right, out, Order::RowsFirst);
 }
 
 /// A matrix `[k, stride]` as the right operand.

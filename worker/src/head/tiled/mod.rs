@@ -4,17 +4,18 @@
 //! 1. [`Head::forward_backward`] is one pass: cosines of a tile with all embeddings, softmax terms, their sums, and the
 //!    tile's weighted sum for the embeddings' gradient. The terms need no maximum (see `kernel/exponentials.rs`), so that
 //!    gradient is divided by the sums of all ranks afterwards. The weights are only read.
-//! 2. [`Head::update`] is a second pass: it forms the terms anew, with them the tile's weight gradient, and updates the tile
-//!    at once. No gradient of all classes ever exists, with gradient accumulation either: the micro-batches' embeddings
+//! 2. [`Head::update`] is a second pass: it forms the terms anew, but for those that were kept, with them the tile's weight
+//!    gradient, and updates the tile at once. No gradient of all classes ever exists, with gradient accumulation either: the micro-batches' embeddings
 //!    are kept instead (`micro.rs`).
 //!
 //! Sampled heads under SGD touch the sampled rows alone (`../lazy_sgd.rs`). Memory beside weights and optimizer state
-//! is O(batch x dimension), none of it taken anew in a step.
+//! is O(batch x dimension) and a twenty-fifth of these for kept terms, none of it taken anew in a step.
 //!
-//! `kernel/` has the arithmetic, `chunk.rs` a tile, `sweep.rs` the passes and their threads.
+//! `kernel/` has the arithmetic, `chunk.rs` a tile, `kept.rs` terms between the passes, `sweep.rs` the passes and their threads.
 
 mod buffer;
 mod chunk;
+mod kept;
 pub mod kernel;
 mod micro;
 mod sweep;
@@ -51,6 +52,9 @@ use tch::{Device, Kind, Tensor};
 
 /// Smallest target probability in the loss, so that a loss is at most 69.08; does not cut the gradient.
 const MIN_PROBABILITY: f64 = 1e-30;
+
+/// Terms that are kept take so small a part of weights and optimizer state at most.
+const KEPT_PART: usize = 25;
 
 /// Shortest rows with products in bf16.
 const BF16_DIM: i64 = 128;
@@ -152,6 +156,8 @@ impl TiledHead {
             }),
             _ => None,
         };
+        let copies = 1 + config.optimizer.slots().len();
+        let room = weight_nd.numel() * size_of::<f32>() * copies / KEPT_PART;
         Self {
             shard,
             loss: config.loss(),
@@ -162,7 +168,7 @@ impl TiledHead {
             updates: 0,
             lazy,
             geometry,
-            threads: Threads::new(threads, isa, geometry),
+            threads: Threads::new(threads, isa, geometry, room),
             micros: Vec::new(),
             pending: 0,
             sums: Vec::new(),
@@ -241,10 +247,12 @@ impl TiledHead {
         let micro = &mut self.micros[self.pending];
         let weights = weights(&self.weight_nd, &*self.buffers, self.lazy.as_ref());
         let shard_rows = self.shard.len() as usize;
+        let keep = self.pending == 0;
         let out = slices::floats_mut(embeddings);
         self.sums.resize(micro.batch, 0.0);
+        let rows = taking(micro, shard_rows);
         self.threads
-            .softmax(weights, taking(micro, shard_rows), micro, &mut self.sums, out);
+            .softmax(weights, rows, micro, &mut self.sums, out, keep);
         let softmax = Self::reduce(comm, micro, &self.sums, logits)?;
         let lost = |sum: &f64| *sum < SMALLEST_SUM;
         if !softmax.sums.iter().any(lost) {
@@ -264,8 +272,9 @@ impl TiledHead {
                 *shift = largest.ceil();
             }
         }
+        let rows = taking(micro, shard_rows);
         self.threads
-            .softmax(weights, taking(micro, shard_rows), micro, &mut self.sums, out);
+            .softmax(weights, rows, micro, &mut self.sums, out, keep);
         Self::reduce(comm, micro, &self.sums, logits)
     }
 }

@@ -5,6 +5,7 @@
 use super::{
     buffer::Buffer,
     chunk::{Chunk, Taking, Use, Weights},
+    kept::Kept,
     kernel::{
         gemm::Format,
         isa::Isa,
@@ -49,6 +50,7 @@ pub struct Threads {
     pool: rayon::ThreadPool,
     chunks: Vec<Mutex<Chunk>>,
     lanes: Vec<Lane>,
+    pub(super) kept: Kept,
     isa: Isa,
     geometry: Geometry,
     rows: ChunkRows,
@@ -91,8 +93,8 @@ pub enum Rule<'a> {
 }
 
 impl Threads {
-    /// As many threads as given, at least one.
-    pub fn new(threads: usize, isa: Isa, geometry: Geometry) -> Self {
+    /// As many threads as given, at least one; between a pass for embeddings and the update terms may take so many bytes.
+    pub fn new(threads: usize, isa: Isa, geometry: Geometry, room: usize) -> Self {
         let threads = threads.max(1);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
@@ -103,6 +105,7 @@ impl Threads {
             pool,
             chunks: (0..threads).map(|_| Mutex::default()).collect(),
             lanes: Vec::new(),
+            kept: Kept::new(room),
             isa,
             geometry,
             rows: match isa.has_tiles() && geometry.format == Format::Bf16 {
@@ -118,7 +121,7 @@ impl Threads {
     }
 
     /// Softmax over the rows that take part: adds up each sample's terms, and the rows weighted by them. `sums` has
-    /// `batch` numbers, `embeddings` is `[batch, dim]`.
+    /// `batch` numbers, `embeddings` is `[batch, dim]`. `keep`: an update with this micro-batch alone may follow.
     pub fn softmax(
         &mut self,
         weights: Weights<'_>,
@@ -126,17 +129,24 @@ impl Threads {
         micro: &Micro,
         sums: &mut [f64],
         embeddings: &mut [f32],
+        keep: bool,
     ) {
         let (isa, geometry, rows_of_chunk) = (self.isa, self.geometry, self.rows.embeddings);
         let count = lanes(taking.len(), micro.batch * geometry.padded, rows_of_chunk);
         self.lanes.resize_with(count.max(self.lanes.len()), Lane::default);
         let (lanes, chunks) = (&mut self.lanes[..count], &self.chunks);
+        let kept_places = if keep { taking.len() } else { 0 };
+        let parts = (0..count).map(|index| part(taking.len(), count, index));
+        let mut kept = self
+            .kept
+            .begin(kept_places, micro.columns, geometry.format, parts);
         self.pool.install(|| {
             lanes
                 .par_iter_mut()
+                .zip(&mut kept)
                 .enumerate()
                 .with_max_len(1)
-                .for_each(|(index, lane)| {
+                .for_each(|(index, (lane, kept))| {
                     let mut chunk = own(chunks);
                     let elements = micro.batch * geometry.padded;
                     lane.embeddings.reserve(elements);
@@ -150,6 +160,7 @@ impl Threads {
                         for (sum, of_chunk) in lane.sums.iter_mut().zip(&chunk.sums) {
                             *sum += f64::from(*of_chunk);
                         }
+                        chunk.leave(isa, geometry, micro, kept);
                         chunk.add_to_embeddings(isa, geometry, micro, out);
                     }
                 });
@@ -199,27 +210,21 @@ impl Threads {
 
     /// Forms the gradient of the rows that took part in any of the micro-batches, and updates them, tile by tile.
     pub fn update(&mut self, weight: &mut [f32], rule: Rule<'_>, taking: Taking<'_>, micros: &[Micro]) {
-        let (isa, geometry, chunks) = (self.isa, self.geometry, &self.chunks);
+        let (isa, geometry, chunks, kept) = (self.isa, self.geometry, &self.chunks, &self.kept);
         let rows_of_chunk = self.rows.update;
         let regions = regions(weight, rule, taking, geometry.dim, rows_of_chunk);
         self.pool.install(|| {
             regions.into_par_iter().with_max_len(1).for_each(|mut region| {
                 let mut chunk = own(chunks);
                 for places in pieces(region.places.clone(), rows_of_chunk) {
-                    chunk.load(
-                        isa,
-                        geometry,
-                        &region.weights(),
-                        taking,
-                        places.clone(),
-                        Use::Cosines,
-                    );
-                    for (index, micro) in micros.iter().enumerate() {
-                        chunk.exponentials(isa, geometry, micro, taking, places.clone());
-                        if micros.len() > 1 {
-                            chunk.keep(micro, taking, places.clone());
+                    match (micros, kept.rows(places.clone())) {
+                        ([micro], Some(kept)) => {
+                            chunk.gradient_of(isa, geometry, micro, taking, places.clone(), kept);
                         }
-                        chunk.gradient(isa, geometry, micro, index > 0);
+                        _ => {
+                            let (weights, places) = (region.weights(), places.clone());
+                            gradient_of_all(&mut chunk, isa, geometry, &weights, taking, places, micros);
+                        }
                     }
                     for place in places.clone() {
                         let inverse = chunk.inverse[place - places.start];
@@ -261,6 +266,26 @@ impl Threads {
                 }
             });
         });
+    }
+}
+
+/// Gradient by the rows at these places, from terms that are made for it.
+fn gradient_of_all(
+    chunk: &mut Chunk,
+    isa: Isa,
+    geometry: Geometry,
+    weights: &Weights<'_>,
+    taking: Taking<'_>,
+    places: Range<usize>,
+    micros: &[Micro],
+) {
+    chunk.load(isa, geometry, weights, taking, places.clone(), Use::Cosines);
+    for (index, micro) in micros.iter().enumerate() {
+        chunk.exponentials(isa, geometry, micro, taking, places.clone());
+        if micros.len() > 1 {
+            chunk.keep(micro, taking, places.clone());
+        }
+        chunk.gradient(isa, geometry, micro, index > 0);
     }
 }
 

@@ -117,6 +117,38 @@ fn not_a_number_is_not_hidden() {
     half(suite::not_a_number_is_not_hidden);
 }
 
+/// Kept terms are those that the update would have made: with room for none, for some and for all of them, whole heads and sampled ones.
+#[test]
+fn kept_terms_change_no_bit() {
+    let half = multiplying_bf16().into_iter().map(|isa| (isa, Format::Bf16));
+    let of_f32 = Isa::all().into_iter().map(|isa| (isa, Format::F32));
+    for (isa, format) in half.chain(of_f32) {
+        for sample_rate in [1.0, 0.4] {
+            let config = HeadConfig {
+                sample_rate,
+                ..config(1003, 40)
+            };
+            let labels: Vec<i64> = (0..30).map(|i| i * 31).collect();
+            let case = Case::new(config, &labels, &[30]);
+            let run = |room| {
+                let mut head = tiled(&case.config, (0, 1), isa, format, 2);
+                head.threads.kept = kept::Kept::new(room);
+                train(&mut head, &mut TcpCollective::alone(), &case)
+            };
+            let none = run(0);
+            for room in [50_000, 1 << 20] {
+                let some = run(room);
+                assert_eq!(
+                    none.state,
+                    some.state,
+                    "{} {format:?} {sample_rate} {room}",
+                    isa.name()
+                );
+            }
+        }
+    }
+}
+
 /// The same bits whatever the number of threads; every instruction set near the same.
 #[test]
 fn threads_do_not_change_a_bit() {
