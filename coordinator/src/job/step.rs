@@ -102,7 +102,7 @@ pub fn step(job: &Job, event: &Event, now: Now, limits: &Limits) -> Result<(Job,
         } => next.damaged(*generation, *rank, message, *left)?,
         Event::Cancel { reason } => next.cancel(reason),
         Event::Drain { node } => next.drain(node),
-        Event::Stay { node } => next.stay(node),
+        Event::Stay { node } => _ = next.job.leaving.take_if(|leaving| leaving == node),
         Event::Room(world_size) => next.job.room = *world_size,
         Event::Tick => next.tick(),
     }
@@ -603,10 +603,6 @@ impl Transition<'_> {
             self.job.leaving = Some(node.clone());
             self.effect(Effect::CheckpointNow);
         }
-    }
-
-    fn stay(&mut self, node: &NodeId) {
-        self.job.leaving.take_if(|leaving| leaving == node);
     }
 
     fn tick(&mut self) {
