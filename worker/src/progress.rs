@@ -41,7 +41,7 @@ pub enum Activity {
     Comm,
     /// Updates weights.
     Optimizer,
-    /// Copies its state for a checkpoint, or waits until an older copy is written.
+    /// Copies its state for a checkpoint, waits until an older copy is written, or writes the model file.
     Checkpoint,
     /// Embeds verification sets.
     Evaluation,
@@ -259,6 +259,15 @@ impl Board {
         Self::new(None)
     }
 
+    /// In this memory.
+    ///
+    /// # Errors
+    /// If there are too many open files.
+    #[cfg(test)]
+    pub fn shown_to(reader: &Shared) -> io::Result<Self> {
+        reader.for_rank().map(|file| Self::new(Some(file)))
+    }
+
     fn new(file: Option<File>) -> Self {
         Self(Arc::new(Mutex::new(Inner {
             progress: Progress::default(),
@@ -318,7 +327,7 @@ mod tests {
     fn the_agent_reads_what_the_rank_wrote_last() {
         let shared = Shared::new().unwrap();
         assert_eq!(shared.read(), None, "nothing yet");
-        let board = Board::new(Some(shared.for_rank().unwrap()));
+        let board = Board::shown_to(&shared).unwrap();
         board.enter(Activity::Head);
         board.clone().begin(Operation::AllReduce, 4096);
         let seen = shared.read().unwrap();

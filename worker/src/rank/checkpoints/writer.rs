@@ -86,13 +86,10 @@ impl Writer {
         let moved = Arc::new(AtomicU64::new(0));
         let moves = Arc::clone(&moved);
         let thread = std::thread::spawn(move || {
-            if let Err(error) = place.make() {
-                // Every part says so too, and is tried all the same.
-                warn!("the place of checkpoints cannot be made: {error}");
-            }
             let mut written = Written {
                 generation,
                 failures: failed,
+                is_made: false,
                 given_up: None,
                 alive: &|| _ = moves.fetch_add(1, Ordering::Relaxed),
             };
@@ -210,6 +207,8 @@ impl Writer {
 struct Written<'a> {
     generation: u64,
     failures: Failures,
+    /// The place of all checkpoints was made.
+    is_made: bool,
     /// The directory that could not be written last.
     given_up: Option<String>,
     /// Bytes are on their way.
@@ -227,11 +226,14 @@ impl Written<'_> {
             self.remove(location, &given_up);
         }
         let begin = Instant::now();
-        let written: Result<Vec<_>, _> = snapshot
-            .parts
-            .iter()
-            .map(|(kind, tensors)| location.write_part(&directory, *kind, tensors, self.alive))
-            .collect();
+        let parts = snapshot.parts.iter();
+        let made = if self.is_made { Ok(()) } else { location.make() };
+        let written: Result<Vec<_>, _> = made.and_then(|()| {
+            self.is_made = true;
+            parts
+                .map(|(kind, tensors)| location.write_part(&directory, *kind, tensors, self.alive))
+                .collect()
+        });
         match written {
             Ok(parts) => {
                 let took = begin.elapsed();

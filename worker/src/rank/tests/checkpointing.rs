@@ -3,11 +3,13 @@
 use super::updates::steps;
 use super::*;
 use crate::checkpoint::{Location, location::Remote};
+use crate::progress::{Activity, Board, Shared};
 use arcface_proto::v1::{CheckpointCommitted, CheckpointPart, CommitCheckpointRequest};
 use object_store::{RetryConfig, aws::AmazonS3Builder};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// Takes the metrics of a rank as they come.
 struct Listener<F: FnMut(&StepMetrics)>(F);
@@ -156,6 +158,33 @@ fn left_behind(output: &Path) -> Vec<PathBuf> {
         .into_iter()
         .flatten();
     entries.map(|entry| entry.expect("entry").path()).collect()
+}
+
+/// The agent sees a checkpoint, whose limit is that of a disk, and not a step that takes too long.
+#[test]
+fn a_rank_that_waits_for_its_disk_is_in_a_checkpoint() {
+    let scratch = tempfile::tempdir().unwrap();
+    let spec = job(1, |wire| {
+        wire.checkpoint.get_or_insert_default().every_steps = Some(1);
+    });
+    let shared = Arc::new(Shared::new().expect("memory"));
+    on_ranks(&spec, 1, |rank, trainer, job| {
+        trainer.phases.show_on(Board::shown_to(&shared).expect("memory"));
+        let (shared, last) = (shared.clone(), job.end_step);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let commit = move |request: CommitCheckpointRequest| {
+            // The first one hangs until the last step was trained, whose checkpoint has no room.
+            let waits = || {
+                let seen = shared.read().unwrap_or_default();
+                (seen.step, seen.activity) == (last, Activity::Checkpoint)
+            };
+            while request.step == 1 && !waits() {
+                assert!(Instant::now() < deadline, "{:?}", shared.read());
+                std::thread::yield_now();
+            }
+        };
+        train_with(rank, trainer, job, scratch.path(), commit, |_| {});
+    });
 }
 
 #[test]
