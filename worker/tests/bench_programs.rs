@@ -388,9 +388,15 @@ fn every_row_of_make_bench_runs_and_is_in_the_table() -> Result<()> {
 /// Its files are gigabytes at the default sizes, and a stopped run left them behind.
 #[test]
 fn a_benchmark_that_is_stopped_leaves_no_files() -> Result<()> {
-    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+    // What this process ignores its children would. A job in a script's background is not to hear of Ctrl-C.
+    for (given, ignored, signal) in [
+        ("--default-signal=INT,TERM", None, Signal::SIGTERM),
+        ("--default-signal=INT,TERM", None, Signal::SIGINT),
+        ("--ignore-signal=INT", Some(Signal::SIGINT), Signal::SIGTERM),
+    ] {
         let scratch = tempfile::tempdir()?;
-        let mut bench = Command::new(WORKER)
+        let mut bench = Command::new("env")
+            .args([given, WORKER])
             .args("bench ijb --images 400000 --templates 20000 --dim 512 --dir".split(' '))
             .arg(scratch.path())
             .stdout(Stdio::null())
@@ -403,9 +409,16 @@ fn a_benchmark_that_is_stopped_leaves_no_files() -> Result<()> {
             ensure!(bench.try_wait()?.is_none(), "it ended by itself");
             std::thread::yield_now();
         }
-        kill(Pid::from_raw(bench.id().try_into()?), signal)?;
+        let pid = Pid::from_raw(bench.id().try_into()?);
+        if let Some(ignored) = ignored {
+            kill(pid, ignored)?;
+        }
+        kill(pid, signal)?;
         let status = bench.wait()?;
-        ensure!(status.signal() == Some(signal as i32), "{signal}: {status}");
+        ensure!(
+            status.signal() == Some(signal as i32),
+            "{given}, {signal}: {status}"
+        );
         ensure!(
             fs::read_dir(scratch.path())?.next().is_none(),
             "{signal}: files stay"

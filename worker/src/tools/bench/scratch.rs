@@ -45,7 +45,8 @@ impl Drop for Scratch {
 
 /// Starts the thread that waits for the signals. It is not awaited: it ends the process, or ends with it.
 fn remove_when_told_to_end(path: PathBuf, end: Arc<Mutex<()>>) -> anyhow::Result<()> {
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    let all = [Signal::SIGINT, Signal::SIGTERM].into_iter();
+    let signals = SigSet::from_iter(all.filter(|signal| !is_ignored(*signal)));
     // Threads that begin later inherit it.
     signals.thread_block().context("hold signals back")?;
     thread::Builder::new()
@@ -68,4 +69,12 @@ fn remove_when_told_to_end(path: PathBuf, end: Arc<Mutex<()>>) -> anyhow::Result
         })
         .context("start a thread")?;
     Ok(())
+}
+
+/// True of a signal that the program was started to ignore, as what runs in the background of a script is: it stays without effect.
+fn is_ignored(signal: Signal) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal as u32 - 1) & 1 == 1)
 }
