@@ -4,7 +4,7 @@ use super::*;
 use crate::random::{Purpose, bits};
 use arcface_proto::{
     types::ClassRange,
-    v1::{CheckpointManifest, LossScaler},
+    v1::{CheckpointManifest, CheckpointPart, LossScaler},
 };
 use proptest::prelude::*;
 use std::{fs, path::Path};
@@ -298,6 +298,30 @@ fn what_was_verified_needs_no_files_any_more() {
         }
     }
     assert!(checkpoint.head_rows(classes).is_err(), "it was given away");
+}
+
+/// What was fetched lies in a temporary file: one that fails later says nothing about the checkpoint.
+#[test]
+fn a_fetched_part_that_is_lost_again_is_no_damage() {
+    let dir = tempfile::tempdir().expect("scratch");
+    let manifest = write(dir.path(), 12, 2);
+    let open = |part: &CheckpointPart| {
+        fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(dir.path().join(&part.file))
+    };
+    let wanted = ClassRange { lo: 3, hi: 9 };
+    let checkpoint = Checkpoint::fetched(dir.path(), manifest.clone(), wanted, &mut |part| {
+        Ok(open(part).expect("a part"))
+    })
+    .expect("whole");
+    for part in &manifest.parts {
+        open(part).and_then(|file| file.set_len(8)).expect("cut");
+    }
+    let error = checkpoint.head_rows(wanted).expect_err("it was cut");
+    assert!(matches!(error, CheckpointError::Scratch { .. }), "{error}");
+    assert!(!error.is_damage());
 }
 
 #[test]

@@ -187,15 +187,11 @@ pub fn train(
         if due.model && rank == 0 {
             // A slow disk is no step that hangs.
             trainer.phases.begin("checkpoint");
-        }
-        if due.model
-            && rank == 0
-            && let Err(failure) = outputs::write_model(&sinks.output, &trainer.backbone)
-        {
-            // Before the end it costs nothing but the file: the next epoch writes it anew.
-            match last {
-                true => return Err(failure),
-                false => warn!(
+            match outputs::write_model(&sinks.output, &trainer.backbone) {
+                Ok(()) => {}
+                Err(failure) if last => return Err(failure),
+                // Before the end it costs nothing but the file: the next epoch writes it anew.
+                Err(failure) => warn!(
                     step = done,
                     "no model file, training goes on: {}", failure.message
                 ),

@@ -210,13 +210,7 @@ fn quick() -> Faulty {
 }
 
 /// Writes a whole checkpoint on `disk`; the parts that were durable before the first error.
-fn write_on(
-    disk: &dyn Disk,
-    dir: &Path,
-) -> (
-    Vec<arcface_proto::v1::CheckpointPart>,
-    Result<(), CheckpointError>,
-) {
+fn write_on(disk: &dyn Disk, dir: &Path) -> (Vec<CheckpointPart>, Result<(), CheckpointError>) {
     let mut durable = Vec::new();
     let kinds = [(0, 4), (4, 8)].map(|(lo, hi)| PartKind::Head(ClassRange { lo, hi }));
     let result = (|| {

@@ -288,7 +288,7 @@ impl Chunk {
     }
 
     /// Forgets the terms of places whose class took no part in this micro-batch.
-    pub fn keep(&mut self, micro: &Micro, taking: Taking<'_>, places: Range<usize>) {
+    pub fn forget_absent(&mut self, micro: &Micro, taking: Taking<'_>, places: Range<usize>) {
         let Some(classes) = &micro.classes else { return };
         let stride = micro.columns + SKEW;
         for (place, row) in places.zip(self.cosines.floats_mut().chunks_exact_mut(stride)) {

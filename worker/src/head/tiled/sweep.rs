@@ -283,7 +283,7 @@ fn gradient_of_all(
     for (index, micro) in micros.iter().enumerate() {
         chunk.exponentials(isa, geometry, micro, taking, places.clone());
         if micros.len() > 1 {
-            chunk.keep(micro, taking, places.clone());
+            chunk.forget_absent(micro, taking, places.clone());
         }
         chunk.gradient(isa, geometry, micro, index > 0);
     }

@@ -349,3 +349,25 @@ impl Backward<'_> {
             .start(cut.walk)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    /// A full memory, say: the reason reaches C++, as that of a kernel that does not start does.
+    #[test]
+    fn no_panic_passes_through_c() {
+        let mut reason: [c_char; 24] = [1; 24];
+        // SAFETY: there are no tensors, and room for as many bytes as are told.
+        let (done, said) = unsafe {
+            let work = |[]: [Option<&Tensor>; 0]| -> Started {
+                panic!("out of memory: {}", "tried to allocate much")
+            };
+            let done = with(ptr::null(), reason.as_mut_ptr(), reason.len(), work);
+            (done, CStr::from_ptr(reason.as_ptr()))
+        };
+        assert!(!done);
+        assert_eq!(said.to_str(), Ok("out of memory: tried to"));
+    }
+}
